@@ -1,0 +1,39 @@
+"""Every error that evengaze raises on purpose, with one common base class."""
+
+from __future__ import annotations
+
+
+class EvengazeError(Exception):
+    """Base of all errors raised by evengaze."""
+
+
+class ConfigError(EvengazeError, ValueError):
+    """A parameter is out of range or parameters contradict each other."""
+
+
+class LayoutError(EvengazeError, ValueError):
+    """The visual tokens of a call could not be located, or a given layout does not fit the call."""
+
+
+class UnsupportedModelError(EvengazeError, TypeError):
+    """No adapter matches the model, or the model cannot be pruned in principle."""
+
+
+class AttachError(EvengazeError, RuntimeError):
+    """A pruner is already attached, or the model cannot be tapped."""
+
+
+class NothingPrunedError(EvengazeError, RuntimeError):
+    """A call contained visual tokens, but the attached pruner never got to prune them."""
+
+
+class ScoreError(EvengazeError, RuntimeError):
+    """A method produced scores that cannot be ranked (NaN, or of the wrong shape)."""
+
+
+class CurveError(EvengazeError, ValueError):
+    """A debias curve cannot be read, is malformed or does not fit."""
+
+
+class DataError(EvengazeError, ValueError):
+    """A dataset, predictions or results file is missing, malformed or does not belong together."""
