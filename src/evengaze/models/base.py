@@ -1,0 +1,105 @@
+"""The protocol of a model family's adapter, and what the engine tells it about a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from evengaze.errors import UnsupportedModelError
+from evengaze.layout import VisualLayout
+
+
+@dataclass(frozen=True)
+class EncoderCall:
+    """One call of the model's `get_image_features` or `get_video_features`, as it was made.
+
+    transformers 5.x encodes images inside `generate()` before the model's forward runs, and drops the pixels; this is
+    where an adapter still sees what really entered the vision tower.
+
+    Attributes:
+        kind: which of the two functions was called.
+        arguments: its arguments by name (`pixel_values`, `image_sizes`, `image_grid_thw`, ... as the family has them).
+    """
+
+    kind: Literal["image", "video"]
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A forward call of the model that holds more than one token.
+
+    Attributes:
+        input_ids: (B, L) token ids with placeholders; None if the caller passed embeddings only.
+        attention_mask: (B, L) bool, True for real tokens; None if all are real. Only this call's L tokens.
+        past: number of tokens already in the cache.
+        encoded: the image and video encodings since the last call, in order. With beams or `num_return_sequences` the
+            rows of `input_ids` are repeated, but each image was encoded once: row b belongs to sample
+            `b // (B // samples)`.
+        device: where the decoder's input lives.
+    """
+
+    input_ids: Tensor | None
+    attention_mask: Tensor | None
+    past: int
+    encoded: Sequence[EncoderCall]
+    device: Any = "cpu"
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Adapter:
+    """What the engine must know about a model family. One subclass a family; instances hold no state.
+
+    Attributes:
+        name: the family's name for people.
+        model_types: the `config.model_type` values that it serves.
+        positions: "renumbered" methods fall back to original positions where the family has no one-dimensional ones.
+    """
+
+    name: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """The module whose `layers` the engine hooks."""
+        return find_decoder(model)
+
+    def layout(self, model: nn.Module, call: Call) -> VisualLayout | None:
+        """Where the visual tokens of a call are; None (or an empty layout) if it has none.
+
+        Raises:
+            LayoutError: images were encoded, but their tokens cannot be located.
+        """
+        raise NotImplementedError
+
+    def visual_token_ids(self, model: nn.Module) -> tuple[int, ...]:
+        """Ids of the placeholder tokens of images and videos."""
+        config: Any = model.config
+        names = ("image_token_id", "video_token_id")
+        return tuple(i for i in (getattr(config, n, None) for n in names) if i is not None)
+
+
+_INNER = ("language_model", "text_model", "model", "decoder", "llm")
+
+
+def find_decoder(model: nn.Module) -> nn.Module:
+    """Walk down from a model to the module that loops over its decoder layers (has a ModuleList called `layers`).
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    get = getattr(model, "get_decoder", None)
+    module: nn.Module = get() if callable(get) else model
+    for _ in range(6):
+        if isinstance(getattr(module, "layers", None), nn.ModuleList):
+            return module
+        inner = next((m for m in (getattr(module, n, None) for n in _INNER) if isinstance(m, nn.Module)), None)
+        if inner is None or inner is module:
+            break
+        module = inner
+    raise UnsupportedModelError(
+        f"{type(model).__name__}: no decoder layers found (looked for a ModuleList called 'layers' under "
+        f"{', '.join(_INNER)}). Register an adapter whose decoder() returns the module that holds them."
+    )
