@@ -1,14 +1,14 @@
 """The protocol of a pruning method.
 
 A method never sees a batch, a cache or a mask. It says at which decoder layers it acts (`stages`), gives every visual
-token of *one* prompt a score (`score`), and, if it does more than keep the best, what becomes of the rest (`select`).
+token of *one* prompt a score (`score`), and, if it does more than keep the best, what becomes of the rest (`choose`).
 The engine (`evengaze.engine`) calls it row by row and owns everything else. Five concepts:
 
 * `Stage`: before which layer, and whose attention is read ("previous": the layer that has just run; "own": the layer
   about to run; None: no attention).
 * `View`: one row at one stage: the surviving visual tokens, hidden states, attention received from chosen queries.
 * `score`: (n,) float32, larger means keep. Debiasing is applied to it here, once, for all methods.
-* `Selection`: which tokens survive, and the linear merges, if any, into survivors or into recycled tokens.
+* `Selection`: which tokens survive (`choose`), and the linear merges, if any, into survivors or recycled tokens.
 * `positions`: survivors keep their "original" positions or are "renumbered" without gaps.
 """
 
@@ -26,13 +26,14 @@ from evengaze.errors import ConfigError, ScoreError
 from evengaze.layout import VisualTokens
 
 if TYPE_CHECKING:
-    from evengaze.attention import AttentionStates
-    from evengaze.engine import Handle
-    from evengaze.schedule import Schedule
     from torch import nn
+    from typing_extensions import Self
 
+    from evengaze.attention import AttentionStates
     from evengaze.debias import Debias
+    from evengaze.engine import Handle
     from evengaze.layout import VisualLayout
+    from evengaze.schedule import Schedule
 
 Mode = Literal["corrected", "official"]
 Positions = Literal["original", "renumbered"]
@@ -171,11 +172,28 @@ def check_keep(keep: float, name: str = "keep") -> None:
         raise ConfigError(f"{name}={keep} is neither a whole number of tokens nor a fraction in (0, 1]")
 
 
+def check_layer(layer: int, layers: int | None = None, *, reads_previous: bool = False, name: str = "layer") -> None:
+    """Raise a ConfigError unless `layer` is a decoder layer at which a stage can act.
+
+    Args:
+        layer: 0-based.
+        layers: depth of the decoder, where it is known.
+        reads_previous: the stage needs the attention of the layer before.
+        name: the parameter's name, for the message.
+    """
+    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+        raise ConfigError(f"{name} must be the 0-based index of a decoder layer, not {layer!r}")
+    if reads_previous and layer == 0:
+        raise ConfigError(f"{name}=0: no layer has run yet whose attention could rank the tokens; use {name} >= 1")
+    if layers is not None and layer >= layers:
+        raise ConfigError(f"{name}={layer} is outside the model: its decoder has layers 0 to {layers - 1}")
+
+
 @dataclass(frozen=True)
 class Pruner(ABC):
     """Base class of all methods: a frozen dataclass of its parameters.
 
-    A method implements `stages`, `score` and `budget`; one that merges overrides `select`. Calling a pruner on a
+    A method implements `stages`, `score` and `budget`; one that merges overrides `choose`. Calling a pruner on a
     model attaches it: `with pruner(model) as run: model.generate(...)`.
 
     Attributes:
@@ -194,6 +212,9 @@ class Pruner(ABC):
     def __post_init__(self) -> None:
         if self.mode not in ("corrected", "official"):
             raise ConfigError(f"mode must be 'corrected' or 'official', not {self.mode!r}")
+        for f in fields(self):
+            if isinstance(getattr(self, f.name), list):  # as JSON and the command line give them
+                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
 
     # -- what a method says ---------------------------------------------------------------------------------------
     @abstractmethod
@@ -223,9 +244,15 @@ class Pruner(ABC):
 
     # -- the shared way from scores to a selection ------------------------------------------------------------------
     def select(self, view: View) -> Selection:
-        """Keep the best `budget` candidates by debiased score."""
-        score, allowed = self.ranked(view)
+        """What the engine calls: all candidates if the budget allows it (the dense model, padding included)."""
         count = self.budget(view.stage, len(view), view.original)
+        if count >= len(view) and self.mode == "corrected":
+            return Selection(keep=torch.arange(len(view), device=view.hidden.device))
+        return self.choose(view, count)
+
+    def choose(self, view: View, count: int) -> Selection:
+        """Keep the best `count` candidates by debiased score."""
+        score, allowed = self.ranked(view)
         return Selection(keep=top_allowed(score, allowed, count))
 
     def ranked(self, view: View) -> tuple[Tensor, Tensor]:
@@ -262,7 +289,7 @@ class Pruner(ABC):
 
         return Schedule.of(self, layers=layers, visual=visual)
 
-    def replace(self, **changes: Any) -> Pruner:
+    def replace(self, **changes: Any) -> Self:
         """A copy with other parameters."""
         return replace(self, **changes)
 

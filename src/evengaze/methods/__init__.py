@@ -1,0 +1,125 @@
+"""Pruning methods, by name.
+
+Names are the same in Python, on the command line and in result files: `parse("fastv:keep=128,layer=2")` makes the
+object that `FastV(keep=128, layer=2)` makes, and `spec(pruner)` writes the string again. Modules load on first use.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from importlib import import_module
+from typing import Any
+
+from evengaze.errors import ConfigError
+from evengaze.methods.base import Merge, Pruner, Selection, Stage, View
+
+_METHODS: dict[str, str | type[Pruner]] = {
+    "fastv": "evengaze.methods.fastv:FastV",
+}
+
+__all__ = ["Merge", "Pruner", "Selection", "Stage", "View", "from_dict", "get", "names", "parse", "register", "spec"]
+
+
+def names() -> tuple[str, ...]:
+    """Names of all methods, in the order in which the documentation lists them."""
+    return tuple(_METHODS)
+
+
+def get(name: str) -> type[Pruner]:
+    """The class of a method.
+
+    Raises:
+        ConfigError: no method has that name.
+    """
+    key = name.strip().lower()
+    if key not in _METHODS:
+        raise ConfigError(f"unknown method {name!r}; known: {', '.join(_METHODS)}. Add your own with methods.register")
+    entry = _METHODS[key]
+    if isinstance(entry, str):
+        module, _, attribute = entry.partition(":")
+        entry = _METHODS[key] = getattr(import_module(module), attribute)
+    return entry
+
+
+def register(method: type[Pruner]) -> type[Pruner]:
+    """Make a method known under its `name`; usable as a class decorator.
+
+    Raises:
+        ConfigError: another class has the name already.
+    """
+    if method.name in _METHODS and get(method.name) is not method:
+        raise ConfigError(f"the method name {method.name!r} is taken by {get(method.name).__qualname__}")
+    _METHODS[method.name] = method
+    return method
+
+
+def parse(text: str) -> Pruner:
+    """Read `name` or `name:key=value,key=value`; values are JSON, and a debias value names a preset.
+
+        parse("fastv:keep=0.25,layer=2,debias=llava-1.5-7b/fastv")
+        parse("pyramiddrop:layers=[2,10,20],ratios=[0.32,0.16,0.08]")
+
+    Raises:
+        ConfigError: unknown method or parameter, or a value out of range.
+    """
+    name, _, rest = text.partition(":")
+    values: dict[str, Any] = {}
+    for part in filter(None, re.split(r",(?![^\[]*\])", rest)):  # commas outside brackets
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(f"{part!r} in {text!r} is not of the form key=value")
+        values[key.strip()] = _value(value.strip())
+    if isinstance(values.get("debias"), str):
+        from evengaze.debias import Debias
+
+        values["debias"] = Debias.preset(values["debias"])
+    return _build(name, values)
+
+
+def spec(pruner: Pruner) -> str:
+    """The shortest string that `parse` reads back; debiasing is not part of it (see `Pruner.to_dict`)."""
+    changed = [
+        f"{f.name}={json.dumps(value, separators=(',', ':')) if not isinstance(value, str) else value}"
+        for f in fields(pruner)
+        if f.name != "debias" and (value := getattr(pruner, f.name)) != f.default
+    ]
+    return pruner.name + (":" + ",".join(changed) if changed else "")
+
+
+def from_dict(values: Mapping[str, Any]) -> Pruner:
+    """Read back `Pruner.to_dict()`.
+
+    Raises:
+        ConfigError: no "method" entry, an unknown method or parameter, or a value out of range.
+    """
+    rest = dict(values)
+    name = rest.pop("method", None)
+    if not isinstance(name, str):
+        raise ConfigError(f"a method's dictionary needs a 'method' entry with one of {', '.join(_METHODS)}")
+    if isinstance(rest.get("debias"), Mapping):
+        from evengaze.debias import Debias
+
+        rest["debias"] = Debias.from_dict(rest["debias"])
+    return _build(name, rest)
+
+
+def _build(name: str, values: Mapping[str, Any]) -> Pruner:
+    method = get(name)
+    known = {f.name: f for f in fields(method)}
+    unknown = [k for k in values if k not in known]
+    if unknown:
+        raise ConfigError(f"{method.name} has no parameter {', '.join(unknown)}; it has {', '.join(known)}")
+    missing = [k for k, f in known.items() if f.default is MISSING and f.default_factory is MISSING and k not in values]
+    if missing:
+        raise ConfigError(f"{method.name} needs {', '.join(missing)}")
+    return method(**values)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
