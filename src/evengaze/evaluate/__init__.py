@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks, exact scorers, judges, and the code that runs them."""

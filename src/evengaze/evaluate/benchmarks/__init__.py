@@ -1,0 +1,39 @@
+"""The benchmarks, by name."""
+
+from __future__ import annotations
+
+from evengaze.errors import ConfigError
+from evengaze.evaluate.benchmarks.base import Benchmark
+from evengaze.evaluate.benchmarks.pope import POPE
+from evengaze.evaluate.benchmarks.textvqa import TextVQA
+from evengaze.evaluate.benchmarks.types import DataFile, OfficialError, Problems, Record, Score, ScoreOptions
+
+__all__ = [
+    "BENCHMARKS",
+    "Benchmark",
+    "DataFile",
+    "OfficialError",
+    "Problems",
+    "Record",
+    "Score",
+    "ScoreOptions",
+    "get_benchmark",
+]
+
+BENCHMARKS: dict[str, Benchmark] = {item.name: item for item in (TextVQA(), POPE())}
+
+
+def get_benchmark(name: str) -> Benchmark:
+    """Return a benchmark by name; case and the marks ``-``, ``_`` do not matter.
+
+    Raises:
+        ConfigError: There is no such benchmark.
+    """
+
+    def plain(text: str) -> str:
+        return text.lower().replace("-", "").replace("_", "")
+
+    for known, benchmark in BENCHMARKS.items():
+        if plain(known) == plain(name):
+            return benchmark
+    raise ConfigError(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}.")

@@ -1,0 +1,326 @@
+"""What a benchmark is: records to answer, predictions to score, and what the official scorer would have said.
+
+The layouts are those people already have: LLaVA's ``playground/data/eval`` and Video-LLaVA's
+``eval/GPT_Zero_Shot_QA``. Answers are JSON lines in LLaVA's record format (``model_vqa_loader.py``).
+"""
+
+from __future__ import annotations
+
+import uuid
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from evengaze.errors import ConfigError, DataError
+from evengaze.evaluate.benchmarks.types import (
+    DataFile,
+    Joined,
+    Mode,
+    OfficialError,
+    Problems,
+    Record,
+    Score,
+    ScoreOptions,
+)
+from evengaze.evaluate.files import Answer, Lines, read_answers
+
+
+def number_repeats(bases: Iterable[str]) -> list[str]:
+    """Make keys unique: the k-th repetition of a key gets ``#k`` appended (k from 2)."""
+    seen: dict[str, int] = defaultdict(int)
+    keys = []
+    for base in bases:
+        seen[base] += 1
+        keys.append(base if seen[base] == 1 else f"{base}#{seen[base]}")
+    return keys
+
+
+class Benchmark(ABC):
+    """One benchmark. Subclasses name their files and say how records are read and predictions scored.
+
+    Attributes:
+        name: Name on the command line.
+        title: Name in tables.
+        split: Which split.
+        metric: The headline number.
+        folders: Folder below the layout's root, alternatives in order of preference.
+        layout: "llava" or "video-llava".
+        files: What is read.
+        server: Where submissions are scored, or None when scoring is offline.
+        max_new_tokens: As in the official inference script; decoding is greedy.
+        template: Conversation template of the official inference script (see ``evengaze.evaluate.conversation``).
+        quirks: How the official scorer differs from the default mode.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    split: ClassVar[str]
+    metric: ClassVar[str]
+    folders: ClassVar[tuple[str, ...]]
+    files: ClassVar[tuple[DataFile, ...]]
+    layout: ClassVar[Literal["llava", "video-llava"]] = "llava"
+    server: ClassVar[str | None] = None
+    max_new_tokens: ClassVar[int] = 128
+    template: ClassVar[str] = "vicuna_v1"
+    quirks: ClassVar[tuple[str, ...]] = ()
+
+    # -- where the data is ---------------------------------------------------------------------------------------
+
+    def root(self, data: Path) -> Path:
+        """Find the benchmark's folder below ``data``.
+
+        ``data`` may be the folder that holds ``playground/data/eval`` (or ``eval/GPT_Zero_Shot_QA``), any folder on
+        the way down, or the benchmark's folder itself.
+
+        Raises:
+            DataError: There is no such folder.
+        """
+        if not data.is_dir():
+            raise DataError(f"{data} is not a directory. Give --data the folder that holds {self._where()}.")
+        above = ("eval/GPT_Zero_Shot_QA", "GPT_Zero_Shot_QA", "") if self.layout == "video-llava" else _LLAVA_ROOTS
+        candidates = [data / part / folder for part in above for folder in self.folders]
+        marks = [item.path for item in self.files if item.kind == "file" and item.needed != "optional"]
+        for candidate in [*candidates, data]:
+            if any((candidate / mark).is_file() for mark in marks):
+                return candidate
+        for candidate in candidates:
+            if candidate.is_dir():
+                return candidate
+        raise DataError(
+            f"{data} holds no data of {self.name}: none of {', '.join(str(c) for c in candidates[:2])}, ... exists. "
+            f"Give --data the folder that holds {self._where()} (`evengaze list benchmarks` says where to get it)."
+        )
+
+    def _where(self) -> str:
+        part = "eval/GPT_Zero_Shot_QA" if self.layout == "video-llava" else "playground/data/eval"
+        return f"{part}/{self.folders[0]}"
+
+    def path(self, data: Path, name: str) -> Path:
+        """Return the path of one of ``files``."""
+        return self.root(data) / name
+
+    def source(self, name: str) -> str:
+        """Return where to get one of ``files``, as a sentence."""
+        return next((f"Get it from {item.source}" for item in self.files if item.path == name), "")
+
+    def missing_files(self, data: Path | None, use: Literal["run", "score"] | None = None) -> list[DataFile]:
+        """List the files that are absent below ``data`` (all of them when ``data`` is None or has no such folder)."""
+        wanted = [f for f in self.files if (f.needed != "optional" and use in (None, f.needed)) or f.needed == "both"]
+        if data is None:
+            return wanted
+        try:
+            root = self.root(data)
+        except DataError:
+            return wanted
+        return [f for f in wanted if not ((root / f.path).is_dir() if f.kind == "dir" else (root / f.path).is_file())]
+
+    def require(self, data: Path, use: Literal["run", "score"]) -> None:
+        """Check that the files for a use are there.
+
+        Raises:
+            DataError: Names every missing file and where to get it.
+        """
+        root = self.root(data)
+        absent = self.missing_files(data, use)
+        if absent:
+            listed = "; ".join(f"{root / item.path} (get it from {item.source})" for item in absent)
+            raise DataError(f"{self.name} cannot {use}: missing {listed}")
+
+    def missing_media(self, data: Path) -> list[str]:
+        """Name the images or videos that records point to but that are not there (half a dataset)."""
+        paths = [r.image if isinstance(r.image, Path) else r.video for r in self.records(data)]
+        return sorted({str(path) for path in paths if path is not None and not path.is_file()})
+
+    # -- answering -----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def records(self, data: Path) -> Iterator[Record]:
+        """Yield the questions in the order of the question file.
+
+        Raises:
+            DataError: A file is missing or malformed.
+        """
+
+    def answer_record(self, record: Record, text: str, model_id: str, answer_id: str | None = None) -> Answer:
+        """Build the answer line for a record, in LLaVA's format and key order."""
+        return {
+            "question_id": record.question_id,
+            "prompt": record.prompt,
+            "text": text,
+            "answer_id": answer_id or uuid.uuid4().hex[:22],
+            "model_id": model_id,
+            "metadata": {},
+        }
+
+    def answer_key(self, answer: Answer) -> str:
+        """Return the key of the record that an answer line belongs to, before repeats are numbered."""
+        return str(answer["question_id"])
+
+    def done_keys(self, answers: Sequence[Answer]) -> list[str]:
+        """Return the key of every answer line, for resuming a run."""
+        return number_repeats(self.answer_key(answer) for answer in answers)
+
+    # -- scoring -------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def score_default(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
+        """Score correctly: joined by key, problems named, nothing missing counted as wrong."""
+
+    @abstractmethod
+    def score_official(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
+        """Score as the official code does, quirks included.
+
+        Raises:
+            OfficialError: Where the official code stops.
+        """
+
+    def score(self, answers: Path, data: Path, mode: Mode = "default", options: ScoreOptions | None = None) -> Score:
+        """Score a predictions file.
+
+        Args:
+            answers: JSON lines in LLaVA's record format (some benchmarks read their submission format as well).
+            data: See ``root``.
+            mode: "default" is correct and says how the official number differs; "official" reproduces it.
+            options: What only some benchmarks ask for.
+
+        Raises:
+            DataError: A file is missing or malformed, or the predictions belong to something else.
+            OfficialError: In official mode, where the official code stops.
+        """
+        if mode not in ("default", "official"):
+            raise ConfigError(f"mode must be default or official, not {mode!r}.")
+        options = options or ScoreOptions()
+        lines = self.read_answers(answers)
+        if mode == "official":
+            return self.score_official(lines, data, options)
+        score = self.score_default(lines, data, options)
+        self._compare(score, lambda: self.score_official(lines, data, options))
+        return score
+
+    def read_answers(self, answers: Path) -> Lines:
+        """Read a predictions file."""
+        return read_answers(answers)
+
+    def _compare(self, score: Score, official: Callable[[], Score]) -> None:
+        """Say what the official code makes of the same predictions."""
+        try:
+            other = official()
+        except OfficialError as error:
+            score.official = {"value": None, "error": error.official, "differs": True}
+            score.notes.append(f"Official mode: {error}")
+            return
+        same = score.value == other.value or (
+            score.value is not None and other.value is not None and abs(score.value - other.value) < 1e-9
+        )
+        score.official = {"value": other.value, "error": None, "differs": not same}
+        if not same:
+            score.notes.append(
+                f"The official scorer gives {other.value} instead of {score.value}. How it differs: "
+                + ("; ".join(self.quirks) or "see docs/benchmarks.md")
+            )
+
+    def join(self, keys: Sequence[str], answers: Lines) -> Joined:
+        """Join predictions to records by key; of several predictions for one record the last counts.
+
+        Args:
+            keys: Keys of all records, repeats numbered.
+            answers: The predictions file.
+
+        Raises:
+            DataError: No prediction at all, or none that belongs to a record (another benchmark or split).
+        """
+        known = set(keys)
+        repeats = {key.rpartition("#")[0] for key in keys if "#" in key}
+        groups: dict[str, list[Answer]] = defaultdict(list)
+        for answer in answers.records:
+            groups[self.answer_key(answer)].append(answer)
+        problems = Problems(malformed=[item.to_dict() for item in answers.malformed])
+        by_key: dict[str, Answer] = {}
+        for base, group in groups.items():
+            if base not in known:
+                problems.unknown += [base] * len(group)
+                continue
+            slots = [base]
+            while base in repeats and f"{base}#{len(slots) + 1}" in known:
+                slots.append(f"{base}#{len(slots) + 1}")
+            if len(group) > len(slots):
+                problems.duplicate.append(base)
+            by_key.update(zip(slots, group[-len(slots) :], strict=False))
+        problems.missing = [key for key in keys if key not in by_key]
+        if not by_key:
+            raise DataError(self._nothing_fits(keys, answers, problems))
+        return Joined(by_key, problems)
+
+    def _nothing_fits(self, keys: Sequence[str], answers: Lines, problems: Problems) -> str:
+        if not answers.records:
+            first = f" (line {answers.malformed[0].line}: {answers.malformed[0].reason})" if answers.malformed else ""
+            return f"{answers.path} holds no prediction{first}. Give the file that the model's answers were written to."
+        return (
+            f"none of the {len(answers.records)} predictions in {answers.path} belongs to {self.name} {self.split}: "
+            f"its ids are like {', '.join(problems.unknown[:3])}, the dataset's like {', '.join(keys[:3])}. "
+            "These are the answers of another benchmark or split."
+        )
+
+    def check_prompts(self, joined: Joined, questions: dict[str, str]) -> list[str]:
+        """Compare the prompts in the answer lines with the dataset's, where ids alone do not tell splits apart.
+
+        Args:
+            joined: Joined predictions.
+            questions: Question text per key; a prompt fits when it contains the text.
+
+        Returns:
+            A note when some do not fit.
+
+        Raises:
+            DataError: More than half do not fit: these are predictions of another split.
+        """
+        checked = [key for key, answer in joined.by_key.items() if isinstance(answer.get("prompt"), str)]
+        wrong = [key for key in checked if questions[key].strip() not in joined.by_key[key]["prompt"]]
+        if len(wrong) * 2 > len(checked):
+            raise DataError(
+                f"{len(wrong)} of {len(checked)} predictions answer another question than {self.name} {self.split} "
+                f"asks under their id (first: {wrong[0]}: {joined.by_key[wrong[0]]['prompt'][:60]!r}, dataset: "
+                f"{questions[wrong[0]][:60]!r}). These are the answers of another split or dataset version."
+            )
+        return [f"{len(wrong)} prediction(s) have another prompt than the dataset: {_some(wrong)}"] if wrong else []
+
+    # -- submission ----------------------------------------------------------------------------------------------
+
+    def write_submission(self, answers: Path, data: Path, out: Path) -> dict[str, Any]:
+        """Write the file that the benchmark's server or official evaluator takes.
+
+        Args:
+            answers: Predictions file.
+            data: See ``root``.
+            out: File to write.
+
+        Returns:
+            What was written: ``path``, counts, and the problems by name.
+
+        Raises:
+            ConfigError: The benchmark has no submission format.
+            DataError: The predictions cannot be submitted.
+        """
+        raise ConfigError(f"{self.name} has no submission format: its predictions are scored from the answer file.")
+
+
+_LLAVA_ROOTS = ("playground/data/eval", "data/eval", "eval", "")
+
+
+def _some(items: Sequence[str], limit: int = 5) -> str:
+    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
+
+
+def clean_or_stop(answers: Lines) -> tuple[Answer, ...]:
+    """Return all answers, as an official scorer that parses every line would need them.
+
+    Raises:
+        OfficialError: A line is not usable.
+    """
+    if answers.malformed:
+        first = answers.malformed[0]
+        official = "KeyError" if first.is_json else "JSONDecodeError"
+        raise OfficialError(official, f"{answers.path} line {first.line}: {first.reason}")
+    return answers.records

@@ -1,0 +1,220 @@
+"""POPE on COCO: is an object in the image? (LLaVA ``llava/eval/eval_pope.py``; AoiDragon/POPE)."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from evengaze.errors import DataError
+from evengaze.evaluate.benchmarks.base import (
+    Benchmark,
+    clean_or_stop,
+)
+from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, OfficialError, Record, Score, ScoreOptions
+from evengaze.evaluate.files import Lines, read_jsonl, require_clean
+from evengaze.evaluate.metrics.pope import Confusion, text_to_label
+
+QUESTIONS = "llava_pope_test.jsonl"
+CATEGORIES = ("adversarial", "popular", "random")
+_LABELS_AT = "https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco"
+# Two label files of the same questions differ in spelling at most in a few rows; with more than this share of rows out
+# of line they are different selections, and a row's position says nothing.
+_ALIGNED = 0.9
+
+Row = dict[str, Any]
+
+
+class POPE(Benchmark):
+    """POPE: mean F1 over the adversarial, popular and random splits."""
+
+    name = "pope"
+    title = "POPE"
+    split = "coco"
+    metric = "mean F1 (%)"
+    folders = ("pope",)
+    files = (
+        DataFile(QUESTIONS, EVAL_ZIP),
+        *(DataFile(f"coco/coco_pope_{name}.json", _LABELS_AT, needed="score") for name in CATEGORIES),
+        DataFile("val2014", "http://images.cocodataset.org/zips/val2014.zip", "dir", needed="run"),
+    )
+    quirks = (
+        "it pairs answers and labels by position, so that missing, repeated or reordered answers shift labels",
+        "the yes ratio also counts answers that no label was paired with",
+        "it divides by zero when a split has no answer or no yes",
+    )
+
+    def _questions(self, data: Path) -> tuple[Row, ...]:
+        lines = read_jsonl(self.path(data, QUESTIONS), ("question_id", "image", "text", "category"), EVAL_ZIP)
+        return require_clean(lines)
+
+    def records(self, data: Path) -> Iterator[Record]:
+        """Yield the questions of the question file."""
+        images = self.path(data, "val2014")
+        for row in self._questions(data):
+            metadata = {"category": row["category"]}
+            yield Record(
+                str(row["question_id"]), row["question_id"], row["text"], images / row["image"], metadata=metadata
+            )
+
+    def _labels(self, data: Path) -> dict[str, tuple[Row, ...]]:
+        """Read the label files, in the order ``os.listdir`` gives them, by category."""
+        self.require(data, "score")
+        folder = self.path(data, "coco")
+        labels = {}
+        for name in os.listdir(folder):  # noqa: PTH208 - its order decides where the official script stops
+            if not (name.startswith("coco_pope_") and name.endswith(".json")):
+                raise DataError(f"{folder / name}: only coco_pope_<category>.json files may lie here. Move it away.")
+            lines = read_jsonl(folder / name, ("image", "text", "label"), f"Get it from {_LABELS_AT}")
+            labels[name[len("coco_pope_") : -len(".json")]] = require_clean(lines)
+        return labels
+
+    def score_default(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
+        """Join answers by question id and labels by image and question."""
+        questions, labels = self._questions(data), self._labels(data)
+        joined = self.join([str(row["question_id"]) for row in questions], answers)
+        notes = self.check_prompts(joined, {str(row["question_id"]): _question(row["text"]) for row in questions})
+        by_category: dict[str, list[Row]] = defaultdict(list)
+        for row in questions:
+            by_category[row["category"]].append(row)
+        metrics: dict[str, dict[str, float]] = {}
+        credit: dict[str, float] = {}
+        for category, rows in by_category.items():
+            truth, note = align(rows, labels.get(category, ()), category)
+            notes += note
+            keys = [str(r["question_id"]) for r in rows if str(r["question_id"]) in joined.by_key]
+            keys = [key for key in keys if key in truth]
+            predicted = [text_to_label(joined.by_key[key]["text"]) for key in keys]
+            if not keys:
+                notes.append(f"The {category} split has no scorable answer and is left out of the means.")
+                continue
+            confusion = Confusion.count(predicted, [truth[key] for key in keys])
+            metrics[category] = _numbers(confusion) | confusion.guarded_metrics()
+            credit |= {key: float(label == truth[key]) for key, label in zip(keys, predicted, strict=True)}
+        if not metrics:
+            raise DataError(
+                f"no label in {self.path(data, 'coco')} fits a question of {self.path(data, QUESTIONS)}. Get the "
+                f"labels from {_LABELS_AT}"
+            )
+        score = self._score("default", metrics, len(questions), credit, notes)
+        score.problems = joined.problems
+        return score
+
+    def confusions(self, answers: Lines, data: Path) -> dict[str, Confusion]:
+        """Count per category with the official pairing: by position, in answer-file order.
+
+        Raises:
+            OfficialError: An answer's id is no question.
+        """
+        category_of = {row["question_id"]: row["category"] for row in self._questions(data)}
+        by_category: dict[str, list[str]] = defaultdict(list)
+        for answer in clean_or_stop(answers):
+            if answer["question_id"] not in category_of:
+                raise OfficialError(
+                    f"KeyError: {answer['question_id']!r}", f"it is no question of {self.path(data, QUESTIONS)}"
+                )
+            by_category[category_of[answer["question_id"]]].append(text_to_label(answer["text"]))
+        return {
+            category: Confusion.count(by_category[category], [row["label"] for row in rows])
+            for category, rows in self._labels(data).items()
+        }
+
+    def score_official(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
+        """Score with labels paired by position."""
+        metrics: dict[str, dict[str, float]] = {}
+        for category, confusion in self.confusions(answers, data).items():
+            try:
+                metrics[category] = _numbers(confusion) | confusion.metrics()
+            except ZeroDivisionError:
+                # The script divides by the number of answers first (integers), then by counts made floats.
+                kind = "float division by zero" if confusion.answers else "division by zero"
+                raise OfficialError(
+                    f"ZeroDivisionError: {kind}",
+                    f"{category} has {confusion.answers} answers, {confusion.yes} of them yes",
+                ) from None
+        return self._score("official", metrics, len(self._questions(data)), {}, [])
+
+    def _score(
+        self,
+        mode: Any,
+        metrics: dict[str, dict[str, float]],
+        n_records: int,
+        credit: dict[str, float],
+        notes: list[str],
+    ) -> Score:
+        means = {f"mean_{name}": sum(m[name] for m in metrics.values()) / len(metrics) for name in ("f1", "accuracy")}
+        return Score(
+            self.name,
+            self.split,
+            mode,
+            self.metric,
+            100 * means["mean_f1"],
+            {**means, "categories": metrics},
+            n_records=n_records,
+            n_scored=int(sum(m["TP"] + m["FP"] + m["TN"] + m["FN"] for m in metrics.values())),
+            per_record=credit,
+            notes=notes,
+        )
+
+
+def _numbers(confusion: Confusion) -> dict[str, float]:
+    return {
+        "samples": confusion.answers,
+        "TP": confusion.tp,
+        "FP": confusion.fp,
+        "TN": confusion.tn,
+        "FN": confusion.fn,
+    }
+
+
+def _question(text: str) -> str:
+    return text.split("\n")[0].strip()
+
+
+def align(questions: Sequence[Row], labels: Sequence[Row], category: str) -> tuple[dict[str, str], list[str]]:
+    """Find the label of every question by image and wording.
+
+    LLaVA's question file fits the label files of one old POPE commit; with today's the random split has other rows and
+    some questions are spelled differently, so position alone is not to be trusted.
+
+    Args:
+        questions: Rows of the question file, one category.
+        labels: Rows of the label file of that category.
+        category: Its name, for the notes.
+
+    Returns:
+        Label per key, and notes when the two files do not line up.
+    """
+
+    def same(row: Row, label: Row) -> bool:
+        return bool(row["image"] == label["image"] and _question(row["text"]) == _question(label["text"]))
+
+    in_line = [i < len(labels) and same(row, labels[i]) for i, row in enumerate(questions)]
+    options: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for label in labels:
+        options[label["image"], _question(label["text"])].add(label["label"])
+    nearly = len(labels) == len(questions) and sum(in_line) >= _ALIGNED * len(questions)
+    truth: dict[str, str] = {}
+    respelled = looked_up = lost = 0
+    for i, row in enumerate(questions):
+        key, found = str(row["question_id"]), options.get((row["image"], _question(row["text"])), set())
+        if in_line[i]:
+            truth[key] = labels[i]["label"]
+        elif len(found) == 1:
+            truth[key] = next(iter(found))
+            looked_up += 1
+        elif nearly and row["image"] == labels[i]["image"]:
+            truth[key] = labels[i]["label"]
+            respelled += 1
+        else:
+            lost += 1
+    if not (respelled or looked_up or lost):
+        return truth, []
+    return truth, [
+        f"Labels and questions of the {category} split do not line up ({len(labels)} labels, {len(questions)} "
+        f"questions): {looked_up} labels were found by image and question, {respelled} by position with another "
+        f"spelling, {lost} not at all (not scored). The official scorer would pair them by position; the fitting "
+        f"labels are at {_LABELS_AT}"
+    ]

@@ -1,0 +1,237 @@
+"""Reading dataset and answer files: every failure names the file, what was expected and what to do about it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evengaze.errors import DataError
+
+Answer = dict[str, Any]
+"""One answer line in LLaVA's record format: at least ``question_id`` and ``text``."""
+
+
+def read_bytes(path: Path, hint: str = "") -> bytes:
+    """Read a file.
+
+    Args:
+        path: File to read.
+        hint: Where the file can be had; appended to the message when it is missing.
+
+    Raises:
+        DataError: The file is missing, is a directory or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist.{' ' + hint if hint else ''}") from None
+    except IsADirectoryError:
+        raise DataError(f"{path} is a directory, a file was expected.") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}. Check its permissions and the disk.") from error
+
+
+def read_json(path: Path, kind: type, hint: str = "") -> Any:
+    """Read one JSON document of a known top-level type.
+
+    Args:
+        path: File to read.
+        kind: ``dict`` or ``list``.
+        hint: Where the file can be had.
+
+    Raises:
+        DataError: Missing, not UTF-8, not JSON (as after a broken download), or of another type.
+    """
+    raw = read_bytes(path, hint)
+    try:
+        value = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). {hint}".strip()) from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}); it is {len(raw)} "
+            f"bytes long and may be cut off. {hint or 'Fetch it again.'}"
+        ) from None
+    if not isinstance(value, kind):
+        raise DataError(f"{path} holds a JSON {type(value).__name__}, a {kind.__name__} was expected. {hint}".strip())
+    return value
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """A line that is not a usable record.
+
+    Attributes:
+        line: Line number, from 1.
+        reason: Why it cannot be used.
+        excerpt: Its first characters.
+        is_json: False when the line is not JSON at all (what LLaVA's converters count as ``error_line``).
+    """
+
+    line: int
+    reason: str
+    excerpt: str
+    is_json: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {"line": self.line, "reason": self.reason, "excerpt": self.excerpt}
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A JSON-lines file: its records in order, and the lines that are none.
+
+    Attributes:
+        path: The file.
+        records: Well-formed records, in file order.
+        malformed: All other lines.
+        torn: True when the last line is incomplete: no newline at its end and no JSON (a run killed while writing).
+    """
+
+    path: Path
+    records: tuple[dict[str, Any], ...]
+    malformed: tuple[Malformed, ...] = ()
+    torn: bool = False
+
+
+def read_jsonl(path: Path, fields: tuple[str, ...], hint: str = "") -> Lines:
+    r"""Read a JSON-lines file; bad lines are collected, not raised.
+
+    Only ``\n`` ends a line: JSON strings may hold other Unicode line separators.
+
+    Args:
+        path: File to read.
+        fields: Keys that every record must have.
+        hint: Where the file can be had.
+
+    Raises:
+        DataError: The file is missing or unreadable.
+    """
+    raw = read_bytes(path, hint)
+    pieces = raw.split(b"\n")
+    complete = pieces.pop() if pieces[-1] == b"" else None
+    records: list[dict[str, Any]] = []
+    bad: list[Malformed] = []
+    for number, piece in enumerate(pieces, 1):
+        problem, value, is_json = _parse_line(piece, fields)
+        if problem:
+            bad.append(Malformed(number, problem, piece[:80].decode("utf-8", "replace"), is_json))
+        else:
+            records.append(value)
+    torn = complete is None and bool(bad) and bad[-1].line == len(pieces) and not bad[-1].is_json
+    return Lines(path, tuple(records), tuple(bad), torn)
+
+
+def _parse_line(piece: bytes, fields: tuple[str, ...]) -> tuple[str, dict[str, Any], bool]:
+    """Return (problem or "", record, whether the line is JSON)."""
+    if not piece.strip():
+        return "blank line", {}, False
+    try:
+        value = json.loads(piece.decode("utf-8"))
+    except UnicodeDecodeError:
+        return "not UTF-8", {}, False
+    except json.JSONDecodeError as error:
+        return f"not JSON ({error.msg} at column {error.colno})", {}, False
+    except RecursionError:
+        return "JSON nested too deeply", {}, False
+    if not isinstance(value, dict):
+        return f"a JSON {type(value).__name__}, an object was expected", {}, True
+    absent = [name for name in fields if name not in value]
+    return (f"without {', '.join(absent)}" if absent else ""), value, True
+
+
+def require_clean(lines: Lines, hint: str = "") -> tuple[dict[str, Any], ...]:
+    """Return the records of a dataset file, which must not have bad lines (blank ones are let pass).
+
+    Raises:
+        DataError: A line is malformed, or there is none at all.
+    """
+    bad = [item for item in lines.malformed if item.reason != "blank line"]
+    if bad:
+        raise DataError(
+            f"{lines.path} line {bad[0].line}: {bad[0].reason} ({bad[0].excerpt!r}); {len(bad)} such line(s). "
+            f"{hint or 'Fetch the file again.'}"
+        )
+    if not lines.records:
+        raise DataError(f"{lines.path} is empty. {hint or 'Fetch the file again.'}")
+    return lines.records
+
+
+def read_answers(path: Path) -> Lines:
+    """Read a predictions file in LLaVA's or Video-LLaVA's record format.
+
+    Video-LLaVA's ``{"id", "question", "answer", "pred"}`` lines come back with ``question_id`` and ``text`` added. A
+    JSON list, as in GQA's ``*_predictions.json`` (``questionId``, ``prediction``), is read as well.
+
+    Raises:
+        DataError: The file is missing or unreadable.
+    """
+    raw = read_bytes(path, "Give the JSON-lines file that the model's answers were written to.")
+    if raw.lstrip()[:1] == b"[":
+        records, bad = [], []
+        for number, item in enumerate(read_json(path, list), 1):
+            problem, value = _parse_item(item)
+            if problem:
+                bad.append(Malformed(number, problem, str(item)[:80], is_json=True))
+            else:
+                records.append(value)
+        return Lines(path, tuple(records), tuple(bad))
+    lines = read_jsonl(path, ())
+    records, bad = [], list(lines.malformed)
+    numbers = [n for n in range(1, len(lines.records) + len(bad) + 1) if n not in {item.line for item in bad}]
+    for number, item in zip(numbers, lines.records, strict=True):
+        problem, value = _parse_item(item)
+        if problem:
+            bad.append(Malformed(number, problem, str(item)[:80], is_json=True))
+        else:
+            records.append(value)
+    return Lines(path, tuple(records), tuple(sorted(bad, key=lambda item: item.line)), lines.torn)
+
+
+_ALIASES = (("question_id", ("id", "questionId")), ("text", ("pred", "prediction")))
+
+
+def _parse_item(item: Any) -> tuple[str, Answer]:
+    """Bring one answer to ``question_id`` and ``text``; return (problem or "", answer)."""
+    if not isinstance(item, dict):
+        return f"a JSON {type(item).__name__}, an object was expected", {}
+    answer = dict(item)
+    for name, others in _ALIASES:
+        for other in others:
+            if name not in answer and other in answer:
+                answer[name] = answer[other]
+        if name not in answer:
+            return f"without {name}", {}
+    if isinstance(answer["question_id"], bool) or not isinstance(answer["question_id"], (int, str)):
+        return f"question_id is a {type(answer['question_id']).__name__}, a number or a string was expected", {}
+    if not isinstance(answer["text"], str):
+        return f"text is a {type(answer['text']).__name__}, a string was expected", {}
+    return "", answer
+
+
+def repair_tail(path: Path) -> bytes:
+    """Cut an incomplete last line off an append-only JSON-lines file, so that writing can go on after it.
+
+    A last line that is complete JSON and only lacks its newline is kept and ended.
+
+    Returns:
+        The bytes that were cut off (empty when the file was whole or does not exist).
+    """
+    if not path.exists():
+        return b""
+    with path.open("r+b") as handle:
+        raw = handle.read()
+        if not raw or raw.endswith(b"\n"):
+            return b""
+        start = raw.rfind(b"\n") + 1
+        tail = raw[start:]
+        try:
+            json.loads(tail)
+        except ValueError:
+            handle.truncate(start)
+            return tail
+        handle.write(b"\n")
+    return b""

@@ -1,0 +1,1 @@
+"""Scoring rules as plain functions, one module a benchmark family."""
