@@ -233,7 +233,7 @@ class Pruner(ABC):
         """Visual tokens that go on after a stage: survivors and recycled ones."""
         return min(current, self.budget(stage, current, original))
 
-    def with_keep(self, tokens: int, visual: int) -> Pruner:
+    def with_keep(self, tokens: int, visual: int) -> Self:
         """The same method with about `tokens` of `visual` tokens left after its first stage, other stages in
         proportion. `schedule.solve_for_budget` turns this knob."""
         raise ConfigError(f"{self.name} has no budget to solve for")

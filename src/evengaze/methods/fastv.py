@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from evengaze.methods.base import Pruner, Selection, Stage, View, check_keep, check_layer, resolve_keep
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class FastV(Pruner):
         """`keep`, as a number of tokens."""
         return resolve_keep(self.keep, original)
 
-    def with_keep(self, tokens: int, visual: int) -> FastV:
+    def with_keep(self, tokens: int, visual: int) -> Self:
         """The same stage with another `keep`."""
         return self.replace(keep=tokens)
 
