@@ -1,0 +1,108 @@
+"""`tiny`: a random model of a family and inputs that fit it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from evengaze.errors import ConfigError
+from evengaze.layout import VisualLayout
+from evengaze.testing.families import FAMILIES
+from evengaze.testing.prompts import IMAGE, PAD, RESERVED, VIDEO, prompts
+
+
+def families(*, video: bool = False) -> tuple[str, ...]:
+    """Names that `tiny` knows; with `video=True` those that take videos."""
+    return tuple(name for name, f in FAMILIES.items() if not video or f.videos is not None)
+
+
+def tiny(
+    family: str,
+    batch: int = 1,
+    attention: str = "sdpa",
+    *,
+    images: int | Sequence[int] = 1,
+    video: bool = False,
+    side: Literal["left", "right"] = "left",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **text: Any,
+) -> tuple[Any, dict[str, Tensor]]:
+    """A tiny random model and inputs for it.
+
+    Args:
+        family: one of `families()`; "llama" is a bare decoder whose prompts hold stand-ins for image tokens
+            (`layout_of` says where).
+        batch: rows; their texts differ in content and length.
+        attention: attention implementation.
+        images: pictures in each row, or one number for each row (0 makes a row of text only).
+        video: videos in place of images.
+        side: where short rows are padded.
+        dtype: of the weights and pixels.
+        seed: of weights, texts and pixels.
+        text: overrides of the text config, such as `num_hidden_layers=8`.
+
+    Returns:
+        The model in eval mode (no end token; special tokens are never generated) and the keyword arguments for its
+        `generate` or forward.
+
+    Raises:
+        ConfigError: unknown family, or a video for a family without videos.
+    """
+    if family not in FAMILIES:
+        raise ConfigError(f"no tiny model of {family!r}; there are {', '.join(FAMILIES)}")
+    kind = FAMILIES[family]
+    make = kind.videos if video else kind.images
+    if make is None:
+        raise ConfigError(f"{family!r} takes no videos; those that do: {', '.join(families(video=True))}")
+    config = kind.config(text)
+    config._attn_implementation = attention
+    model = kind.model()(config)
+    _seed_weights(model, seed)
+    counts = [images] * batch if isinstance(images, int) else list(images)
+    generator = torch.Generator().manual_seed(seed + 1)
+    tokens, inputs = make(sum(counts), generator)
+    queue = iter(tokens)
+    inputs = {**prompts([[next(queue) for _ in range(n)] for n in counts], side=side, seed=seed), **inputs}
+    if kind.types is not None:
+        inputs[kind.types[0]] = kind.types[1](inputs["input_ids"])
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    return model.to(dtype), inputs
+
+
+def layout_of(inputs: dict[str, Tensor], grid: tuple[int, int] = (4, 4)) -> VisualLayout:
+    """The layout of unbroken runs of placeholder tokens, for the bare decoder or as a cross-check.
+
+    Args:
+        inputs: with `input_ids`.
+        grid: of every picture; a run must hold a multiple of its cells.
+    """
+    rows: list[list[tuple[int, int]]] = []
+    for ids in inputs["input_ids"].tolist():
+        visual = [0] + [int(t in (IMAGE, VIDEO)) for t in ids] + [0]
+        edges = [i for i in range(len(ids) + 1) if visual[i] != visual[i + 1]]
+        rows.append(list(zip(edges[::2], edges[1::2], strict=True)))
+    return VisualLayout.from_spans(rows, grid)
+
+
+@torch.no_grad()
+def _seed_weights(model: Any, seed: int) -> None:
+    """Draw every parameter anew; large enough that attention is not flat and greedy tokens have clear margins."""
+    generator = torch.Generator().manual_seed(seed)
+    zero_centred = "gemma" in type(model).__name__.lower()
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        if p.dim() < 2:
+            norm = "norm" in name and name.endswith("weight") and not zero_centred
+            p.copy_(0.1 * noise + float(norm))
+        elif "embed" in name or "lm_head" in name:
+            p.copy_(0.5 * noise)
+        else:
+            p.copy_((0.12 if "q_proj" in name or "k_proj" in name else 0.06) * noise)
+    model.eval()
+    settings = model.generation_config
+    settings.eos_token_id, settings.pad_token_id = None, PAD
+    settings.suppress_tokens = list(RESERVED)
