@@ -1,0 +1,68 @@
+"""Evengaze: drop most of a vision-language model's image tokens inside `model.generate()`.
+
+Tokens are chosen by attention that has been freed of its position and padding bias (arXiv 2508.17807).
+
+    import evengaze as eg
+
+    with eg.FastV(keep=128, layer=2, debias=eg.Debias.preset("llava-1.5-7b/fastv"))(model) as run:
+        output = model.generate(**inputs)
+    print(run.trace)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "attach": "evengaze.engine",
+    "Handle": "evengaze.engine",
+    "Debias": "evengaze.debias",
+    "PaddingMask": "evengaze.debias",
+    "TrendCurve": "evengaze.debias",
+    "VisualLayout": "evengaze.layout",
+    "VisualTokens": "evengaze.layout",
+    "ImageInfo": "evengaze.layout",
+    "Trace": "evengaze.trace",
+    "Schedule": "evengaze.schedule",
+    "solve_for_budget": "evengaze.schedule",
+    "Pruner": "evengaze.methods",
+    "Stage": "evengaze.methods",
+    "View": "evengaze.methods",
+    "Selection": "evengaze.methods",
+    "Merge": "evengaze.methods",
+    "parse": "evengaze.methods",
+    "FastV": "evengaze.methods.fastv",
+    "llava_processor": "evengaze.models",
+}
+_MODULES = ("demo", "errors", "methods", "models", "testing")
+
+__all__ = [*_EXPORTS, *_MODULES, "__version__"]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from evengaze import demo, errors, methods, models, testing
+    from evengaze.debias import Debias, PaddingMask, TrendCurve
+    from evengaze.engine import Handle, attach
+    from evengaze.layout import ImageInfo, VisualLayout, VisualTokens
+    from evengaze.methods import Merge, Pruner, Selection, Stage, View, parse
+    from evengaze.methods.fastv import FastV
+    from evengaze.models import llava_processor
+    from evengaze.schedule import Schedule, solve_for_budget
+    from evengaze.trace import Trace
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(import_module(_EXPORTS[name]), name)
+    elif name in _MODULES:
+        value = import_module(f"evengaze.{name}")
+    else:
+        raise AttributeError(f"module 'evengaze' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,12 +191,12 @@ class VisualLayout:
             if not pairs:
                 rows.append(VisualTokens.empty())
                 continue
-            grids = [grid] * len(pairs) if isinstance(grid[0], int) else list(grid)
+            grids: list[Any] = [grid] * len(pairs) if isinstance(grid[0], int) else list(grid)
             if len(grids) != len(pairs):
                 raise LayoutError(f"row {b} has {len(pairs)} images but {len(grids)} grids")
             images, end = [], 0
             for k, ((start, stop), g) in enumerate(zip(pairs, grids, strict=True)):
-                height, width = g  # type: ignore[misc]
+                height, width = int(g[0]), int(g[1])
                 frames, rest = divmod(stop - start, height * width)
                 if start < end or stop <= start:
                     raise LayoutError(f"row {b}: span ({start}, {stop}) is empty, negative or overlaps the one before")

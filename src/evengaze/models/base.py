@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -73,6 +73,19 @@ class Adapter:
             LayoutError: images were encoded, but their tokens cannot be located.
         """
         raise NotImplementedError
+
+    def prepare(self, model: nn.Module, surviving: Callable[[], Tensor | None]) -> Callable[[], None]:
+        """Called when a pruner attaches; whatever a family needs beyond layer hooks is set up here.
+
+        Args:
+            model: the model.
+            surviving: while a prefill runs, gives the (B, M) indices of the call's tokens that are still there, or None
+                if none has been dropped yet.
+
+        Returns:
+            A function that undoes it.
+        """
+        return lambda: None
 
     def visual_token_ids(self, model: nn.Module) -> tuple[int, ...]:
         """Ids of the placeholder tokens of images and videos."""

@@ -1,0 +1,271 @@
+"""Reading one attention call: the queries and keys that it received, and the softmax rows that a method asks for.
+
+`tap` borrows a single call of a single attention module. The module's config is shadowed by a copy that names an
+implementation registered through transformers' public `AttentionInterface`; the module itself then hands over its
+post-RoPE, post-norm query and key. The shadow is gone before the real implementation runs, so sdpa and flash stay on.
+No n x n map is ever made: only the asked rows are multiplied, in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from evengaze.errors import AttachError
+
+_PREFIX = "evengaze:"
+_SLOT = "_evengaze_tap"
+_ELEMENTS = 1 << 24
+"""Scores held at once while rows are reduced; bounds the memory of methods with many query rows."""
+
+
+@dataclass(frozen=True)
+class AttentionStates:
+    """What an attention function received in one call.
+
+    Attributes:
+        query: (B, H, Q, D) after rotary embedding and any query norm.
+        key: (B, Hkv, K, D) likewise, the cache's entries first. A static cache hands over its whole buffer.
+        mask: what the call was given: None, a 4-D bool or additive mask, a 2-D padding mask, or a flex BlockMask.
+        scaling: factor on the logits.
+        softcap: logits become `softcap * tanh(logits / softcap)` if set.
+        sinks: (H,) learned extra logits that take part in the softmax, if the model has them.
+        window: sliding-window length, where the mask does not already say so.
+        past: cached entries in front of query 0.
+        causal: whether a missing mask means causal attention (False in vision towers).
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Any
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    window: int | None = None
+    past: int = 0
+    causal: bool = True
+
+    def rows(self, row: int, queries: Tensor) -> Tensor:
+        """Softmax rows of chosen queries of one batch row.
+
+        Args:
+            row: batch row.
+            queries: (r,) indices into the call's Q queries.
+
+        Returns:
+            (H, r, K) float32 with K = past + Q.
+        """
+        heads, length, dim = self.query.shape[1:]
+        keys = self.past + length
+        key = self.key[row, :, :keys].float()
+        queries = queries.to(self.query.device)
+        query = self.query[row].index_select(1, queries).float()
+        # Grouped-query attention: the heads that share a key are further query rows of it.
+        logits = query.reshape(key.shape[0], -1, dim) @ key.transpose(1, 2)
+        logits = logits.reshape(heads, len(queries), keys) * self.scaling
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        allowed = self._allowed(row, queries, keys)
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, float("-inf"))
+        if self.sinks is not None:
+            sink = self.sinks.float().reshape(-1, 1, 1).expand(heads, len(queries), 1)
+            return torch.softmax(torch.cat([logits, sink], -1), -1)[..., :-1]
+        return torch.softmax(logits, -1)
+
+    def received(self, row: int, queries: Tensor, columns: Tensor, reduce: Literal["mean", "sum"] = "mean") -> Tensor:
+        """Attention that chosen tokens receive from chosen queries, averaged over heads and reduced over queries.
+
+        Args:
+            row: batch row.
+            queries: (r,) indices into the call's Q queries.
+            columns: (n,) indices of the receiving tokens among the call's Q tokens.
+            reduce: "mean" or "sum" over the queries.
+
+        Returns:
+            (n,) float32. Memory is O(chunk x keys), never O(r x keys).
+        """
+        heads, keys = self.query.shape[1], self.past + self.query.shape[2]
+        chunk = max(1, _ELEMENTS // (heads * keys))
+        columns = columns.to(self.query.device) + self.past
+        total = torch.zeros(len(columns), dtype=torch.float32, device=self.query.device)
+        for part in torch.split(queries, chunk):
+            total += self.rows(row, part).mean(0)[:, columns].sum(0)
+        return total / len(queries) if reduce == "mean" else total
+
+    def _allowed(self, row: int, queries: Tensor, keys: int) -> Tensor | None:
+        """(1 or H, r, keys) bool: which keys each query may see; None if it may see all."""
+        mask, device = self.mask, queries.device
+        columns = torch.arange(keys, device=device)
+        if isinstance(mask, BlockMask):
+            index = torch.full((), row, device=device)
+            head = torch.zeros((), dtype=torch.long, device=device)
+            return mask.mask_mod(index, head, queries[:, None], columns[None])[None]
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            part = mask[row if mask.shape[0] > 1 else 0, :, :, :keys].index_select(1, queries)
+            return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
+        seen = torch.ones(len(queries), keys, dtype=torch.bool, device=device)
+        if self.causal:
+            position = (queries + self.past)[:, None]
+            seen = columns <= position
+            if self.window is not None:
+                seen &= columns > position - self.window
+        if isinstance(mask, Tensor):
+            seen = seen & mask[row, :keys].bool()
+        elif not self.causal:
+            return None
+        return seen[None]
+
+
+class _Stop(BaseException):
+    """Leaves a probed layer at its attention call. Not an Exception, so that no model code swallows it."""
+
+
+@dataclass
+class _Tap:
+    config: Any
+    sink: Callable[[AttentionStates], None]
+    past: int
+    once: bool
+    stop: bool
+
+
+def attention_module(layer: nn.Module) -> nn.Module:
+    """The self-attention module of a decoder or encoder layer.
+
+    Raises:
+        AttachError: none of the usual names holds a module with a config.
+    """
+    for name in ("self_attn", "attention", "attn", "self_attention"):
+        module = getattr(layer, name, None)
+        if isinstance(module, nn.Module) and hasattr(module, "config"):
+            return module
+    raise AttachError(
+        f"{type(layer).__name__} has no self-attention module with a `config` (looked for self_attn, attention, attn, "
+        "self_attention), so its queries and keys cannot be read."
+    )
+
+
+def tap(
+    module: nn.Module, sink: Callable[[AttentionStates], None], *, past: int = 0, once: bool = True, stop: bool = False
+) -> None:
+    """Hand the states of the module's next attention call (of every one, if not `once`) to `sink`.
+
+    Args:
+        module: an attention module.
+        sink: receives the states before the real attention runs.
+        past: cached entries in front of the call's first query.
+        once: disarm before the sink is called.
+        stop: leave the layer at the attention call by an exception that `probe` catches.
+    """
+    config: Any = module.config
+    implementation = config._attn_implementation or "eager"
+    if implementation != "eager" and implementation not in ALL_ATTENTION_FUNCTIONS:
+        raise AttachError(
+            f"attention implementation {implementation!r} is not registered with transformers' AttentionInterface, so "
+            "queries and keys are hidden. Load the model with attn_implementation='sdpa' or 'eager'."
+        )
+    name = _PREFIX + implementation
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, _tapped)
+    shadow = copy.copy(config)
+    shadow._attn_implementation_internal = name
+    module.__dict__[_SLOT] = _Tap(config, sink, past, once, stop)
+    module.config = shadow
+
+
+def untap(module: nn.Module) -> bool:
+    """Give the module its own config back; whether a tap was still waiting."""
+    armed: _Tap | None = module.__dict__.pop(_SLOT, None)
+    if armed is not None:
+        module.config = armed.config
+    return armed is not None
+
+
+@contextmanager
+def tapped(module: nn.Module, sink: Callable[[AttentionStates], None]) -> Iterator[None]:
+    """Observe every attention call of a module inside a `with` block."""
+    tap(module, sink, once=False)
+    try:
+        yield
+    finally:
+        untap(module)
+
+
+def probe(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionStates:
+    """The queries and keys with which a layer that has not run yet would attend to its input.
+
+    The layer is left at its attention call; its cache is not touched.
+
+    Raises:
+        AttachError: the layer never called the attention interface.
+    """
+    found: list[AttentionStates] = []
+    module = attention_module(layer)
+    tap(module, found.append, stop=True)
+    try:
+        layer.forward(*args, **{**kwargs, "past_key_values": None})
+    except _Stop:
+        return found[0]
+    finally:
+        untap(module)
+    raise hidden_attention(module)
+
+
+def hidden_attention(module: nn.Module) -> AttachError:
+    """The error for a module whose attention does not go through the interface."""
+    return AttachError(
+        f"{type(module).__name__} did not call transformers' attention interface, so its queries and keys are hidden. "
+        "A custom kernel or a patched forward replaces it; use the stock module with 'sdpa', 'eager' or flash."
+    )
+
+
+def _implementation(module: nn.Module, name: str | None) -> Callable[..., Any]:
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if name is None or name == "eager":
+        if eager is None:
+            raise hidden_attention(module)
+        return eager  # type: ignore[no-any-return]
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)  # type: ignore[no-any-return]
+
+
+def _tapped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
+    """The attention function behind a tap: report, then let the real implementation do the work."""
+    armed: _Tap = module.__dict__[_SLOT]
+    if armed.once or armed.stop:
+        untap(module)
+    scaling = kwargs.get("scaling")
+    causal = kwargs.get("is_causal")
+    if causal is None:
+        causal = getattr(module, "is_causal", True)
+    armed.sink(
+        AttentionStates(
+            query,
+            key,
+            mask,
+            query.shape[-1] ** -0.5 if scaling is None else scaling,
+            kwargs.get("softcap"),
+            kwargs.get("s_aux"),
+            kwargs.get("sliding_window"),
+            armed.past,
+            bool(causal),
+        )
+    )
+    if armed.stop:
+        raise _Stop
+    shadow, module.config = module.config, armed.config  # flash reads the name of its kernel from here
+    try:
+        return _implementation(module, armed.config._attn_implementation)(
+            module, query, key, value, mask, *args, **kwargs
+        )
+    finally:
+        module.config = shadow

@@ -1,0 +1,273 @@
+"""What a pruned call kept, merged and dropped, and what that saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from evengaze.errors import DataError
+from evengaze.layout import ImageInfo, VisualLayout, VisualTokens
+from evengaze.methods.base import Merge
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RowTrace:
+    """One row at one stage. Tokens are indices into the row's layout (0 is the row's first visual token).
+
+    Attributes:
+        candidates: (n,) tokens that arrived at the stage.
+        kept: (m,) tokens that survived.
+        recycled: (c,) tokens that stand for merged ones; None if the method recycles nothing.
+        merge: the merge, in candidate indices; None if nothing was merged.
+        raw: (n,) scores as the method gave them; None if it gives none.
+        scores: (n,) scores after debiasing.
+    """
+
+    candidates: Tensor
+    kept: Tensor
+    recycled: Tensor | None = None
+    merge: Merge | None = None
+    raw: Tensor | None = None
+    scores: Tensor | None = None
+
+    @classmethod
+    def empty(cls) -> RowTrace:
+        """The trace of a row without images."""
+        none = torch.zeros(0, dtype=torch.long)
+        return cls(none, none)
+
+    @property
+    def survivors(self) -> int:
+        """Visual tokens that went on."""
+        return len(self.kept) + (0 if self.recycled is None else len(self.recycled))
+
+
+@dataclass(frozen=True)
+class StageTrace:
+    """One stage: the layer before which tokens left, whose attention was read, and one entry for each row."""
+
+    layer: int
+    attention: str | None
+    rows: Sequence[RowTrace]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The record of one prefill.
+
+    Attributes:
+        pruner: the method's parameters.
+        layout: the visual tokens of every row before pruning.
+        length: tokens of the call, batch padding included.
+        stages: what happened, by ascending layer.
+        entering: for every layer, the length of the sequence that entered it.
+        kv_bytes: for every layer, the bytes its cache held after the call; zeros without a cache.
+        kv_bytes_per_token: for every layer, the bytes that one token of all rows takes.
+    """
+
+    pruner: Mapping[str, Any]
+    layout: VisualLayout
+    length: int
+    stages: Sequence[StageTrace]
+    entering: Sequence[int]
+    kv_bytes: Sequence[int]
+    kv_bytes_per_token: Sequence[int]
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.entering)
+
+    def visual_tokens(self, row: int = 0) -> list[int]:
+        """Visual tokens of a row that enter each layer."""
+        counts = [len(self.layout.rows[row])] * self.layers
+        for stage in self.stages:
+            counts[stage.layer :] = [stage.rows[row].survivors] * (self.layers - stage.layer)
+        return counts
+
+    def average_tokens(self, row: int = 0) -> float:
+        """Mean over layers of the visual tokens that enter them, the measure by which methods are compared."""
+        return sum(self.visual_tokens(row)) / self.layers
+
+    def kept(self, row: int = 0, stage: int = -1) -> Tensor:
+        """(m,) indices, into the row's visual tokens, of those that survived a stage (the last one by default)."""
+        return self.stages[stage].rows[row].kept.cpu()
+
+    @property
+    def kv_bytes_dense(self) -> int:
+        """Bytes that the caches would hold without pruning."""
+        return self.length * sum(self.kv_bytes_per_token)
+
+    @property
+    def kv_bytes_predicted(self) -> int:
+        """Bytes that the caches should hold, from the tokens that entered each layer."""
+        return sum(n * b for n, b in zip(self.entering, self.kv_bytes_per_token, strict=True))
+
+    def __str__(self) -> str:
+        steps = []
+        rows = [b for b, r in enumerate(self.layout.rows) if len(r)]
+        count = _range([len(self.layout.rows[b]) for b in rows])
+        for stage in self.stages:
+            after = _range([stage.rows[b].survivors for b in rows])
+            steps.append(f"{count} -> {after} at layer {stage.layer}")
+            count = after
+        average = sum(self.average_tokens(b) for b in rows) / max(1, len(rows))
+        text = f"{'; '.join(steps) or 'nothing pruned'}; {average:.1f} average tokens over {self.layers} layers"
+        if sum(self.kv_bytes):
+            text += f"; KV cache {_megabytes(self.kv_bytes_dense)} -> {_megabytes(sum(self.kv_bytes))}"
+        return text
+
+    def plot(self, image: Image | None = None, row: int = 0, stage: int = 0) -> Figure:
+        """Draw what a stage kept of one row: kept patches bright, dropped dim, padding hatched.
+
+        Where the scores were debiased, the choice without debiasing is shown beside it.
+
+        Args:
+            image: the row's picture (its first image), or None for the token grid alone.
+            row: batch row.
+            stage: which stage.
+        """
+        from evengaze.viz.overlay import plot_trace
+
+        return plot_trace(self, image, row=row, stage=stage)
+
+    # -- files --------------------------------------------------------------------------------------------------------
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-able values."""
+        return {
+            "schema": _SCHEMA,
+            "pruner": dict(self.pruner),
+            "length": self.length,
+            "entering": list(self.entering),
+            "kv_bytes": list(self.kv_bytes),
+            "kv_bytes_per_token": list(self.kv_bytes_per_token),
+            "layout": [
+                {
+                    "images": [[list(i.grid), i.frames, None if i.size is None else list(i.size)] for i in r.images],
+                    **{name: getattr(r, name).tolist() for name in _TABLE},
+                }
+                for r in self.layout.rows
+            ],
+            "stages": [
+                {"layer": s.layer, "attention": s.attention, "rows": [_row_dict(r) for r in s.rows]}
+                for s in self.stages
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Trace:
+        """Read back what `to_dict` made.
+
+        Raises:
+            DataError: another schema, or a field is missing.
+        """
+        if data.get("schema") != _SCHEMA:
+            raise DataError(f"not a trace of schema {_SCHEMA} (found schema {data.get('schema')!r})")
+        try:
+            rows = tuple(
+                VisualTokens(
+                    **{n: torch.tensor(r[n], dtype=_TABLE[n]) for n in _TABLE},
+                    images=tuple(
+                        ImageInfo((g[0], g[1]), f, None if z is None else (z[0], z[1])) for g, f, z in r["images"]
+                    ),
+                )
+                for r in data["layout"]
+            )
+            stages = [StageTrace(s["layer"], s["attention"], [_row_of(r) for r in s["rows"]]) for s in data["stages"]]
+            return cls(
+                data["pruner"],
+                VisualLayout(rows),
+                data["length"],
+                stages,
+                data["entering"],
+                data["kv_bytes"],
+                data["kv_bytes_per_token"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"malformed trace: {error!r}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the trace as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict()), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Read a trace that `save` wrote.
+
+        Raises:
+            DataError: the file is no trace.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read as a trace ({error})") from error
+        return cls.from_dict(data)
+
+
+_TABLE = {
+    "position": torch.long,
+    "image": torch.long,
+    "frame": torch.long,
+    "cell": torch.long,
+    "x": torch.float64,
+    "padding": torch.float64,
+}
+
+
+def _row_dict(row: RowTrace) -> dict[str, Any]:
+    def values(t: Tensor | None) -> list[Any] | None:
+        return None if t is None else t.tolist()
+
+    merge = row.merge
+    return {
+        "candidates": values(row.candidates),
+        "kept": values(row.kept),
+        "recycled": values(row.recycled),
+        "merge": None if merge is None else [merge.source.tolist(), merge.target.tolist(), merge.weight.tolist()],
+        "raw": values(row.raw),
+        "scores": values(row.scores),
+    }
+
+
+def _row_of(data: Mapping[str, Any]) -> RowTrace:
+    def index(values: Sequence[int] | None) -> Tensor | None:
+        return None if values is None else torch.tensor(values, dtype=torch.long)
+
+    def real(values: Sequence[float] | None) -> Tensor | None:
+        return None if values is None else torch.tensor(values, dtype=torch.float32)
+
+    merge = data["merge"]
+    candidates, kept = index(data["candidates"]), index(data["kept"])
+    assert candidates is not None and kept is not None
+    return RowTrace(
+        candidates,
+        kept,
+        index(data["recycled"]),
+        None
+        if merge is None
+        else Merge(torch.tensor(merge[0]).long(), torch.tensor(merge[1]).long(), torch.tensor(merge[2])),
+        real(data["raw"]),
+        real(data["scores"]),
+    )
+
+
+def _range(counts: Sequence[int]) -> str:
+    if not counts:
+        return "0"
+    return str(counts[0]) if min(counts) == max(counts) else f"{min(counts)}-{max(counts)}"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MB" if size >= 2**18 else f"{size / 2**10:.1f} kB"
