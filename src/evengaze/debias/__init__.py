@@ -1,0 +1,34 @@
+"""Freeing scores of position and padding bias: masks, trend curves, published presets, calibration and measures."""
+
+from __future__ import annotations
+
+from evengaze.debias.curve import Curve, CurveWarning, Origin
+from evengaze.debias.padding import PaddingMask
+from evengaze.debias.presets import preset, preset_names
+from evengaze.debias.steps import Debias
+from evengaze.debias.trend import (
+    Exponential,
+    ExponentialFloor,
+    Isotonic,
+    Polynomial,
+    ReciprocalPolynomial,
+    Table,
+    TrendCurve,
+)
+
+__all__ = [
+    "Curve",
+    "CurveWarning",
+    "Debias",
+    "Exponential",
+    "ExponentialFloor",
+    "Isotonic",
+    "Origin",
+    "PaddingMask",
+    "Polynomial",
+    "ReciprocalPolynomial",
+    "Table",
+    "TrendCurve",
+    "preset",
+    "preset_names",
+]

@@ -1,0 +1,338 @@
+"""The file in which a calibrated trend is kept and exchanged: JSON with where it came from and how sure it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from evengaze.debias.trend import TrendCurve, max_log_ratio, trend_from_dict
+from evengaze.errors import CurveError
+
+SCHEMA = 1
+
+
+class CurveWarning(UserWarning):
+    """A curve is used where it was not calibrated, or corrects too much or too little."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a trend was measured on. Empty fields are unknown and never disagree.
+
+    Attributes:
+        model: name or path of the model.
+        revision: its commit or version.
+        architecture: see `architecture_of`.
+        method: name of the pruning method whose scores were averaged.
+        layer: 0-based decoder layer whose attention the scores come from.
+        target: "attention" (mean score) or "frequency" (how often selected).
+        grid: rows and columns of visual tokens.
+        data: the images and prompts, in words.
+        data_hash: SHA-256 over them, so that calibration on evaluation data can be noticed.
+        samples: number of calibration samples.
+        fingerprint: of the curve file.
+    """
+
+    model: str = ""
+    revision: str = ""
+    architecture: str = ""
+    method: str = ""
+    layer: int | None = None
+    target: str = "attention"
+    grid: tuple[int, int] | None = None
+    data: str = ""
+    data_hash: str = ""
+    samples: int = 0
+    fingerprint: str = ""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Origin:
+        """The inverse of `dataclasses.asdict`.
+
+        Raises:
+            CurveError: a field is unknown or of the wrong type.
+        """
+        kinds: dict[str, type | tuple[type, ...]] = {"layer": (int, type(None)), "samples": int}
+        kinds["grid"] = (list, tuple, type(None))
+        for name, value in values.items():
+            if name not in {f.name for f in fields(cls)}:
+                raise CurveError(f"unknown field {name!r} in the curve's origin")
+            if not isinstance(value, kinds.get(name, str)) or isinstance(value, bool):
+                raise CurveError(f"the origin's {name} has the wrong type: {value!r:.80}")
+        grid = values.get("grid")
+        if grid is not None and (len(grid) != 2 or not all(isinstance(g, int) and g > 0 for g in grid)):
+            raise CurveError(f"the origin's grid must be [rows, columns], not {grid!r:.80}")
+        return cls(**{**values, "grid": None if grid is None else tuple(grid)})
+
+    def differences(self, *, architecture: str = "", method: str = "", layer: int | None = None) -> list[str]:
+        """In words, what differs between the place of use and the calibration."""
+        found = []
+        if architecture and self.architecture and architecture != self.architecture:
+            found.append(f"model {architecture} instead of {self.architecture}")
+        if layer is not None and self.layer is not None and layer != self.layer:
+            found.append(f"attention of layer {layer} instead of {self.layer} ({abs(layer - self.layer)} layers away)")
+        if method and self.method and method != self.method:
+            found.append(f"method {method} instead of {self.method}")
+        return found
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The averages that a trend was fitted to, one entry a position that had any token that is not padding.
+
+    Attributes:
+        x: position in the raster, in [0, 1).
+        mean: mean score.
+        error: standard error of the mean.
+        count: number of tokens averaged.
+    """
+
+    x: tuple[float, ...] = ()
+    mean: tuple[float, ...] = ()
+    error: tuple[float, ...] = ()
+    count: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Band:
+    """Confidence band of f(x) / mean of f, pointwise, by bootstrap over images.
+
+    Attributes:
+        level: confidence, e.g. 0.95.
+        x: positions in [0, 1].
+        low: lower bound.
+        high: upper bound.
+    """
+
+    level: float = 0.95
+    x: tuple[float, ...] = ()
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+
+    @property
+    def width(self) -> float:
+        """Largest ratio high / low over x; infinite if a bound is not positive or there is no band."""
+        if not self.x or min(self.low) <= 0:
+            return float("inf")
+        return max(h / w for h, w in zip(self.high, self.low, strict=True))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A calibrated trend with its evidence.
+
+    Attributes:
+        trend: the fitted curve.
+        origin: what it was measured on.
+        fit: "least-squares" or "log".
+        summary: figures of the fit: mu, sigma and sigma_low/sigma_high of the exponential summary, r2, and others.
+        samples: what was fitted.
+        band: how sure it is.
+        layers: trends of other layers measured in the same pass, by layer.
+    """
+
+    trend: TrendCurve
+    origin: Origin = Origin()
+    fit: str = ""
+    summary: dict[str, float] = field(default_factory=dict)
+    samples: Samples = Samples()
+    band: Band = Band()
+    layers: dict[int, TrendCurve] = field(default_factory=dict)
+
+    def at_layer(self, layer: int) -> TrendCurve:
+        """The trend measured at a layer.
+
+        Raises:
+            CurveError: that layer was not measured.
+        """
+        if layer == self.origin.layer:
+            return self.trend
+        if layer not in self.layers:
+            known = sorted({*self.layers, *([] if self.origin.layer is None else [self.origin.layer])})
+            raise CurveError(f"the curve has no trend of layer {layer}, only of {known}; calibrate with --layers all")
+        return self.layers[layer]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The artefact as JSON-able values, with its fingerprint."""
+        body: dict[str, Any] = {
+            "evengaze_curve": SCHEMA,
+            "trend": self.trend.to_dict(),
+            "fit": self.fit,
+            "summary": dict(sorted(self.summary.items())),
+            "samples": _plain(asdict(self.samples)),
+            "band": _plain(asdict(self.band)),
+            "layers": {str(k): v.to_dict() for k, v in sorted(self.layers.items())},
+            "origin": _plain(asdict(self.origin)),
+        }
+        body["origin"].pop("fingerprint")
+        body["fingerprint"] = _fingerprint(body)
+        return body
+
+    @property
+    def fingerprint(self) -> str:
+        """First 16 hex digits of the SHA-256 of the artefact's content."""
+        return str(self.to_dict()["fingerprint"])
+
+    def save(self, path: str | Path) -> Path:
+        """Write the artefact; equal curves give equal bytes."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".part")
+        partial.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        partial.replace(target)
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path) -> Curve:
+        """Read an artefact.
+
+        Raises:
+            CurveError: the file is missing, no JSON, no curve, of a newer schema or damaged.
+        """
+        source = Path(path)
+        try:
+            values = json.loads(source.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CurveError(f"{source} does not exist. Make it with `evengaze calibrate ... -o {source}`.") from None
+        except OSError as error:
+            raise CurveError(f"{source} cannot be read: {error}") from None
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise CurveError(f"{source} is no JSON ({error}). Copy it again, or calibrate anew.") from None
+        try:
+            return cls.from_dict(values)
+        except CurveError as error:
+            raise CurveError(f"{source}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Curve:
+        """The inverse of `to_dict`.
+
+        Raises:
+            CurveError: something is missing, unknown, of the wrong type, or the fingerprint does not match.
+        """
+        if not isinstance(values, dict) or "evengaze_curve" not in values:
+            raise CurveError(
+                "not a curve: the key 'evengaze_curve' is missing. Write curves with `evengaze calibrate`."
+            )
+        schema = values["evengaze_curve"]
+        if not isinstance(schema, int) or isinstance(schema, bool) or not 1 <= schema <= SCHEMA:
+            raise CurveError(f"curve schema {schema!r:.20}; this evengaze reads up to {SCHEMA}. Upgrade evengaze.")
+        missing = {"trend", "origin"} - set(values)
+        if missing:
+            raise CurveError(f"the curve lacks {', '.join(sorted(missing))}; calibrate anew")
+        given = values.get("fingerprint")
+        body = {k: v for k, v in values.items() if k != "fingerprint"}
+        if given is not None and given != _fingerprint(body):
+            raise CurveError(
+                "the content does not match its fingerprint: the file was edited or damaged. Calibrate anew, or remove "
+                "the key 'fingerprint' if you changed it on purpose."
+            )
+        if not isinstance(values["origin"], dict):
+            raise CurveError("the curve's origin must be an object")
+        origin = Origin.from_dict(values["origin"])
+        try:
+            result = cls(
+                trend=trend_from_dict(values["trend"]),
+                origin=origin,
+                fit=str(values.get("fit", "")),
+                summary={str(k): float(v) for k, v in values.get("summary", {}).items()},
+                samples=Samples(**{k: tuple(v) for k, v in values.get("samples", {}).items()}),
+                band=_band(values.get("band", {})),
+                layers={int(k): trend_from_dict(v) for k, v in values.get("layers", {}).items()},
+            )
+        except (TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, CurveError):
+                raise
+            raise CurveError(f"malformed curve: {error}") from None
+        _check_columns(result)
+        stamped = Origin(**{**asdict(origin), "grid": origin.grid, "fingerprint": result.fingerprint})
+        return Curve(**{**{f.name: getattr(result, f.name) for f in fields(result)}, "origin": stamped})
+
+
+def warn_if_foreign(
+    origin: Origin | None,
+    trend: TrendCurve | None = None,
+    *,
+    architecture: str = "",
+    method: str = "",
+    layer: int | None = None,
+    reference: Curve | None = None,
+) -> list[str]:
+    """Warn (`CurveWarning`) if a trend is used elsewhere than where it was calibrated.
+
+    Args:
+        origin: where it was calibrated; None never warns.
+        trend: the trend in use.
+        architecture: of the model in use, by `architecture_of`.
+        method: name of the method in use.
+        layer: 0-based layer whose attention it ranks by.
+        reference: a curve that fits the place of use, or one of several layers, to say how far off this one is.
+
+    Returns:
+        The differences, in words.
+    """
+    if origin is None:
+        return []
+    found = origin.differences(architecture=architecture, method=method, layer=layer)
+    if found:
+        distance = ""
+        if reference is not None and trend is not None:
+            right = reference.layers.get(-1 if layer is None else layer, reference.trend)
+            distance = f" Its weights are off by up to a factor of {math.exp(max_log_ratio(trend, right)):.2f} there."
+        name = origin.fingerprint or origin.data or origin.model
+        warnings.warn(
+            f"debias curve {name} is used for {'; '.join(found)}. The trend differs between models and layers."
+            f"{distance} Check it with `evengaze curves validate`, or calibrate anew.",
+            CurveWarning,
+            stacklevel=3,
+        )
+    return found
+
+
+def architecture_of(config: Any) -> str:
+    """What must agree between two models for their trends to be comparable, from a transformers configuration.
+
+    Returns:
+        model type / decoder type / layers x hidden size, e.g. "llava/llama/32x4096".
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = f"{getattr(text, 'num_hidden_layers', '?')}x{getattr(text, 'hidden_size', '?')}"
+    return f"{getattr(config, 'model_type', '?')}/{getattr(text, 'model_type', '?')}/{size}"
+
+
+def hash_data(items: Sequence[bytes | str]) -> str:
+    """SHA-256 of images and prompts, whatever their order."""
+    digests = sorted(hashlib.sha256(i.encode() if isinstance(i, str) else i).hexdigest() for i in items)
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _band(values: dict[str, Any]) -> Band:
+    columns: dict[str, Any] = {k: tuple(v) for k, v in values.items() if k != "level"}
+    return Band(level=float(values.get("level", 0.95)), **columns)
+
+
+def _check_columns(curve: Curve) -> None:
+    for name, table in (("samples", curve.samples), ("band", curve.band)):
+        columns = {k: v for k, v in asdict(table).items() if k != "level"}
+        if len({len(v) for v in columns.values()}) > 1:
+            raise CurveError(f"the columns of {name} differ in length: { {k: len(v) for k, v in columns.items()} }")
+        if not all(isinstance(v, (int, float)) and v == v for c in columns.values() for v in c):
+            raise CurveError(f"{name} holds something that is no number")
+
+
+def _fingerprint(body: dict[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as JSON reads them back."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,152 @@
+"""The two debiasing steps as a pruner uses them: divide the trend out of the scores, leave padding out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from evengaze.debias.curve import Curve, Origin, warn_if_foreign
+from evengaze.debias.padding import PaddingMask
+from evengaze.debias.presets import preset
+from evengaze.debias.trend import Trend, trend_from_dict
+from evengaze.errors import ConfigError
+from evengaze.layout import VisualTokens
+
+Stages = Literal["first", "all"]
+
+
+@dataclass(frozen=True)
+class Debias:
+    """Debiasing of a language-to-vision ranking (arXiv 2508.17807): weights against the trend, a mask against padding.
+
+    Attributes:
+        padding: which tokens are padding; None leaves padding in the ranking.
+        trend: the trend to divide out; None leaves it in.
+        stages: apply at the "first" stage of a method only, as published, or at "all" that rank by text.
+        origin: what the trend was calibrated on, if it was read from a file or a preset.
+    """
+
+    padding: PaddingMask | None = None
+    trend: Trend | None = None
+    stages: Stages = "first"
+    origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        if self.stages not in get_args(Stages):
+            raise ConfigError(f"stages must be 'first' or 'all', not {self.stages!r}")
+
+    def applies(self, stage: int) -> bool:
+        """Whether a stage, counted from 0, is debiased."""
+        return self.stages == "all" or stage == 0
+
+    def valid(self, tokens: VisualTokens, *, official: bool = False) -> Tensor:
+        """(n,) bool, False where a token is padding.
+
+        If nothing but padding is left, all are True, unless `official` asks for what the published code does.
+        """
+        if self.padding is None:
+            return torch.ones(len(tokens), dtype=torch.bool, device=tokens.x.device)
+        valid = self.padding.valid(tokens)
+        return valid if official or bool(valid.any()) else torch.ones_like(valid)
+
+    def weight(self, tokens: VisualTokens, score: Tensor | None = None) -> Tensor:
+        """(n,) float64 weights of the trend step; 1 without a trend."""
+        if self.trend is None:
+            return torch.ones(len(tokens), dtype=torch.float64, device=tokens.x.device)
+        return self.trend.weights(tokens, score)
+
+    def __call__(self, score: Tensor, tokens: VisualTokens, *, official: bool = False) -> tuple[Tensor, Tensor]:
+        """Debias the scores of one prompt's visual tokens.
+
+        Args:
+            score: (n,) scores, larger means keep.
+            tokens: the n tokens that they belong to.
+            official: do as the published patches: padding's score becomes 0 and may still be chosen when too few other
+                tokens are there.
+
+        Returns:
+            (n,) float32 scores, and (n,) bool: which tokens may be chosen.
+        """
+        weight = self.weight(tokens, score).to(score)
+        valid = self.valid(tokens, official=official).to(score.device)
+        if official:
+            return (score * valid) * weight, torch.ones_like(valid)
+        return score * weight, valid
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON-able values."""
+        return {
+            "padding": None if self.padding is None else self.padding.to_dict(),
+            "trend": None if self.trend is None else self.trend.to_dict(),
+            "stages": self.stages,
+            "origin": None if self.origin is None else asdict(self.origin),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Debias:
+        """The inverse of `to_dict`."""
+        unknown = set(values) - {"padding", "trend", "stages", "origin"}
+        if unknown:
+            raise ConfigError(f"Debias has no parameter {', '.join(sorted(unknown))}")
+        padding, trend, origin = values.get("padding"), values.get("trend"), values.get("origin")
+        return cls(
+            padding=None if padding is None else PaddingMask.from_dict(padding),
+            trend=None if trend is None else trend_from_dict(trend),
+            stages=values.get("stages", "first"),
+            origin=None if origin is None else Origin.from_dict(origin),
+        )
+
+    @classmethod
+    def load(cls, path: str | Path, *, layer: int | None = None) -> Debias:
+        """Both steps with the trend of a curve file (see `Curve.load`).
+
+        Args:
+            path: the file.
+            layer: take the trend of this layer (0-based, whose attention is read) from a file that holds several.
+
+        Raises:
+            CurveError: the file is missing, malformed or of a newer version.
+        """
+        curve = Curve.load(path)
+        if layer is None or layer == curve.origin.layer:
+            return cls(padding=PaddingMask(), trend=curve.trend, origin=curve.origin)
+        origin = replace(curve.origin, layer=layer)
+        return cls(padding=PaddingMask(), trend=curve.at_layer(layer), origin=origin)
+
+    @classmethod
+    def preset(cls, name: str, *, official: bool = False) -> Debias:
+        """Both steps with a published trend, e.g. "llava-1.5-7b/fastv" (see `evengaze.debias.presets`).
+
+        Args:
+            name: model/method or model/method/benchmark.
+            official: with the published patch's own padding formula instead of measured shares.
+
+        Raises:
+            CurveError: there is no such preset.
+        """
+        found = preset(name)
+        return cls(padding=found.padding if official else PaddingMask(), trend=found.trend, origin=found.origin)
+
+    def check(self, *, architecture: str = "", method: str = "", layer: int | None = None) -> list[str]:
+        """Warn (`CurveWarning`) if the trend was calibrated for another model, method or layer.
+
+        Args:
+            architecture: of the model in use (`evengaze.debias.curve.architecture_of(model.config)`).
+            method: name of the method in use.
+            layer: 0-based layer whose attention the method ranks by at its first stage.
+
+        Returns:
+            The differences, in words.
+        """
+        return warn_if_foreign(self.origin, architecture=architecture, method=method, layer=layer)
+
+    @classmethod
+    def parse(cls, text: str) -> Debias:
+        """What the command line takes: "padding", a curve file (ends in .json) or a preset's name."""
+        if text == "padding":
+            return cls(padding=PaddingMask())
+        return cls.load(text) if text.endswith(".json") else cls.preset(text)
