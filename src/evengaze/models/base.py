@@ -50,6 +50,24 @@ class Call:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class VisionTower:
+    """A vision tower whose patches are the decoder's visual tokens, one to one and in the same order.
+
+    Attributes:
+        module: the tower: pixels in, one state for each patch out.
+        layers: its encoder layers.
+        special: leading tokens (class token) of each image's sequence in the tower.
+        output: index of the layer whose output becomes the visual features, counted as in `hidden_states`: layer
+            `output` and later ones have no influence on them. Equal to `len(layers)` if all layers count.
+    """
+
+    module: nn.Module
+    layers: nn.ModuleList
+    special: int
+    output: int
+
+
 class Adapter:
     """What the engine must know about a model family. One subclass a family; instances hold no state.
 
@@ -86,6 +104,21 @@ class Adapter:
             A function that undoes it.
         """
         return lambda: None
+
+    def full_attention_layers(self, model: nn.Module) -> tuple[int, ...]:
+        """Decoder layers that attend to the whole sequence. A layer with a sliding window gives tokens outside of it
+        exactly 0, so it cannot rank them."""
+        decoder: Any = self.decoder(model)
+        types = getattr(decoder.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
+        return tuple(i for i, kind in enumerate(types) if kind == "full_attention")
+
+    def vision_tower(self, model: nn.Module, kind: Literal["image", "video"] = "image") -> VisionTower:
+        """The tower, for methods that drop patches in it.
+
+        Raises:
+            UnsupportedModelError: the family mixes patches between the tower and the decoder; the message says how.
+        """
+        raise UnsupportedModelError(f"{self.name}: patches cannot be dropped in the vision tower")
 
     def visual_token_ids(self, model: nn.Module) -> tuple[int, ...]:
         """Ids of the placeholder tokens of images and videos."""

@@ -17,22 +17,46 @@ from evengaze.errors import LayoutError
 from evengaze.layout import ImageInfo, VisualLayout, VisualTokens
 from evengaze.models.base import Call
 
+NO_CANDIDATE = -1
+"""Stands in place of a cell for tokens that show no patch: class tokens, newlines."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Part of a picture that is shown on one grid: all of it, a thumbnail, a detail view, or equal tiles or frames.
+
+    Attributes:
+        info: the grid and the number of frames (or tiles).
+        cell: (n,) raster index of each placeholder token in its frame, or `NO_CANDIDATE`.
+        padding: (candidates,) share of padding of each cell in order; None: no padding.
+    """
+
+    info: ImageInfo
+    cell: Tensor
+    padding: Tensor | None = None
+
+    @classmethod
+    def plain(cls, info: ImageInfo, padding: Tensor | None = None, *, special: int = 0) -> View:
+        """Complete grids in raster order, each behind `special` tokens that are no candidates."""
+        frame = torch.cat([torch.full((special,), NO_CANDIDATE), torch.arange(info.cells)])
+        return cls(info, frame.repeat(info.frames), padding)
+
 
 @dataclass(frozen=True)
 class Picture:
     """The placeholder tokens of one image or video, in sequence order. All tensors have shape (n,).
 
     Attributes:
-        views: the grids that it is shown on: one, except where a thumbnail and a detail view differ in size.
-        view: index into `views`.
-        frame: frame (or tile) of that view.
-        cell: raster index in the grid; -1 for a token that is no candidate (class token, newline).
+        images: the grids that it is shown on: one, except where a thumbnail and a detail view differ in size.
+        image: index into `images`.
+        frame: frame (or tile) of that grid.
+        cell: raster index in the grid, or `NO_CANDIDATE`.
         x: raster index as a fraction in [0, 1).
         padding: share of the patch that is padding.
     """
 
-    views: tuple[ImageInfo, ...]
-    view: Tensor
+    images: tuple[ImageInfo, ...]
+    image: Tensor
     frame: Tensor
     cell: Tensor
     x: Tensor
@@ -42,23 +66,64 @@ class Picture:
         return int(self.cell.shape[0])
 
     @classmethod
-    def plain(cls, info: ImageInfo, *, padding: Tensor | None = None, special: int = 0, tiled: bool = False) -> Picture:
-        """Complete grids in raster order, one a frame.
+    def video(cls, view: View) -> Picture:
+        """Frames that are pictures of their own: x starts again in each."""
+        return cls._of([view], x=view.cell.double() / view.info.cells)
 
-        Args:
-            info: grid and number of frames.
-            padding: shares of padding of all cells, in order.
-            special: leading tokens of each frame that are no candidates.
-            tiled: the frames are tiles of one image: x runs through all of them instead of through each.
-        """
-        n, frames = info.cells, info.frames
-        cell = torch.cat([torch.full((special,), -1), torch.arange(n)]).repeat(frames)
-        frame = torch.arange(frames).repeat_interleave(n + special)
-        x = (frame * n + cell).double() / (n * frames) if tiled else cell.double() / n
-        share = torch.zeros(len(cell), dtype=torch.float64)
-        if padding is not None:
-            share[cell >= 0] = padding.flatten().double()
-        return cls((info,), torch.zeros_like(cell), frame, cell, x, share)
+    @classmethod
+    def still(cls, *views: View) -> Picture:
+        """One image. If it is shown in several views or tiles, x runs through all of them in sequence order."""
+        rank = torch.cat([(v.cell != NO_CANDIDATE).double().cumsum(0) for v in views])
+        total = sum(float(v.info.cells * v.info.frames) for v in views)
+        ahead = torch.cat([torch.full((len(v.cell),), o) for v, o in zip(views, _offsets(views), strict=True)])
+        return cls._of(views, x=(ahead + rank - 1) / total)
+
+    @classmethod
+    def _of(cls, views: Sequence[View], x: Tensor) -> Picture:
+        image = torch.cat([torch.full((len(v.cell),), k) for k, v in enumerate(views)])
+        cell = torch.cat([v.cell for v in views])
+        frame = torch.cat([((v.cell == 0).cumsum(0) - 1).clamp(min=0) for v in views])
+        padding = torch.zeros(len(cell), dtype=torch.float64)
+        shares = [
+            torch.zeros(v.info.cells * v.info.frames, dtype=torch.float64) if v.padding is None else v.padding.flatten()
+            for v in views
+        ]
+        padding[cell != NO_CANDIDATE] = torch.cat(shares).double()
+        return cls(tuple(v.info for v in views), image, frame, cell, x, padding)
+
+
+def _offsets(views: Sequence[View]) -> list[float]:
+    """Candidates ahead of each view."""
+    ahead, out = 0.0, []
+    for v in views:
+        out.append(ahead)
+        ahead += v.info.cells * v.info.frames
+    return out
+
+
+def runs(call: Call, token: int, encoded: int) -> list[tuple[int, int, bool]]:
+    """The unbroken runs of a placeholder, row by row, each sample once.
+
+    Args:
+        call: the call.
+        token: the placeholder's id.
+        encoded: how many placeholder tokens the encoded images fill.
+
+    Returns:
+        (length, id of the token in front, whether it is the last run of its row) of each run.
+    """
+    if call.input_ids is None or not encoded:
+        return []
+    ids = call.input_ids.cpu()
+    times = max(1, int((ids == token).sum()) // encoded)
+    found = []
+    for row in ids[::times]:
+        there = torch.nn.functional.pad((row == token).int(), (1, 1))
+        edge = there.diff()
+        starts, stops = (edge == 1).nonzero()[:, 0].tolist(), (edge == -1).nonzero()[:, 0].tolist()
+        for start, stop in zip(starts, stops, strict=True):
+            found.append((stop - start, int(row[start - 1]) if start else -1, stop == stops[-1]))
+    return found
 
 
 def assemble(call: Call, pictures: Mapping[int, Sequence[Picture]]) -> VisualLayout | None:
@@ -93,7 +158,7 @@ def assemble(call: Call, pictures: Mapping[int, Sequence[Picture]]) -> VisualLay
                 if not queue or start + len(queue[0]) > len(position):
                     raise LayoutError(
                         f"row {b} holds {len(position)} placeholder tokens of id {token}, which is no whole number of "
-                        "pictures: placeholders of a picture must not be split between calls or rows"
+                        "pictures: the placeholders of a picture must not be cut off or split between calls"
                     )
                 picture = queue.pop(0)
                 placed.append((position[start : start + len(picture)], picture))
@@ -128,10 +193,8 @@ def _row(placed: list[tuple[Tensor, Picture]]) -> VisualTokens:
     images: list[ImageInfo] = []
     columns: list[tuple[Tensor, ...]] = []
     for position, p in placed:
-        columns.append((position, p.view + len(images), p.frame, p.cell, p.x, p.padding))
-        images.extend(p.views)
+        columns.append((position, p.image + len(images), p.frame, p.cell, p.x, p.padding))
+        images.extend(p.images)
     position, image, frame, cell, x, padding = (torch.cat(c) for c in zip(*columns, strict=True))
     table = VisualTokens(position, image, frame, cell, x, padding, tuple(images))
-    # Frames of a video may be interleaved with another picture's tokens only in sequence order.
-    order = torch.argsort(position)
-    return table.take(order[cell[order] >= 0])
+    return table.take((cell != NO_CANDIDATE).nonzero()[:, 0])

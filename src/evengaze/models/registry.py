@@ -20,7 +20,22 @@ from evengaze.models.base import Adapter, Call, find_decoder
 ENTRY_POINTS = "evengaze.adapters"
 
 BUILT_IN = {
+    "aya_vision": "tiles:AyaVision",
+    "gemma3": "gemma:Gemma3",
+    "idefics3": "tiles:Idefics3",
+    "internvl": "tiles:InternVL",
     "llava": "llava:Llava",
+    "llava_next": "llava_next:LlavaNext",
+    "llava_next_video": "llava_next:LlavaNextVideo",
+    "llava_onevision": "llava_next:LlavaOnevision",
+    "mistral3": "mistral:Mistral3",
+    "paligemma": "gemma:PaliGemma",
+    "qwen2_vl": "qwen:Qwen2VL",
+    "qwen2_5_vl": "qwen:Qwen2VL",
+    "qwen3_vl": "qwen:Qwen3VL",
+    "qwen3_vl_moe": "qwen:Qwen3VL",
+    "smolvlm": "tiles:Idefics3",
+    "video_llava": "llava:VideoLlava",
 }
 """Model type -> `module:class` under `evengaze.models`."""
 

@@ -1,0 +1,58 @@
+"""Gemma 3 and PaliGemma: pictures squashed to a square, a fixed number of tokens each."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from evengaze.errors import UnsupportedModelError
+from evengaze.layout import ImageInfo, VisualLayout
+from evengaze.models.base import Adapter, Call, VisionTower
+from evengaze.models.llava import feature_tower, patch_size
+from evengaze.models.pictures import Picture, View, assemble
+
+
+class PaliGemma(Adapter):
+    """PaliGemma: one token a patch."""
+
+    name = "PaliGemma"
+    model_types: ClassVar[tuple[str, ...]] = ("paligemma",)
+
+    def grid(self, config: Any, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of visual tokens of a picture."""
+        return (height // patch_size(config), width // patch_size(config))
+
+    def layout(self, model: nn.Module, call: Call) -> VisualLayout | None:
+        """One grid an image, no padding."""
+        config: Any = model.config
+        pictures = []
+        for encoder in call.encoded:
+            pixels = encoder.arguments["pixel_values"]
+            info = ImageInfo(self.grid(config, *pixels.shape[-2:]))
+            pictures += [Picture.still(View.plain(info))] * len(pixels.flatten(0, -4))
+        return assemble(call, {config.image_token_id: pictures})
+
+    def vision_tower(self, model: nn.Module, kind: Literal["image", "video"] = "image") -> VisionTower:
+        """The SigLIP tower."""
+        return feature_tower(getattr(model.base_model, "vision_tower"), model.config, 0)  # noqa: B009
+
+
+class Gemma3(PaliGemma):
+    """Gemma 3: patches are pooled to `mm_tokens_per_image`; most decoder layers see a sliding window only."""
+
+    name = "Gemma 3"
+    model_types = ("gemma3",)
+
+    def grid(self, config: Any, height: int, width: int) -> tuple[int, int]:
+        """The square grid that the projector pools to."""
+        side = math.isqrt(config.mm_tokens_per_image)
+        return (side, side)
+
+    def vision_tower(self, model: nn.Module, kind: Literal["image", "video"] = "image") -> VisionTower:
+        """Refused: the projector pools patches."""
+        raise UnsupportedModelError(
+            f"{self.name}: the projector averages groups of patches into one visual token, so single patches cannot be "
+            "dropped in the vision tower. Prune in the decoder instead."
+        )

@@ -1,0 +1,135 @@
+"""LLaVA-NeXT, LLaVA-NeXT-Video and LLaVA-OneVision: a thumbnail and a detail view stitched from tiles.
+
+The detail view is padded (black) to the canvas that the tiles form; the model then drops the rows or columns of
+features that are padding and closes every row with a learned newline. The shares of padding go through the same
+functions as the features, so what is left of them at the edge is exact. Newlines are no candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+from evengaze.errors import UnsupportedModelError
+from evengaze.layout import ImageInfo, VisualLayout
+from evengaze.models.base import Adapter, Call, EncoderCall, VisionTower
+from evengaze.models.llava import patch_size
+from evengaze.models.pictures import NO_CANDIDATE, Picture, View, assemble
+
+
+class LlavaNext(Adapter):
+    """LLaVA-NeXT (1.6)."""
+
+    name = "LLaVA-NeXT"
+    model_types: ClassVar[tuple[str, ...]] = ("llava_next",)
+
+    def layout(self, model: nn.Module, call: Call) -> VisualLayout | None:
+        """Two views an image (thumbnail, detail); x runs through both in sequence order."""
+        config: Any = model.config
+        pictures: dict[int, list[Picture]] = {token: [] for token in self.visual_token_ids(model)}
+        for encoder in call.encoded:
+            if encoder.kind == "image":
+                pictures[config.image_token_id] += self._images(config, encoder)
+            else:
+                frames = encoder.arguments["pixel_values_videos"].shape[:2]
+                pictures[config.video_token_id] += [self._video(config, int(frames[1])) for _ in range(int(frames[0]))]
+        return assemble(call, pictures)
+
+    def _images(self, config: Any, encoder: EncoderCall) -> list[Picture]:
+        sizes = [(int(h), int(w)) for h, w in torch.as_tensor(encoder.arguments["image_sizes"]).tolist()]
+        return [_tiled(config, size) for size in sizes]
+
+    def _video(self, config: Any, frames: int) -> Picture:
+        """LLaVA-NeXT-Video: each frame's grid is pooled by a stride."""
+        side = _side(config) // config.spatial_pool_stride
+        return Picture.video(View.plain(ImageInfo((side, side), frames)))
+
+    def vision_tower(self, model: nn.Module, kind: Literal["image", "video"] = "image") -> VisionTower:
+        """Refused: several patches or tiles share a token."""
+        raise UnsupportedModelError(
+            f"{self.name}: the features of the tiles are stitched, unpadded or pooled on their way to the decoder, so "
+            "patches dropped in the vision tower do not correspond to visual tokens. Prune in the decoder instead."
+        )
+
+
+class LlavaNextVideo(LlavaNext):
+    """LLaVA-NeXT-Video: images as in LLaVA-NeXT, frames pooled."""
+
+    name = "LLaVA-NeXT-Video"
+    model_types = ("llava_next_video",)
+
+
+class LlavaOnevision(LlavaNext):
+    """LLaVA-OneVision: large detail views are shrunk; a video is pooled frames and one newline."""
+
+    name = "LLaVA-OneVision"
+    model_types = ("llava_onevision",)
+
+    def _images(self, config: Any, encoder: EncoderCall) -> list[Picture]:
+        sizes = [(int(h), int(w)) for h, w in torch.as_tensor(encoder.arguments["image_sizes"]).tolist()]
+        aspect = encoder.arguments.get("vision_aspect_ratio") or config.vision_aspect_ratio
+        most = int(str(aspect).removeprefix("anyres_max_"))
+        together: Sequence[int] | None = encoder.arguments.get("batch_num_images")
+        alone = [True] * len(sizes)
+        if together is not None:
+            alone = [int(n) == 1 for n in together for _ in range(int(n))]
+        return [
+            _tiled(config, s, most) if detail else _thumbnail(config, s) for s, detail in zip(sizes, alone, strict=True)
+        ]
+
+    def _video(self, config: Any, frames: int) -> Picture:
+        side = math.ceil(_side(config) / 2)
+        view = View.plain(ImageInfo((side, side), frames))
+        return Picture.video(View(view.info, torch.cat([view.cell, torch.tensor([NO_CANDIDATE])])))
+
+
+def _tiled(config: Any, size: tuple[int, int], most_tiles: int | None = None) -> Picture:
+    """A picture of (height, width) as thumbnail and detail view; the latter shrunk if it exceeds `most_tiles`."""
+    side = _side(config)
+    canvas = select_best_resolution(size, config.image_grid_pinpoints)
+    tiles = [length // config.vision_config.image_size for length in canvas]
+    share = unpad_image(_canvas_padding(size, canvas, (side * tiles[0], side * tiles[1])), size)
+    rows, columns = share.shape[1:]
+    if most_tiles is not None:
+        ratio = math.sqrt(rows * columns / (most_tiles * side**2))
+        if ratio > 1.1:
+            rows, columns = int(rows // ratio), int(columns // ratio)
+            share = interpolate(share[None], [rows, columns], mode="bilinear")[0]
+    cell = torch.arange(rows * columns).reshape(rows, columns)
+    detail = torch.cat([cell, torch.full((rows, 1), NO_CANDIDATE)], 1).flatten()
+    whole = (size[1], size[0])
+    return Picture.still(
+        View.plain(ImageInfo((side, side), size=whole)), View(ImageInfo((rows, columns), size=whole), detail, share)
+    )
+
+
+def _thumbnail(config: Any, size: tuple[int, int]) -> Picture:
+    """A picture among several of a prompt in LLaVA-OneVision: one grid and a newline."""
+    view = View.plain(ImageInfo((_side(config), _side(config)), size=(size[1], size[0])))
+    return Picture.still(View(view.info, torch.cat([view.cell, torch.tensor([NO_CANDIDATE])])))
+
+
+def _side(config: Any) -> int:
+    """Patches along one side of a tile."""
+    return int(config.vision_config.image_size) // patch_size(config)
+
+
+def _canvas_padding(size: tuple[int, int], canvas: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """(1, rows, columns) share of padding of each patch of a canvas on which a picture (height, width) is centred."""
+    scale = min(c / s for c, s in zip(canvas, size, strict=True))
+    filled = [_filled(min(math.ceil(s * scale), c), c, cells) for s, c, cells in zip(size, canvas, grid, strict=True)]
+    return (1 - filled[0][:, None] * filled[1][None, :])[None]
+
+
+def _filled(length: int, total: int, cells: int) -> Tensor:
+    """Part of each of `cells` equal intervals of `total` pixels that `length` centred pixels fill."""
+    start = (total - length) // 2
+    edge = torch.arange(cells + 1, dtype=torch.float64) * (total / cells)
+    return (edge[1:].clamp(max=start + length) - edge[:-1].clamp(min=start)).clamp(min=0) * (cells / total)

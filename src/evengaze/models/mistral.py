@@ -1,0 +1,38 @@
+"""Mistral 3 with a Pixtral tower: native resolution; row breaks are text tokens."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from evengaze.errors import UnsupportedModelError
+from evengaze.layout import ImageInfo, VisualLayout
+from evengaze.models.base import Adapter, Call, VisionTower
+from evengaze.models.llava import patch_size
+from evengaze.models.pictures import Picture, View, assemble
+
+
+class Mistral3(Adapter):
+    """Mistral Small 3.1 and later. `[IMG_BREAK]` and `[IMG_END]` have ids of their own and stay."""
+
+    name = "Mistral 3"
+    model_types = ("mistral3",)
+
+    def layout(self, model: nn.Module, call: Call) -> VisualLayout | None:
+        """Grids from `image_sizes`: what the batch was padded to never becomes a token."""
+        config: Any = model.config
+        step = patch_size(config) * config.spatial_merge_size
+        pictures = []
+        for encoder in call.encoded:
+            for height, width in torch.as_tensor(encoder.arguments["image_sizes"]).tolist():
+                pictures.append(Picture.still(View.plain(ImageInfo((height // step, width // step)))))
+        return assemble(call, {config.image_token_id: pictures})
+
+    def vision_tower(self, model: nn.Module, kind: Literal["image", "video"] = "image") -> VisionTower:
+        """Refused: the patch merger joins groups of patches."""
+        raise UnsupportedModelError(
+            f"{self.name}: the patch merger joins groups of patches into one visual token, so single patches cannot be "
+            "dropped in the vision tower. Prune in the decoder instead."
+        )
