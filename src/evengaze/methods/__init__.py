@@ -18,6 +18,17 @@ from evengaze.methods.base import Merge, Pruner, Selection, Stage, View
 
 _METHODS: dict[str, str | type[Pruner]] = {
     "fastv": "evengaze.methods.fastv:FastV",
+    "pyramiddrop": "evengaze.methods.pyramiddrop:PyramidDrop",
+    "sparsevlm": "evengaze.methods.sparsevlm:SparseVLM",
+    "himap": "evengaze.methods.himap:HiMAP",
+    "tokencarve": "evengaze.methods.tokencarve:TokenCarve",
+    "illava": "evengaze.methods.illava:ILLaVA",
+    "divprune": "evengaze.methods.divprune:DivPrune",
+    "tome": "evengaze.methods.tome:ToMe",
+    "dense": "evengaze.methods.baselines:Dense",
+    "random": "evengaze.methods.baselines:Random",
+    "uniform": "evengaze.methods.baselines:Uniform",
+    "pool": "evengaze.methods.baselines:Pool",
 }
 
 __all__ = ["Merge", "Pruner", "Selection", "Stage", "View", "from_dict", "get", "names", "parse", "register", "spec"]
@@ -57,10 +68,10 @@ def register(method: type[Pruner]) -> type[Pruner]:
 
 
 def parse(text: str) -> Pruner:
-    """Read `name` or `name:key=value,key=value`; values are JSON, and a debias value names a preset.
+    """Read `name` or `name:key=value,key=value`; values are JSON; `debias` takes what `Debias.parse` takes.
 
         parse("fastv:keep=0.25,layer=2,debias=llava-1.5-7b/fastv")
-        parse("pyramiddrop:layers=[2,10,20],ratios=[0.32,0.16,0.08]")
+        parse("pyramiddrop:keep=[0.32,0.16,0.08],layers=[2,10,20]")
 
     Raises:
         ConfigError: unknown method or parameter, or a value out of range.
@@ -75,7 +86,7 @@ def parse(text: str) -> Pruner:
     if isinstance(values.get("debias"), str):
         from evengaze.debias import Debias
 
-        values["debias"] = Debias.preset(values["debias"])
+        values["debias"] = Debias.parse(values["debias"])
     return _build(name, values)
 
 
@@ -102,7 +113,7 @@ def from_dict(values: Mapping[str, Any]) -> Pruner:
     if isinstance(rest.get("debias"), Mapping):
         from evengaze.debias import Debias
 
-        rest["debias"] = Debias.from_dict(rest["debias"])
+        rest["debias"] = Debias.from_dict(dict(rest["debias"]))
     return _build(name, rest)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -122,12 +123,13 @@ class View:
 
     @property
     def text(self) -> Tensor:
-        """Indices of the real tokens behind the last visual token; all other real ones if there are none."""
+        """Indices of the real tokens behind the last visual token: the ones that can attend to all visual tokens.
+
+        The last visual token itself if nothing follows it.
+        """
         index = torch.arange(len(self.real), device=self.real.device)
-        visual = torch.zeros_like(self.real)
-        visual[self.tokens.position] = True
         after = index[self.real & (index > self.tokens.position.max())]
-        return after if len(after) else index[self.real & ~visual]
+        return after if len(after) else self.last
 
     @property
     def features(self) -> Tensor:
@@ -170,6 +172,45 @@ def check_keep(keep: float, name: str = "keep") -> None:
         raise ConfigError(f"{name}={keep} would drop every visual token; give at least 1 token or a fraction in (0, 1]")
     if isinstance(keep, float) and keep > 1 and not keep.is_integer():
         raise ConfigError(f"{name}={keep} is neither a whole number of tokens nor a fraction in (0, 1]")
+
+
+def per_stage(keep: float | tuple[float, ...], stages: int, factor: float) -> tuple[float, ...]:
+    """Budgets of all stages, each a number of tokens or a fraction of the original ones.
+
+    Args:
+        keep: one budget a stage, or the first stage's, of which later stages keep `factor` each time.
+        stages: number of stages.
+        factor: in (0, 1].
+
+    Raises:
+        ConfigError: not one budget a stage, or one is out of range.
+    """
+    if isinstance(keep, tuple):
+        if len(keep) != stages:
+            raise ConfigError(f"keep has {len(keep)} entries for {stages} stages; give one a stage, or a single number")
+    elif isinstance(keep, float) and keep <= 1:
+        keep = tuple(keep * factor**i for i in range(stages))
+    else:
+        check_keep(keep)
+        keep = tuple(max(1, round(keep * factor**i)) for i in range(stages))
+    for value in keep:
+        check_keep(value)
+    return keep
+
+
+def check_layers(layers: tuple[int, ...], depth: int | None = None, *, reads_previous: bool = False) -> None:
+    """`check_layer` for every stage; the layers must ascend."""
+    if not isinstance(layers, tuple) or not layers:
+        raise ConfigError(f"layers must be a sequence of decoder layers, not {layers!r}")
+    for layer in layers:
+        check_layer(layer, depth, reads_previous=reads_previous, name="layers")
+    if any(a >= b for a, b in pairwise(layers)):
+        raise ConfigError(f"layers={layers} must ascend")
+
+
+def scale_layers(published: tuple[int, ...], depth: int, *, of: int = 32, first: int = 1) -> tuple[int, ...]:
+    """Stage layers published for a decoder of `of` layers, at the same relative depth; distinct, `first` or later."""
+    return tuple(max(i, round(layer * depth / of)) for i, layer in enumerate(published, start=first))
 
 
 def check_layer(layer: int, layers: int | None = None, *, reads_previous: bool = False, name: str = "layer") -> None:
@@ -272,9 +313,13 @@ class Pruner(ABC):
         view.memory[f"raw{view.stage}"] = raw
         score, allowed = raw, torch.ones_like(raw, dtype=torch.bool)
         if self.debias is not None and self.language_to_vision(view.stage) and self.debias.applies(view.stage):
-            score, allowed = self.debias(raw, view.tokens, official=self.mode == "official")
+            score, allowed = self.debiased(self.debias, raw, view)
         view.memory[f"score{view.stage}"] = score
         return score, allowed
+
+    def debiased(self, debias: Debias, score: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        """Apply the debiasing steps; a method overrides this only where its official patch computes them otherwise."""
+        return debias(score, view.tokens, official=self.mode == "official")
 
     # -- use ----------------------------------------------------------------------------------------------------
     def __call__(self, model: nn.Module, *, layout: VisualLayout | None = None) -> Handle:

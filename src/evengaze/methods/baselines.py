@@ -1,0 +1,177 @@
+"""Baselines that every comparison needs: the dense model, random, regular, and pooled tokens."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from evengaze.layout import VisualTokens
+from evengaze.methods.base import Merge, Pruner, Selection, Stage, View, check_keep, check_layer, resolve_keep
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class Dense(Pruner):
+    """The unpruned model, under the same roof as the methods that it is compared with."""
+
+    name: ClassVar[str] = "dense"
+
+    def stages(self, layers: int) -> Sequence[Stage]:
+        """None."""
+        return []
+
+    def score(self, view: View) -> Tensor:
+        """All equal."""
+        return torch.zeros(len(view), device=view.hidden.device)
+
+    def budget(self, stage: int, current: int, original: int) -> int:
+        """All."""
+        return current
+
+
+@dataclass(frozen=True)
+class _Blind(Pruner):
+    """What the baselines share: one stage that reads no attention.
+
+    Attributes:
+        keep: visual tokens left: a number, or a fraction in (0, 1].
+        layer: first layer that runs without the others.
+    """
+
+    keep: float = 128
+    layer: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_keep(self.keep)
+        check_layer(self.layer)
+
+    def stages(self, layers: int) -> Sequence[Stage]:
+        """One, without attention."""
+        check_layer(self.layer, layers)
+        return [Stage(self.layer, None)]
+
+    def language_to_vision(self, stage: int) -> bool:
+        """Text takes no part, so there is nothing to debias."""
+        return False
+
+    def budget(self, stage: int, current: int, original: int) -> int:
+        """`keep`, as a number of tokens."""
+        return resolve_keep(self.keep, original)
+
+    def with_keep(self, tokens: int, visual: int) -> Self:
+        """The same with another `keep`."""
+        return self.replace(keep=tokens)
+
+
+@dataclass(frozen=True)
+class Random(_Blind):
+    """Random tokens. The same prompt gets the same ones in every run, batch and place in the batch.
+
+    Attributes:
+        keep: visual tokens left: a number, or a fraction in (0, 1].
+        layer: first layer that runs without the others; FastV's by default.
+        seed: another seed, another draw.
+    """
+
+    seed: int = 0
+
+    name: ClassVar[str] = "random"
+
+    def score(self, view: View) -> Tensor:
+        """Uniform noise, seeded by `seed` and by the embeddings of the question (table look-ups, hence exact)."""
+        question = view.embeddings[view.text].float().cpu().contiguous().numpy().tobytes()
+        generator = torch.Generator().manual_seed(zlib.crc32(question, self.seed & 0xFFFFFFFF))
+        return torch.rand(len(view), generator=generator).to(view.hidden.device)
+
+
+@dataclass(frozen=True)
+class Uniform(_Blind):
+    """A regular lattice on each image or frame: bands of rows, each cut into equal segments, the middles of which stay.
+
+    Attributes:
+        keep: visual tokens left: a number, or a fraction in (0, 1].
+        layer: first layer that runs without the others; FastV's by default.
+    """
+
+    name: ClassVar[str] = "uniform"
+
+    def score(self, view: View) -> Tensor:
+        """1 for the lattice, 0 for the rest."""
+        _, middle = lattice(view.tokens, self.budget(view.stage, len(view), view.original))
+        return torch.zeros(len(view), device=view.hidden.device).index_fill(0, middle, 1.0)
+
+
+@dataclass(frozen=True)
+class Pool(_Blind):
+    """Average pooling over the cells of the lattice of `Uniform`: a quarter of the tokens is 2 x 2 pooling.
+
+    Attributes:
+        keep: visual tokens left: a number, or a fraction in (0, 1].
+        layer: where they are averaged; 0 is before the decoder.
+    """
+
+    layer: int = 0
+
+    name: ClassVar[str] = "pool"
+
+    def score(self, view: View) -> Tensor:
+        """All equal; `choose` groups them."""
+        return torch.zeros(len(view), device=view.hidden.device)
+
+    def choose(self, view: View, count: int) -> Selection:
+        """The mean of each cell, at the cell's middle."""
+        group, middle = lattice(view.tokens, count)
+        source = (group >= 0).nonzero().flatten()
+        size = torch.bincount(group[source])
+        return Selection(middle.sort().values, Merge(source, middle[group[source]], 1 / size[group[source]]))
+
+
+def lattice(tokens: VisualTokens, count: int) -> tuple[Tensor, Tensor]:
+    """Divide the tokens of every image and frame into compact groups of nearly equal size, `count` in all.
+
+    A picture is cut into bands of rows; a line that runs through the bands, back and forth, is cut into equal pieces.
+
+    Args:
+        tokens: n visual tokens in sequence order, on complete grids or not.
+        count: at most n. Shared out by size; with fewer tokens than pictures, some pictures get none.
+
+    Returns:
+        (n,) group of each token, -1 in pictures that get none, and (count,) the middle token of each group.
+    """
+    device = tokens.cell.device
+    picture = torch.stack([tokens.image, tokens.frame], 1)
+    _, part, sizes = torch.unique_consecutive(picture, dim=0, return_inverse=True, return_counts=True)
+    ends = sizes.cumsum(0) * count // len(tokens)
+    shares = torch.diff(ends, prepend=ends.new_zeros(1))
+    height, width = torch.tensor([i.grid for i in tokens.images], device=device)[tokens.image].unbind(1)
+    row, column = tokens.cell // width, tokens.cell % width
+
+    bands = (shares[part] * height / width).sqrt().round().long().clamp(min=1).minimum(height)
+    band = row * bands // height
+    along = torch.where(band % 2 == 0, column, width - 1 - column)
+    tall, wide = int(height.max()), int(width.max())
+    order = torch.argsort(((part * tall + band) * wide + along) * tall + row)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(tokens), device=device)
+    place -= (sizes.cumsum(0) - sizes)[part]
+    group = (ends - shares)[part] + place * shares[part] // sizes[part]
+    group = torch.where(shares[part] > 0, group, -1)
+
+    inside = (group >= 0).nonzero().flatten()
+    cell = torch.stack([row, column], 1)[inside].double()
+    members = group[inside]
+    size = torch.bincount(members, minlength=count)[:, None]
+    centre = torch.zeros(count, 2, dtype=torch.float64, device=device).index_add_(0, members, cell) / size
+    distance = (cell - centre[members]).square().sum(1)
+    by_distance = torch.sort(distance, stable=True).indices
+    by_group = by_distance[torch.sort(members[by_distance], stable=True).indices]
+    first = size.flatten().cumsum(0) - size.flatten()
+    return group, inside[by_group[first]]

@@ -1,0 +1,83 @@
+"""DivPrune: keep the tokens that differ most from each other; attention plays no part.
+
+Paper: Alvar et al., "DivPrune: Diversity-based Visual Token Pruning" (arXiv 2503.02175), equations 2-4 and algorithm 1:
+the max-min diversity problem, solved greedily. Written from the paper's formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from evengaze.methods.base import Pruner, Stage, View, check_keep, check_layer, resolve_keep
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class DivPrune(Pruner):
+    """Greedily pick the token whose nearest picked token is farthest away, by cosine distance.
+
+    The first pick is the token that is farthest from its nearest neighbour.
+
+    Attributes:
+        keep: visual tokens to keep: a number, or a fraction in (0, 1].
+        layer: where they are dropped; 0 is before the decoder, as in the paper.
+    """
+
+    keep: float = 128
+    layer: int = 0
+
+    name: ClassVar[str] = "divprune"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_keep(self.keep)
+        check_layer(self.layer)
+
+    def stages(self, layers: int) -> Sequence[Stage]:
+        """One, without attention."""
+        check_layer(self.layer, layers)
+        return [Stage(self.layer, None)]
+
+    def language_to_vision(self, stage: int) -> bool:
+        """Text takes no part."""
+        return False
+
+    def score(self, view: View) -> Tensor:
+        """Picked tokens by order of picking, the first highest; 0 for the others."""
+        count = min(len(view), self.budget(view.stage, len(view), view.original))
+        unit = normalize(view.features.float(), dim=-1)
+        nearest = torch.cat([_nearest(unit, start) for start in range(0, len(unit), _CHUNK)])
+        score = torch.zeros(len(unit), device=unit.device)
+        for place in range(count):
+            pick = nearest.argmax()
+            score[pick] = count - place
+            distance = 1 - unit @ unit[pick]
+            nearest = distance if place == 0 else torch.minimum(nearest, distance)
+            nearest = nearest.masked_fill(score > 0, float("-inf"))
+        return score
+
+    def budget(self, stage: int, current: int, original: int) -> int:
+        """`keep`, as a number of tokens."""
+        return resolve_keep(self.keep, original)
+
+    def with_keep(self, tokens: int, visual: int) -> Self:
+        """The same with another `keep`."""
+        return self.replace(keep=tokens)
+
+
+def _nearest(unit: Tensor, start: int) -> Tensor:
+    """Distance of each token of a chunk to its nearest other token; in chunks, as n x n is too much for videos."""
+    distance = 1 - unit[start : start + _CHUNK] @ unit.T
+    index = torch.arange(len(distance), device=unit.device)
+    distance[index, index + start] = float("inf")
+    return distance.min(-1).values

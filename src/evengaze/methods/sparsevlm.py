@@ -1,0 +1,189 @@
+"""SparseVLM: the text tokens that care most about the picture rate it; what they leave is recycled into a few clusters.
+
+Paper: Zhang et al., "SparseVLM" (arXiv 2410.04417), sections 3.2-3.4; code: branch v1.5, `score.py` and `cluster.py`.
+The clustering is DPC-kNN (Rodriguez and Laio 2014, in the form of TCFormer, arXiv 2204.08680).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from evengaze.methods.base import (
+    Merge,
+    Positions,
+    Pruner,
+    Selection,
+    Stage,
+    View,
+    check_layers,
+    per_stage,
+    resolve_keep,
+    scale_layers,
+    top_allowed,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+TABLES = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
+"""Tokens kept at each stage for the published average budgets, for 576 visual tokens and 32 layers."""
+_LAYERS, _VISUAL = (2, 6, 15), 576
+
+
+@dataclass(frozen=True)
+class SparseVLM(Pruner):
+    """Each stage layer ranks with its own attention and hands on its output without the dropped tokens.
+
+        raters = { t : m_t > mean m },  m_t = mean over visual tokens v of softmax over text t of <v, t>   (embeddings)
+        s_j    = mean over raters t and heads h of A[h, t, j]
+
+    Of the P dropped tokens the best int(0.3 P) + 1 = M are clustered by density peaks into M // 10 + 1 means, which
+    follow the kept tokens. Everything is renumbered without gaps.
+
+    Attributes:
+        keep: an average budget, as a number of tokens or a fraction (the published table if there is one, else a
+            derived one), or the tokens kept at each stage, one entry a stage.
+        layers: the layers that rank; None takes (2, 6, 15), scaled to the decoder's depth in corrected mode.
+    """
+
+    keep: float | tuple[float, ...] = 128
+    layers: tuple[int, ...] | None = None
+
+    name: ClassVar[str] = "sparsevlm"
+    positions: ClassVar[Positions] = "renumbered"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layers(self.layers or _LAYERS)
+        per_stage(self.keep, len(self.layers or _LAYERS), 1.0)
+
+    def stages(self, layers: int) -> Sequence[Stage]:
+        """Layer l ranks while it runs, and layer l + 1 is the first without the dropped tokens."""
+        chosen = self.layers or (_LAYERS if self.mode == "official" else scale_layers(_LAYERS, layers, first=0))
+        check_layers(tuple(layer + 1 for layer in chosen), layers)
+        return [Stage(layer + 1, "previous") for layer in chosen]
+
+    def budget(self, stage: int, current: int, original: int) -> int:
+        """The table's entry. The official code always drops at least one token."""
+        kept = resolve_keep(self._table(original)[stage], original)
+        return min(kept, current - 1) if self.mode == "official" else kept
+
+    def _table(self, original: int) -> tuple[float, ...]:
+        if isinstance(self.keep, tuple):
+            return self.keep
+        average = resolve_keep(self.keep, original)
+        if average in TABLES and (original == _VISUAL or self.mode == "official"):
+            return TABLES[average]
+        return derive_table(average, original)
+
+    def size_after(self, stage: int, current: int, original: int) -> int:
+        """Survivors and clusters."""
+        kept = self.budget(stage, current, original)
+        return current if kept >= current else kept + recycling(current - kept)[1]
+
+    def with_keep(self, tokens: int, visual: int) -> Self:
+        """A table that halves at each stage."""
+        return self.replace(keep=tuple(max(1, tokens // 2**i) for i in range(len(self.layers or _LAYERS))))
+
+    def select(self, view: View) -> Selection:
+        """Choose the raters before anything is dropped, then as usual."""
+        if "raters" not in view.memory:
+            view.memory["raters"] = raters(view.embeddings[view.initial.position], view.embeddings[view.text])
+        return super().select(view)
+
+    def score(self, view: View) -> Tensor:
+        """Attention from the raters."""
+        return view.attention(view.text[view.memory["raters"]])
+
+    def choose(self, view: View, count: int) -> Selection:
+        """Keep the best, recycle some of the rest. Padding is neither kept nor recycled."""
+        score, allowed = self.ranked(view)
+        keep = top_allowed(score, allowed, count)
+        left = allowed.index_fill(0, keep, False)
+        dropped = int(left.sum())
+        if dropped == 0:
+            return Selection(keep)
+        members, clusters = recycling(dropped)
+        # The official patch debiases the ranking only, so that padding comes back through the clusters.
+        worth = score if self.mode == "corrected" else view.memory[f"raw{view.stage}"]
+        order = torch.sort(worth.masked_fill(~left, float("-inf")), descending=True, stable=True).indices
+        recycled = order[:members]
+        centre, label = density_peaks(view.features[recycled].float(), clusters, self.density_noise(view, members))
+        target = recycled[centre]
+        epsilon = 1e-6 if self.mode == "official" else 0.0
+        weight = 1 / (torch.bincount(label, minlength=clusters) + epsilon)
+        return Selection(keep, Merge(recycled, target[label], weight[label]), recycled=target)
+
+    def density_noise(self, view: View, count: int) -> Tensor | None:
+        """(count,) added to the densities. The official code draws 1e-6 U[0, 1) to break ties; here the index does."""
+        return None
+
+
+def raters(visual: Tensor, text: Tensor) -> Tensor:
+    """Indices of the text tokens with an above-average share of the visual tokens' similarity; all if there are none.
+
+    Args:
+        visual: (n, d) input embeddings.
+        text: (t, d) input embeddings.
+    """
+    share = torch.softmax(visual.float() @ text.float().T, dim=-1).mean(0)
+    chosen = (share > share.mean()).nonzero().flatten()
+    return chosen if len(chosen) else torch.arange(len(text), device=text.device)
+
+
+def recycling(dropped: int) -> tuple[int, int]:
+    """How many of the dropped tokens are recycled, and into how many clusters."""
+    members = min(int(0.3 * dropped) + 1, dropped)
+    return members, members // 10 + 1
+
+
+def density_peaks(x: Tensor, clusters: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cluster by density peaks: centres are dense, and far from anything denser.
+
+        rho_a = exp(-mean of the k smallest D_ab^2), k = `clusters`;  delta_a = min { D_ab : b denser than a } or max D
+
+    Args:
+        x: (m, d) float32.
+        clusters: number of centres, the largest rho * delta.
+        noise: (m,) added to rho; None breaks ties by index.
+
+    Returns:
+        (clusters,) centres, best first, and (m,) the cluster of each token.
+    """
+    distance = torch.cdist(x, x) / x.shape[1] ** 0.5
+    nearest = distance.topk(min(clusters, len(x)), largest=False).values
+    density = torch.exp(-nearest.square().mean(-1))
+    if noise is None:
+        place = torch.empty(len(x), dtype=torch.long, device=x.device)
+        place[torch.sort(density, descending=True, stable=True).indices] = torch.arange(len(x), device=x.device)
+        denser = place[None] < place[:, None]
+    else:
+        density = density + noise
+        denser = density[None] > density[:, None]
+    separation = distance.masked_fill(~denser, float(distance.max())).min(-1).values
+    centre = torch.sort(density * separation, descending=True, stable=True).indices[:clusters]
+    label = distance[:, centre].argmin(-1)
+    label[centre] = torch.arange(len(centre), device=x.device)
+    return centre, label
+
+
+@lru_cache
+def derive_table(average: int, visual: int) -> tuple[float, ...]:
+    """Tokens kept at each stage so that about `average` tokens enter a layer: a table that halves at every stage.
+
+    Made for 32 layers and the published stage layers; `schedule.solve_for_budget` makes one for any model. An average
+    of at least `visual` keeps everything.
+    """
+    from evengaze.schedule import solve_for_budget
+
+    if average >= visual:
+        return (visual,) * len(_LAYERS)
+    table = solve_for_budget(SparseVLM(layers=_LAYERS), average, layers=32, visual=visual).keep
+    assert isinstance(table, tuple)
+    return table
