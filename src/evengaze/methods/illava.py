@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class ILLaVA(Pruner):
     """Rank by the last prompt token's attention in layer `layer - 1`; the worst survivor takes in the dropped tokens.
 
-        h_target <- sum_m c_m h_m / sum_m c_m,   c = 1 for the target, 2 for the best of the dropped, ... r + 1 for the last
+        h_target <- sum_m c_m h_m / sum_m c_m,  c = 1 for the target, 2 for the best dropped one, ... r + 1 for the last
 
     The weights grow towards the *least* attended tokens. A comment in the release says the opposite, but this is what
     both of its stages compute and what its published results were made with.
