@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -60,13 +61,18 @@ def tiny(
         raise ConfigError(f"{family!r} takes no videos; those that do: {', '.join(families(video=True))}")
     config = kind.config(text)
     config._attn_implementation = attention
+    # Tied weights would make a random model repeat its last token, whatever it saw.
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     model = kind.model()(config)
     _seed_weights(model, seed)
     counts = [images] * batch if isinstance(images, int) else list(images)
     generator = torch.Generator().manual_seed(seed + 1)
     tokens, inputs = make(sum(counts), generator)
     queue = iter(tokens)
-    inputs = {**prompts([[next(queue) for _ in range(n)] for n in counts], side=side, seed=seed), **inputs}
+    rows = [[next(queue) for _ in range(n)] for n in counts]
+    if kind.by_row and inputs:
+        inputs = {"pixel_values": _stack_rows(inputs["pixel_values"], [sum(map(_tiles, row)) for row in rows])}
+    inputs = {**prompts(rows, side=side, seed=seed), **inputs}
     if kind.types is not None:
         inputs[kind.types[0]] = kind.types[1](inputs["input_ids"])
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
@@ -88,6 +94,16 @@ def layout_of(inputs: dict[str, Tensor], grid: tuple[int, int] = (4, 4)) -> Visu
     return VisualLayout.from_spans(rows, grid)
 
 
+def _tiles(picture: list[int]) -> int:
+    """Runs of placeholders in a picture's tokens."""
+    return sum(a != IMAGE and b == IMAGE for a, b in pairwise([PAD, *picture]))
+
+
+def _stack_rows(pixels: Tensor, counts: list[int]) -> Tensor:
+    """(tiles, ...) as (rows, most tiles of a row, ...), filled up with zeros."""
+    return torch.nn.utils.rnn.pad_sequence(list(torch.split(pixels, counts)), batch_first=True)
+
+
 @torch.no_grad()
 def _seed_weights(model: Any, seed: int) -> None:
     """Draw every parameter anew; large enough that attention is not flat and greedy tokens have clear margins."""
@@ -98,6 +114,8 @@ def _seed_weights(model: Any, seed: int) -> None:
         if p.dim() < 2:
             norm = "norm" in name and name.endswith("weight") and not zero_centred
             p.copy_(0.1 * noise + float(norm))
+        elif "embed_tokens" in name:  # Gemma multiplies embeddings by the root of the width
+            p.copy_((0.06 if zero_centred else 0.5) * noise)
         elif "embed" in name or "lm_head" in name:
             p.copy_(0.5 * noise)
         else:
