@@ -1,0 +1,365 @@
+"""One forward call that holds visual tokens: what is left of its sequence, and how to cut things to that.
+
+Indices are into the call's L tokens ("slots") unless they are said to be into the current sequence of M tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from evengaze import cache as kv
+from evengaze.attention import AttentionStates
+from evengaze.cut import causal_mask, mask_columns, take, take_mask
+from evengaze.layout import VisualLayout, VisualTokens
+from evengaze.methods.base import Pruner, Selection, Stage, View
+from evengaze.rotary import Rotary
+from evengaze.trace import RowTrace, StageTrace, Trace
+
+MASKS = ("attention_mask", "causal_mask")
+_SEQUENCES = ("position", "cache_position", "freqs_cis", "per_layer_input")
+
+Selections = list[Selection | None]
+"""What a stage decided for each row; None for rows without visual tokens."""
+
+
+@dataclass
+class Prefill:
+    """The state of one prefill.
+
+    Attributes:
+        layout: the visual tokens of every row before pruning.
+        real: (B, L) bool, False for batch padding.
+        inputs: (B, L, d) states that enter layer 0.
+        past: logical length of what the cache held before.
+        implementation: the decoder's attention implementation.
+        rotary: where survivors are renumbered; None where they keep their positions.
+        shared: the attachment's dictionary for methods.
+        replay: selections of an earlier call to repeat instead of asking the method.
+        slots: (B, M) slot of each token of the current sequence; None while all are there.
+        filled: (B, M) bool, False for fillers of rows that kept fewer tokens than others; None without fillers.
+        tables: surviving visual tokens of each row, with positions in the current sequence.
+        origins: for each of them, which token of the row's layout it is.
+        states: attention states for the next stage.
+        selections: what every stage so far decided.
+        entering: length of the sequence that entered each layer.
+    """
+
+    layout: VisualLayout
+    real: Tensor
+    inputs: Tensor
+    past: int
+    implementation: str
+    rotary: Rotary | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
+    replay: list[Selections] | None = None
+    slots: Tensor | None = None
+    filled: Tensor | None = None
+    tables: list[VisualTokens] = field(default_factory=list)
+    origins: list[Tensor] = field(default_factory=list)
+    memory: list[dict[str, Any]] = field(default_factory=list)
+    states: AttentionStates | None = None
+    selections: list[Selections] = field(default_factory=list)
+    stages: list[StageTrace] = field(default_factory=list)
+    entering: list[int] = field(default_factory=list)
+    cache: Any = None
+    _before: dict[int, kv.Kept | None] = field(default_factory=dict)
+    _memo: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tables = list(self.layout.rows)
+        self.origins = [torch.arange(len(t), device=t.position.device) for t in self.tables]
+        self.memory = [{} for _ in self.tables]
+
+    @property
+    def length(self) -> int:
+        """L."""
+        return self.real.shape[1]
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """`slots`, spelt out if nothing has been dropped, and `filled`, on a device."""
+        if self.slots is None:
+            return torch.arange(self.length, device=device).expand(len(self.tables), -1), None
+        return self.slots.to(device), None if self.filled is None else self.filled.to(device)
+
+    # -- a stage ------------------------------------------------------------------------------------------------------
+    def prune(self, pruner: Pruner, number: int, stage: Stage, hidden: Tensor) -> Tensor:
+        """Ask the method, row by row, and cut the hidden states.
+
+        Args:
+            pruner: the method.
+            number: index of the stage among its stages.
+            stage: the stage.
+            hidden: (B, M, d) input of the stage's layer.
+
+        Returns:
+            (B, M', d).
+        """
+        if self.replay is not None:
+            chosen = self.replay[number]
+            self._move(hidden.device)
+        else:
+            views = [self._view(b, number, hidden) for b in range(len(self.tables))]
+            chosen = [None if view is None else pruner.select(view) for view in views]
+        self.states = None
+        self.selections.append(chosen)
+        self.stages.append(
+            StageTrace(stage.layer, stage.attention, [self._trace(b, number, s) for b, s in enumerate(chosen)])
+        )
+        if all(
+            s is None or (s.merge is None and len(s.keep) == len(t)) for s, t in zip(chosen, self.tables, strict=True)
+        ):
+            return hidden
+        old, filled = self.on(hidden.device)
+        alive = torch.ones_like(old, dtype=torch.bool) if filled is None else filled
+        plans = [_plan(alive[b], self.tables[b], s) for b, s in enumerate(chosen)]
+        index, source, filled = _stack(plans, old.shape[1])
+        out = take(hidden, source, 1)
+        for b, selection in enumerate(chosen):
+            if selection is not None:
+                self._follow(b, selection, source[b], filled[b], hidden[b], out[b])
+        self.slots = old.gather(1, index)
+        self.filled = None if bool(filled.all()) else filled
+        self._memo.clear()
+        return out
+
+    def _move(self, device: torch.device) -> None:
+        self.tables = [t.to(device) for t in self.tables]
+        self.origins = [o.to(device) for o in self.origins]
+
+    def _view(self, b: int, number: int, hidden: Tensor) -> View | None:
+        if len(self.layout.rows[b]) == 0:
+            return None
+        self.tables[b], self.origins[b] = self.tables[b].to(hidden.device), self.origins[b].to(hidden.device)
+        slots, filled = self.on(hidden.device)
+        real = self.real[b].to(hidden.device)[slots[b]]
+        return View(
+            stage=number,
+            tokens=self.tables[b],
+            original=len(self.layout.rows[b]),
+            hidden=hidden[b],
+            embeddings=self.inputs[b],
+            initial=self.layout.rows[b],
+            real=real if filled is None else real & filled[b],
+            memory=self.memory[b],
+            shared=self.shared,
+            states=self.states,
+            row=b,
+        )
+
+    def _follow(
+        self, b: int, selection: Selection, source: Tensor, filled: Tensor, hidden: Tensor, out: Tensor
+    ) -> None:
+        """Merge one row's states into `out` (M', d) and move its table to the new sequence."""
+        table = self.tables[b]
+        place = torch.full((len(hidden),), -1, dtype=torch.long, device=hidden.device)
+        place[source[filled]] = filled.nonzero().flatten()
+        merge = selection.merge
+        if merge is not None and len(merge.source):
+            parts = hidden[table.position[merge.source]].float() * merge.weight.float()[:, None]
+            target = place[table.position[merge.target]]
+            total = torch.zeros(out.shape, dtype=torch.float32, device=out.device).index_add_(0, target, parts)
+            touched = torch.unique(target)
+            out[touched] = total[touched].to(out.dtype)
+        chosen = _chosen(selection)
+        moved = table.take(chosen)
+        self.tables[b] = replace(moved, position=place[moved.position])
+        self.origins[b] = self.origins[b][chosen]
+
+    # -- what later layers receive ------------------------------------------------------------------------------------
+    def arguments(
+        self, layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A layer's arguments, cut to the tokens that are left.
+
+        Args:
+            layer: index of the layer.
+            hidden: (B, M, d) its hidden states, cut already.
+            args: positional arguments as the model passes them.
+            kwargs: keyword arguments as the model passes them.
+            cache: the layer's cache, or None.
+        """
+        cut, before = dict(kwargs), self._before.get(layer)
+        for name, value in kwargs.items():
+            key: tuple[Any, ...] = (name, id(value), id(before), hidden.device)
+            if name in MASKS:
+                key += (type(cache), getattr(cache, "max_cache_len", None), kv.stored(cache))
+                make = functools.partial(self._mask, before, value, cache, hidden)
+            elif value is not None and name.startswith(_SEQUENCES):
+                make = functools.partial(self._positions, before, name, value, hidden)
+                if self.rotary is not None:
+                    self.rotary.serve(layer, name, value)
+            else:
+                continue
+            cut[name] = self._once(key, (value, before), make)
+        if not args:
+            return args, {**cut, "hidden_states": hidden}
+        return (hidden, *(_tree(v, self.slots, self.length, -2) for v in args[1:])), cut
+
+    def _once(self, key: Any, held: Any, make: Callable[[], Any]) -> Any:
+        """`make()`, remembered: layers share arguments. `held` stays alive, so that the ids in a key stay unique."""
+        if key not in self._memo:
+            self._memo[key] = (held, make())
+        return self._memo[key][1]
+
+    def _mask(self, before: kv.Kept | None, mask: Any, cache: Any, hidden: Tensor) -> Any:
+        slots, filled = self.on(hidden.device)
+        held, real = kv.entries(before, self.past, slots + self.past, filled)
+        queries, total = slots.shape[1], self.past + self.length
+        if mask is None:
+            return None if real is None else causal_mask(real, queries, self.implementation, hidden.dtype)
+        flat = isinstance(mask, Tensor) and mask.dim() == 2
+        columns, real = kv.mask_columns_of(cache, held, real, queries, mask_columns(mask), total, flat)
+        return take_mask(mask, None if flat else slots, columns, real)
+
+    def _positions(self, before: kv.Kept | None, name: str, value: Any, hidden: Tensor) -> Any:
+        if self.rotary is not None and self.rotary.renumbers:
+            positions = self._renumbered(self.rotary, before, hidden.device)
+            if name == "position_ids":
+                return positions
+            table = self.rotary.retable(value, hidden, positions)
+            if table is not None:
+                return table
+        return _tree(value, self.slots, self.length, -1 if name == "position_ids" else -2)
+
+    def _renumbered(self, rotary: Rotary, before: kv.Kept | None, device: torch.device) -> Tensor:
+        """(B, M) positions without gaps, counted from each row's first token."""
+        start = rotary.first_position(self.real.to(device))
+        if before is not None and before.shift is not None:
+            start = start - before.shift.to(device)
+        return (self._there(device).long().cumsum(1) - 1).clamp(min=0) + start
+
+    def _there(self, device: torch.device) -> Tensor:
+        """(B, M) bool: neither batch padding nor a filler."""
+        slots, filled = self.on(device)
+        there = self.real.to(device).gather(1, slots)
+        return there if filled is None else there & filled
+
+    # -- the cache ----------------------------------------------------------------------------------------------------
+    def before(self, layer: int, cache: Any) -> None:
+        """Note what a layer's cache remembered when the call began."""
+        self._before.setdefault(layer, kv.kept_of(cache))
+
+    def remember(self, layer: int, cache: Any, device: torch.device) -> None:
+        """Tell a layer's cache which tokens it is about to store."""
+        self.before(layer, cache)
+        old = self._before[layer]
+        kept = self._once(("kept", id(old)), old, functools.partial(self._kept, old, device))
+        kv.record(cache, kept, self.length - kept_length(self.slots, self.length))
+
+    def _kept(self, old: kv.Kept | None, device: torch.device) -> kv.Kept:
+        slots, filled = self.on(device)
+        held, real = kv.entries(old, self.past, slots + self.past, filled)
+        shift = None
+        if self.rotary is not None and self.rotary.renumbers:
+            shift = self.real.to(device).sum(1, keepdim=True) - self._there(device).sum(1, keepdim=True)
+            if old is not None and old.shift is not None:
+                shift = shift + old.shift.to(device)
+        return kv.Kept(held, real, self.past + self.length, shift)
+
+    def trim(self, layers: int) -> None:
+        """Crop the caches of the layers below the last stage to what the layers above it hold."""
+        last = kv.kept_of(kv.layer_of(self.cache, layers - 1))
+        if last is None:
+            return
+        end = self.past + self.length
+        new = torch.arange(self.past, end, device=last.slots.device).expand(len(self.tables), -1)
+        for i in range(layers):
+            cache = kv.layer_of(self.cache, i)
+            kept = kv.kept_of(cache)
+            if kept is last or not isinstance(cache, DynamicLayer) or isinstance(cache, DynamicSlidingWindowLayer):
+                continue
+            current = kept is not None and kept.end == end
+            held = kept.slots if kept is not None and current else kv.entries(kept, self.past, new, None)[0]
+            index = torch.searchsorted(held.contiguous(), last.slots.contiguous())
+            kv.trim(cache, index, last, held.shape[1] - index.shape[1])
+
+    # -- the record ---------------------------------------------------------------------------------------------------
+    def _trace(self, b: int, number: int, selection: Selection | None) -> RowTrace:
+        if selection is None:
+            return RowTrace.empty()
+        origin, memory = self.origins[b], self.memory[b]
+        return RowTrace(
+            candidates=origin,
+            kept=origin[selection.keep],
+            recycled=None if selection.recycled is None else origin[selection.recycled],
+            merge=selection.merge,
+            raw=memory.get(f"raw{number}"),
+            scores=memory.get(f"score{number}"),
+        )
+
+    def trace(self, pruner: Pruner, layers: int) -> Trace:
+        """What happened, once the call is over."""
+        held, per_token = [], []
+        for i in range(layers):
+            cache = kv.layer_of(self.cache, i)
+            states = [] if cache is None or not cache.is_initialized else [cache.keys, cache.values]
+            held.append(sum(t.numel() * t.element_size() for t in states))
+            per_token.append(sum(t.numel() // t.shape[-2] * t.element_size() for t in states if t.shape[-2]))
+        entering = [self.length] * (layers - len(self.entering)) + self.entering
+        return Trace(pruner.to_dict(), self.layout, self.length, self.stages, entering, held, per_token)
+
+
+def kept_length(slots: Tensor | None, length: int) -> int:
+    """Tokens of the current sequence."""
+    return length if slots is None else slots.shape[1]
+
+
+def _chosen(selection: Selection) -> Tensor:
+    """Surviving candidates in the order in which they stand afterwards: kept ones, then recycled ones."""
+    if selection.recycled is None:
+        return selection.keep
+    return torch.cat([selection.keep, selection.recycled.to(selection.keep.device)])
+
+
+def _plan(alive: Tensor, table: VisualTokens, selection: Selection | None) -> tuple[Tensor, Tensor]:
+    """Which indices of the current sequence survive in a row, and which token moves into each of them."""
+    if selection is None:
+        index = alive.nonzero().flatten()
+        return index, index
+    survivors = table.position[_chosen(selection)]
+    alive = alive.clone()
+    alive[table.position] = False
+    alive[survivors] = True
+    index = alive.nonzero().flatten()
+    source = index.clone()
+    # Recycled tokens stand behind the kept ones. An index only orders tokens, so any of the row's visual ones serves.
+    source[torch.isin(index, table.position)] = survivors
+    return index, source
+
+
+def _stack(plans: Sequence[tuple[Tensor, Tensor]], length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Plans of unlike length as one (B, M) index, source and fill; short rows get dropped tokens as fillers."""
+    size = max(len(index) for index, _ in plans)
+    rows = []
+    for index, source in plans:
+        filled = torch.ones_like(index, dtype=torch.bool)
+        missing = size - len(index)
+        if missing:
+            dropped = torch.ones(length, dtype=torch.bool, device=index.device)
+            dropped[index] = False
+            filler = dropped.nonzero().flatten()[:missing]
+            index, source = torch.cat([index, filler]), torch.cat([source, filler])
+            order = index.argsort()
+            index, source = index[order], source[order]
+            filled = torch.cat([filled, filled.new_zeros(missing)])[order]
+        rows.append((index, source, filled))
+    index, source, filled = (torch.stack(column) for column in zip(*rows, strict=True))
+    return index, source, filled
+
+
+def _tree(value: Any, slots: Tensor | None, length: int, dim: int) -> Any:
+    """Cut every tensor of a nest of tuples and dicts along its sequence axis."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_tree(v, slots, length, dim) for v in value)
+    if isinstance(value, dict):
+        return {k: _tree(v, slots, length, dim) for k, v in value.items()}
+    if not isinstance(value, Tensor) or slots is None or value.dim() < -dim or value.shape[dim] != length:
+        return value
+    return take(value, slots, dim)

@@ -1,0 +1,74 @@
+"""Rotary tables at other positions, for methods that renumber the tokens that are left.
+
+Families build their tables differently. Instead of knowing how, the calls that a forward makes to its rotary modules
+are kept while it runs, and the very call that made a layer's table is repeated with other positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class _Call:
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def positions(self) -> Tensor:
+        return self.kwargs["position_ids"] if "position_ids" in self.kwargs else self.args[1]  # type: ignore[no-any-return]
+
+    def at(self, hidden: Tensor, positions: Tensor) -> Any:
+        if "position_ids" in self.kwargs:
+            return self.module.forward(hidden, **{**self.kwargs, "position_ids": positions})
+        return self.module.forward(hidden, positions, *self.args[2:], **self.kwargs)
+
+
+class Rotary:
+    """The rotary calls of a decoder.
+
+    A family whose rotary positions have several axes (multimodal rotary embeddings) has no renumbering: its tokens keep
+    their original positions.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[Any, _Call]] = []
+        self._layers: dict[int, dict[str, _Call]] = {}
+
+    def clear(self) -> None:
+        """Forget the calls of the last forward (not which call serves which layer)."""
+        self._calls.clear()
+
+    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """A forward hook for rotary modules."""
+        self._calls.append((out, _Call(module, args, kwargs)))
+
+    @property
+    def renumbers(self) -> bool:
+        """Whether the running forward has one-dimensional positions."""
+        return bool(self._calls) and all(call.positions.dim() == 2 for _, call in self._calls)
+
+    def first_position(self, real: Tensor) -> Tensor:
+        """(B, 1) position of each row's first real token; `real` is (B, L) bool."""
+        positions = self._calls[0][1].positions.to(real.device).expand(real.shape[0], -1)
+        return positions.gather(1, real.int().argmax(1, keepdim=True))
+
+    def serve(self, layer: int, name: str, table: Any) -> None:
+        """Note which of the observed calls made a layer's argument `name`, for `step`."""
+        for out, call in self._calls:
+            if out is table:
+                self._layers.setdefault(layer, {})[name] = call
+
+    def retable(self, table: Any, hidden: Tensor, positions: Tensor) -> Any:
+        """What an observed call returned, for other positions (B, M); None if no call returned it."""
+        call = next((c for out, c in self._calls if out is table), None)
+        return None if call is None else call.at(hidden, positions)
+
+    def step(self, layer: int, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
+        """The same arguments of a layer for a decoding step."""
+        return {name: call.at(hidden, positions) for name, call in self._layers.get(layer, {}).items()}

@@ -1,0 +1,69 @@
+"""Decoding into caches that an earlier call pruned: every layer's mask and positions, cut to what it holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evengaze import cache as kv
+from evengaze.cut import causal_mask, mask_columns, take_mask
+from evengaze.rotary import Rotary
+
+
+class Steps:
+    """Fits the arguments of layers to their caches, in calls that prune nothing themselves."""
+
+    def __init__(self, implementation: str, rotary: Rotary) -> None:
+        self._implementation = implementation
+        self._rotary = rotary
+        self._memo: dict[Any, tuple[Any, Any]] = {}
+
+    def begin(self) -> None:
+        """A new call: the masks of the last one are of no use any more."""
+        self._memo.clear()
+
+    def arguments(
+        self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """A layer's arguments, or None if they are right as they are."""
+        kept = kv.kept_of(cache)
+        if kept is None:
+            return None
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        mask = kwargs.get("attention_mask")
+        cut = dict(kwargs)
+        if kept.shift is not None:
+            cut["position_ids"] = kwargs["position_ids"] - kept.shift.to(hidden.device)
+            cut.update(self._rotary.step(layer, hidden, cut["position_ids"]))
+        elif mask is None and kept.real is None:
+            return None
+        if mask is not None or kept.real is not None:
+            cut["attention_mask"] = self._mask(mask, kept, cache, hidden)
+        return args, cut
+
+    def _mask(self, mask: Any, kept: kv.Kept, cache: Any, hidden: Tensor) -> Any:
+        if torch.compiler.is_compiling():
+            return self._cut(mask, kept, cache, hidden)
+        # One gather for each step and kept set, not for each layer.
+        key = (id(mask), id(kept), type(cache), kv.stored(cache), hidden.device)
+        if key not in self._memo:
+            self._memo[key] = ((mask, kept), self._cut(mask, kept, cache, hidden))
+        return self._memo[key][1]
+
+    def _cut(self, mask: Any, kept: kv.Kept, cache: Any, hidden: Tensor) -> Any:
+        queries = hidden.shape[1]
+        flat = isinstance(mask, Tensor) and mask.dim() == 2
+        if mask is not None and not flat and kv.is_fixed(cache):
+            columns, real = kv.fixed_columns(cache, kept, mask_columns(mask))
+            return take_mask(mask, None, columns.to(hidden.device), real.to(hidden.device))
+        past = int(cache.get_seq_length())
+        new = torch.arange(past, past + queries, device=hidden.device).expand(hidden.shape[0], -1)
+        held, filled = kv.entries(kept, past, new, None)
+        if mask is None:
+            assert filled is not None
+            visible = filled[:, -(kv.stored(cache) + queries) :]
+            return causal_mask(visible, queries, self._implementation, hidden.dtype)
+        columns, filled = kv.mask_columns_of(cache, held, filled, queries, mask_columns(mask), past + queries, flat)
+        return take_mask(mask, None, columns, filled)
