@@ -15,7 +15,7 @@ The engine (`evengaze.engine`) calls it row by row and owns everything else. Fiv
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from evengaze.debias import Debias
     from evengaze.engine import Handle
     from evengaze.layout import VisualLayout
+    from evengaze.models.base import Adapter
     from evengaze.schedule import Schedule
 
 Mode = Literal["corrected", "official"]
@@ -100,6 +101,7 @@ class View:
         initial: the table of all visual tokens at the start (`initial.position` indexes `embeddings`).
         real: (L,) bool, False for batch padding and fillers.
         memory: lives as long as the prompt; a method may carry values from stage to stage in it.
+        shared: lives as long as the attachment (see `Pruner.prepare`).
     """
 
     stage: int
@@ -110,6 +112,7 @@ class View:
     initial: VisualTokens
     real: Tensor
     memory: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
     states: AttentionStates | None = None
     row: int = 0
 
@@ -282,6 +285,19 @@ class Pruner(ABC):
     def language_to_vision(self, stage: int) -> bool:
         """Whether a stage ranks visual tokens by attention from text, which is what debiasing corrects."""
         return True
+
+    def prepare(self, model: nn.Module, adapter: Adapter | None, shared: dict[str, Any]) -> Callable[[], None]:
+        """Called when the pruner is attached. A method that acts outside the decoder (in a vision tower) hooks it here.
+
+        Args:
+            model: the model.
+            adapter: its family's adapter; None if the caller gave an explicit layout.
+            shared: lives as long as the attachment; `View.shared` is the same dictionary.
+
+        Returns:
+            A function that undoes it.
+        """
+        return lambda: None
 
     # -- the shared way from scores to a selection ------------------------------------------------------------------
     def select(self, view: View) -> Selection:
