@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from evengaze.errors import ConfigError
 from evengaze.evaluate.benchmarks.base import Benchmark
+from evengaze.evaluate.benchmarks.gqa import GQA
+from evengaze.evaluate.benchmarks.mmbench import MMBench
+from evengaze.evaluate.benchmarks.mmbench_cn import MMBenchCN
+from evengaze.evaluate.benchmarks.mme import MME
 from evengaze.evaluate.benchmarks.pope import POPE
+from evengaze.evaluate.benchmarks.scienceqa import ScienceQA
 from evengaze.evaluate.benchmarks.textvqa import TextVQA
 from evengaze.evaluate.benchmarks.types import DataFile, OfficialError, Problems, Record, Score, ScoreOptions
+from evengaze.evaluate.benchmarks.vizwiz import VizWiz, VizWizVal
+from evengaze.evaluate.benchmarks.vqav2 import VQAv2, VQAv2Val
 
 __all__ = [
     "BENCHMARKS",
@@ -20,7 +27,22 @@ __all__ = [
     "get_benchmark",
 ]
 
-BENCHMARKS: dict[str, Benchmark] = {item.name: item for item in (TextVQA(), POPE())}
+BENCHMARKS: dict[str, Benchmark] = {
+    item.name: item
+    for item in (
+        VQAv2(),
+        VQAv2Val(),
+        GQA(),
+        VizWiz(),
+        VizWizVal(),
+        ScienceQA(),
+        TextVQA(),
+        POPE(),
+        MME(),
+        MMBench(),
+        MMBenchCN(),
+    )
+}
 
 
 def get_benchmark(name: str) -> Benchmark:

@@ -24,7 +24,7 @@ from evengaze.evaluate.benchmarks.types import (
     Score,
     ScoreOptions,
 )
-from evengaze.evaluate.files import Answer, Lines, read_answers
+from evengaze.evaluate.files import Answer, Lines, read_answers, read_jsonl, require_clean
 
 
 def number_repeats(bases: Iterable[str]) -> list[str]:
@@ -324,3 +324,47 @@ def clean_or_stop(answers: Lines) -> tuple[Answer, ...]:
         official = "KeyError" if first.is_json else "JSONDecodeError"
         raise OfficialError(official, f"{answers.path} line {first.line}: {first.reason}")
     return answers.records
+
+
+def question_rows(benchmark: Benchmark, data: Path, name: str) -> dict[str, dict[str, Any]]:
+    """Read a question file in LLaVA's format (``question_id``, ``image``, ``text``), in order, by key.
+
+    Raises:
+        DataError: The file is missing or has a malformed line.
+    """
+    path = benchmark.path(data, name)
+    hint = benchmark.source(name)
+    rows = require_clean(read_jsonl(path, ("question_id", "image", "text"), hint), hint)
+    return dict(zip(number_repeats(str(row["question_id"]) for row in rows), rows, strict=True))
+
+
+def unscored(benchmark: Benchmark, mode: Mode, keys: Sequence[str], problems: Problems) -> Score:
+    """Return the score of predictions that only a server can score."""
+    return Score(
+        benchmark.name,
+        benchmark.split,
+        mode,
+        benchmark.metric,
+        None,
+        {"answered": len(keys) - len(problems.missing)},
+        n_records=len(keys),
+        n_scored=0,
+        problems=problems,
+        notes=[
+            f"The answers of {benchmark.title} {benchmark.split} are not public: write the submission file with "
+            f"`--submission FILE` and upload it to {benchmark.server}."
+        ],
+    )
+
+
+def write_text(out: Path, text: str) -> None:
+    """Write a result file, making its folder.
+
+    Raises:
+        DataError: It cannot be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error}. Check the folder's permissions and the disk.") from error

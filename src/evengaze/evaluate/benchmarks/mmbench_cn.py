@@ -1,0 +1,18 @@
+"""MMBench-CN dev: the Chinese table, asked in Chinese (LLaVA ``scripts/v1_5/eval/mmbench_cn.sh``)."""
+
+from __future__ import annotations
+
+from evengaze.evaluate.benchmarks.mmbench import MMBench
+from evengaze.evaluate.benchmarks.types import DataFile
+
+
+class MMBenchCN(MMBench):
+    """MMBench-CN dev: as MMBench, another table and instruction."""
+
+    name = "mmbench_cn"
+    title = "MMBench-CN"
+    # LLaVA's script looks in one folder, its documentation names the other.
+    folders = ("mmbench_cn", "mmbench")
+    table = "mmbench_dev_cn_20231003.tsv"
+    instruction = "请直接回答选项字母。"
+    files = (DataFile(table, f"https://download.openmmlab.com/mmclassification/datasets/mmbench/{table}"),)
