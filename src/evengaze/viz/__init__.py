@@ -1,0 +1,1 @@
+"""Figures: kept tokens over pictures, comparisons of methods, curves. Every function returns a matplotlib Figure."""

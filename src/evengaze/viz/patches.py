@@ -1,0 +1,227 @@
+"""Drawing primitives: a picture as the model saw it, and its patches bright, dimmed, hatched and outlined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, sqrt
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.collections import LineCollection
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+from PIL import Image as images
+from torch import Tensor
+
+from evengaze.errors import DataError
+from evengaze.layout import VisualTokens
+from evengaze.viz.style import KEPT, WASTED
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FILL = (122, 116, 104)
+"""CLIP's mean colour, with which LLaVA pads."""
+
+_BLANK = (214, 218, 225)
+_GAP = 0.08  # between the frames of a video, as a share of a frame's longer side
+
+Pixels = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """One picture (or the frames of one video) of a prompt, ready to be drawn.
+
+    Attributes:
+        tokens: the row's visual tokens.
+        index: which picture of the row.
+        pixels: for each frame (height, width, 3) uint8, or None for a plain grid.
+        padding: (frames, rows, columns) share of each patch that is padding.
+        there: (frames, rows, columns) False where the grid has no visual token.
+    """
+
+    tokens: VisualTokens
+    index: int
+    pixels: tuple[Pixels | None, ...]
+    padding: NDArray[np.float64]
+    there: Mask
+
+    @classmethod
+    def of(cls, tokens: VisualTokens, image: Image | Sequence[Image] | None = None, index: int = 0) -> Canvas:
+        """The canvas of picture `index` of a row.
+
+        Args:
+            tokens: the row's visual tokens.
+            image: the picture as the user has it, one for each frame of a video, or None.
+            index: which picture of the row.
+
+        Raises:
+            DataError: the row has no such picture, or a video is given another number of frames.
+        """
+        if not 0 <= index < len(tokens.images):
+            raise DataError(f"the row has {len(tokens.images)} pictures with visual tokens; there is no number {index}")
+        info = tokens.images[index]
+        shape = (info.frames, *info.grid)
+        there = on_grid(tokens, None, index)
+        padding = np.zeros(shape)
+        own = (tokens.image == index).cpu()
+        padding.reshape(info.frames, -1)[tokens.frame.cpu()[own], tokens.cell.cpu()[own]] = tokens.padding.cpu()[own]
+        frames: list[Image | None]
+        if image is None:
+            frames = [None] * info.frames
+        elif isinstance(image, Sequence):
+            frames = list(image)
+        else:
+            frames = [image]
+        if len(frames) != info.frames:
+            raise DataError(f"picture {index} of the row has {info.frames} frames, but {len(frames)} images were given")
+        seen = tuple(None if f is None else as_seen(f, p) for f, p in zip(frames, padding, strict=True))
+        return cls(tokens, index, seen, padding, there)
+
+    def mask(self, chosen: Tensor) -> Mask:
+        """(frames, rows, columns) True at the visual tokens `chosen` (indices into the row's)."""
+        return on_grid(self.tokens, chosen, self.index)
+
+    @property
+    def aspect(self) -> float:
+        """Width of the drawing over its height."""
+        frames, rows, columns = self.there.shape
+        down, across = _mosaic(frames, rows, columns)
+        gap = _GAP * max(rows, columns)
+        return float((across * (columns + gap) - gap) / (down * (rows + gap) - gap))
+
+    def draw(self, ax: Any, kept: Mask | None = None, recycled: Mask | None = None, note: bool = True) -> None:
+        """Draw all frames into an axes.
+
+        Args:
+            ax: a matplotlib axes.
+            kept: what to show bright, as from `mask`; None shows the picture as it is.
+            recycled: tokens that stand for merged ones, marked by a dot.
+            note: outline kept patches that are padding in another colour.
+        """
+        frames, rows, columns = self.there.shape
+        _, across = _mosaic(frames, rows, columns)
+        gap = _GAP * max(rows, columns)
+        for f in range(frames):
+            top, left = (f // across) * (rows + gap), (f % across) * (columns + gap)
+            base = self._frame(f, kept)
+            extent = (left, left + columns, top + rows, top)
+            ax.imshow(base, extent=extent, interpolation="nearest", aspect="equal")
+            if kept is None:
+                continue
+            padded = self.padding[f] > 0.5
+            self._hatch(ax, padded & ~kept[f], top, left)
+            wasted = kept[f] & padded if note else np.zeros_like(padded)
+            _outline(ax, kept[f] & ~wasted, top, left, KEPT)
+            _outline(ax, wasted, top, left, WASTED)
+            if recycled is not None:
+                y, x = np.nonzero(recycled[f])
+                ax.scatter(x + left + 0.5, y + top + 0.5, s=9, color="white", edgecolor=KEPT, linewidth=0.9, zorder=4)
+        down = ceil(frames / across)
+        ax.set_xlim(-0.06, across * (columns + gap) - gap + 0.06)
+        ax.set_ylim(down * (rows + gap) - gap + 0.06, -0.06)
+        ax.set_axis_off()
+
+    def _frame(self, f: int, kept: Mask | None) -> Pixels:
+        rows, columns = self.there.shape[1:]
+        pixels = self.pixels[f]
+        if pixels is None:
+            pixels = _checkered(self.there[f])
+        if kept is None:
+            return pixels
+        zoom = (pixels.shape[0] // rows, pixels.shape[1] // columns)
+        bright = np.kron(kept[f], np.ones(zoom, bool))[:, :, None]
+        grey = pixels.mean(2, keepdims=True)
+        dim = (0.4 * (0.4 * pixels + 0.6 * grey) + 8).astype(np.uint8)
+        return np.where(bright, pixels, dim)
+
+    @staticmethod
+    def _hatch(ax: Any, where: Mask, top: float, left: float) -> None:
+        """Rectangles over runs of padding, joined over equal rows so that the hatching is seamless."""
+        runs: dict[tuple[int, int], list[int]] = {}
+        for y, row in enumerate(where):
+            edges = np.flatnonzero(np.diff(np.concatenate([[0], row.astype(int), [0]])))
+            for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+                runs.setdefault((start, stop), []).append(y)
+        for (start, stop), lines in runs.items():
+            for group in np.split(lines, np.flatnonzero(np.diff(lines) != 1) + 1):
+                corner = (left + start, top + float(group[0]))
+                box = Rectangle(corner, stop - start, len(group), fill=False, hatch="////", linewidth=0, zorder=2)
+                box.set_edgecolor((1, 1, 1, 0.28))
+                ax.add_patch(box)
+
+
+def on_grid(tokens: VisualTokens, chosen: Tensor | None, index: int) -> Mask:
+    """(frames, rows, columns) True where picture `index` has one of the tokens `chosen` (all of them if None)."""
+    info = tokens.images[index]
+    mask = np.zeros((info.frames, info.cells), bool)
+    part = (tokens if chosen is None else tokens.take(chosen.to(tokens.cell.device))).to("cpu")
+    own = part.image == index
+    mask[part.frame[own], part.cell[own]] = True
+    return mask.reshape(info.frames, *info.grid)
+
+
+def as_seen(image: Image, padding: NDArray[np.float64], side: int = 560) -> Pixels:
+    """A picture as it reached the vision tower: inside its padding, or stretched to the grid if there is none.
+
+    Where the picture lies is read from the shares of padding, so that any placement is right. A picture that comes
+    with its padding already on it is used as it is.
+
+    Args:
+        image: the picture.
+        padding: (rows, columns) share of padding of each patch.
+        side: about how many pixels the longer side gets.
+
+    Returns:
+        (height, width, 3) uint8, a whole number of pixels for each patch.
+    """
+    rows, columns = padding.shape
+    zoom = max(1, side // max(rows, columns))
+    height, width = rows * zoom, columns * zoom
+    covered = 1 - padding
+    top, bottom = _margins(covered.max(1))
+    left, right = _margins(covered.max(0))
+    box = [round(left * zoom), round(top * zoom), round(width - right * zoom), round(height - bottom * zoom)]
+    inner = (box[2] - box[0]) / max(1, box[3] - box[1])
+    aspect = image.width / image.height
+    if abs(np.log(aspect * rows / columns)) < abs(np.log(aspect / max(inner, 1e-6))):
+        box = [0, 0, width, height]
+    picture = images.new("RGB", (width, height), FILL)
+    inside = image.convert("RGB").resize((max(1, box[2] - box[0]), max(1, box[3] - box[1])), images.Resampling.LANCZOS)
+    picture.paste(inside, (box[0], box[1]))
+    return np.asarray(picture)
+
+
+def _margins(covered: NDArray[np.float64]) -> tuple[float, float]:
+    """Padding in front of and behind the covered part of a line, in cells."""
+    best = np.flatnonzero(covered >= covered.max() - 1e-9)
+    first, last = int(best[0]), int(best[-1])
+    return float((1 - covered[:first]).sum()), float((1 - covered[last + 1 :]).sum())
+
+
+def _mosaic(frames: int, rows: int, columns: int) -> tuple[int, int]:
+    """Rows and columns of frames whose mosaic is about a third wider than high."""
+    across = min(frames, max(1, round(sqrt(frames * 4 / 3 * rows / columns))))
+    return ceil(frames / across), across
+
+
+def _checkered(there: Mask, zoom: int = 24) -> Pixels:
+    """A stand-in for a picture: one square a token, white where the grid has none."""
+    rows, columns = there.shape
+    tone = np.where((np.add.outer(np.arange(rows), np.arange(columns)) % 2)[..., None], _BLANK, np.add(_BLANK, 12))
+    tone = np.where(there[..., None], tone, 255).astype(np.uint8)
+    return np.asarray(tone.repeat(zoom, 0).repeat(zoom, 1))
+
+
+def _outline(ax: Any, mask: Mask, top: float, left: float, colour: str) -> None:
+    """The border between patches inside and outside of a mask."""
+    around = np.pad(mask, 1).astype(int)
+    lines = []
+    y, x = np.nonzero(np.diff(around, axis=0)[:, 1:-1])
+    lines += [((left + a, top + b), (left + a + 1, top + b)) for a, b in zip(x.tolist(), y.tolist(), strict=True)]
+    y, x = np.nonzero(np.diff(around, axis=1)[1:-1])
+    lines += [((left + a, top + b), (left + a, top + b + 1)) for a, b in zip(x.tolist(), y.tolist(), strict=True)]
+    ax.add_collection(LineCollection(lines, colors=colour, linewidths=1.3, capstyle="projecting", zorder=3))
