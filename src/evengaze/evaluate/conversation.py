@@ -1,0 +1,68 @@
+"""How a question becomes a prompt: LLaVA's conversation templates (``llava/conversation.py``) or the model's own.
+
+LLaVA's and Video-LLaVA's scripts wrap every question in one turn of a fixed template, without a space after the last
+colon. ``llava_v1`` and ``vicuna_v1`` differ in one word, "human" for "user"; published numbers depend on it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from evengaze.errors import ConfigError
+
+Style = Literal["auto", "official", "chat"]
+"""Which prompt: the benchmark's official template, the processor's chat template, or "auto", see `resolve`."""
+
+_SYSTEM = (
+    "A chat between a curious {who} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {who}'s questions."
+)
+TEMPLATES = {"vicuna_v1": _SYSTEM.format(who="user"), "llava_v1": _SYSTEM.format(who="human")}
+"""System sentences by template name."""
+
+
+def render(template: str, text: str, marker: str = "<image>") -> str:
+    """Write a question in one of LLaVA's templates.
+
+    Args:
+        template: "vicuna_v1" or "llava_v1".
+        text: the whole user text.
+        marker: what stands for the picture, in front of the text; "" for a question without one.
+
+    Raises:
+        ConfigError: there is no such template.
+    """
+    if template not in TEMPLATES:
+        raise ConfigError(f"no conversation template {template!r}; there are {', '.join(TEMPLATES)}")
+    message = f"{marker}\n{text}" if marker else text
+    return f"{TEMPLATES[template]} USER: {message} ASSISTANT:"
+
+
+def chat(processor: Any, text: str, media: Literal["image", "video"] | None) -> str:
+    """Write a question in the chat template that the model's processor carries."""
+    content = [] if media is None else [{"type": media}]
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+    return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+
+def resolve(style: Style, processor: Any, model_type: str) -> Literal["official", "chat"]:
+    """Decide which prompts a model gets.
+
+    "auto" gives LLaVA's templates to models that were trained with them: those whose own chat template is Vicuna's
+    (``USER: ... ASSISTANT:``), and LLaVA models without one. All others get their own chat template.
+
+    Raises:
+        ConfigError: the chat template is asked for or needed, but the processor has none.
+    """
+    has_own = getattr(processor, "chat_template", None) is not None
+    if style == "official" or (style == "auto" and not has_own and model_type in ("llava", "video_llava")):
+        return "official"
+    if not has_own:
+        raise ConfigError(
+            "the model's processor has no chat template. Use --prompt official for LLaVA's conversation template, or "
+            "put a chat_template.jinja into the model's folder."
+        )
+    if style == "chat":
+        return "chat"
+    probe = chat(processor, "?", None)
+    return "official" if "USER:" in probe and "ASSISTANT:" in probe else "chat"

@@ -1,0 +1,91 @@
+"""What answers depend on, kept beside them, so that a resumed run cannot mix two settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from evengaze.errors import DataError
+from evengaze.evaluate.benchmarks.types import Record
+from evengaze.evaluate.shards import write_whole
+from evengaze.methods import Pruner
+
+FILE = "fingerprint.json"
+_PACKAGES = ("evengaze", "torch", "transformers", "tokenizers", "numpy", "pillow")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that answers depend on."""
+    found = {"python": ".".join(platform.python_version_tuple()[:2])}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def digest(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of a JSON value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def describe_pruner(pruner: Pruner) -> dict[str, Any]:
+    """The method's parameters, with the hash of its debiasing in place of the curve's samples."""
+    values = json.loads(json.dumps(pruner.to_dict()))
+    if values.get("debias") is not None:
+        values["debias_hash"] = digest(values["debias"])
+    return dict(values)
+
+
+def describe_records(records: Sequence[Record]) -> dict[str, Any]:
+    """The number of questions and a hash over their keys and texts."""
+    return {"records": len(records), "hash": digest([[record.key, record.prompt] for record in records])}
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Where two JSON values differ, as lines ``name: old -> new``."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = [*old, *(key for key in new if key not in old)]
+        missing = "(absent)"
+        return [
+            line
+            for key in keys
+            for line in differences(old.get(key, missing), new.get(key, missing), f"{name}.{key}" if name else key)
+        ]
+    return [] if old == new else [f"{name}: {_short(old)} -> {_short(new)}"]
+
+
+def stamp(folder: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Write the fingerprint of a new folder, or check that of an old one.
+
+    Raises:
+        DataError: the folder holds answers of another setting; the message lists every difference.
+    """
+    path = folder / FILE
+    wanted = json.loads(json.dumps(fingerprint))
+    if not path.exists():
+        write_whole(path, json.dumps(wanted, indent=1) + "\n")
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}). Give another --out.") from None
+    changed = differences(found, wanted)
+    if changed:
+        listed = "\n  ".join(changed)
+        raise DataError(
+            f"{folder} holds answers of another setting (there -> now):\n  {listed}\nGive another --out for the new "
+            f"setting, restore the old one to go on, or delete {folder} to start anew."
+        )
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 100 else text[:97] + "..."

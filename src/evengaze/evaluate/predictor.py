@@ -1,0 +1,327 @@
+"""A model that answers records: what the runner, the Ray actors and the lmms-eval plug-in all use."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from evengaze.debias.curve import architecture_of
+from evengaze.errors import ConfigError, DataError, LayoutError
+from evengaze.evaluate.benchmarks.types import Record
+from evengaze.evaluate.conversation import Style, chat, render, resolve
+from evengaze.methods import Pruner, parse
+from evengaze.models import adapter_for
+from evengaze.schedule import DecoderShape
+
+DEMO = "demo"
+"""Name of the embedded model."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What to load; picklable, so that every worker loads the same.
+
+    Attributes:
+        source: hub id, local folder, or "demo" for the embedded model.
+        revision: commit, branch or tag on the hub.
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        device: "auto" (an accelerator if there is one, this process's own under torchrun), "cpu", "cuda:1", ..., or
+            "balanced" to spread the layers over all GPUs (needs accelerate).
+        attention: attention implementation; None is transformers' default.
+        prompt: see `evengaze.evaluate.conversation`.
+    """
+
+    source: str
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    attention: str | None = None
+    prompt: Style = "auto"
+
+    @property
+    def name(self) -> str:
+        """``model_id`` of answer records: the last part of the path, with its parent for ``checkpoint-N``."""
+        parts = [part for part in self.source.replace(os.sep, "/").split("/") if part]
+        if parts[-1].startswith("checkpoint-") and len(parts) > 1:
+            return f"{parts[-2]}_{parts[-1]}"
+        return parts[-1]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What came out for one record.
+
+    Attributes:
+        record: the record.
+        text: the answer, stripped; None if the record could not be read.
+        trace: `visual_tokens` at the start, `average_tokens` over the layers, `relative_flops` of the prefill; empty
+            for a text-only record.
+        error: why there is no answer.
+    """
+
+    record: Record
+    text: str | None
+    trace: dict[str, float]
+    error: str | None = None
+
+
+class Predictor:
+    """A loaded model. Answers are greedy, and equal for equal batches.
+
+    Attributes:
+        spec: what was loaded.
+        model: the model, in eval mode.
+        processor: its processor; LLaVA-1.5's pads pictures to squares as LLaVA's own code does.
+    """
+
+    def __init__(self, model: Any, processor: Any, spec: ModelSpec) -> None:
+        self.spec, self.model, self.processor = spec, model.eval(), processor
+        self.style = resolve(spec.prompt, processor, model.config.model_type)
+        self._shape = DecoderShape.from_config(model.config)
+        processor.tokenizer.padding_side = "left"
+        if processor.tokenizer.pad_token is None:
+            processor.tokenizer.pad_token = processor.tokenizer.eos_token
+
+    @classmethod
+    def load(cls, spec: ModelSpec) -> Predictor:
+        """Load what a spec names.
+
+        Raises:
+            DataError: there is no such model, or its files are broken.
+            ConfigError: the device or dtype does not exist.
+        """
+        if spec.source == DEMO:
+            from evengaze import demo
+
+            model, processor = demo.load()
+            return cls(model.to(_device(spec.device)), processor, spec)
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        options: dict[str, Any] = {"dtype": _dtype(spec.dtype)}
+        if spec.attention is not None:
+            options["attn_implementation"] = spec.attention
+        if spec.device == "balanced":
+            options["device_map"] = "balanced"
+        try:
+            processor = AutoProcessor.from_pretrained(spec.source, revision=spec.revision)
+            model = AutoModelForImageTextToText.from_pretrained(spec.source, revision=spec.revision, **options)
+        except (OSError, ValueError) as error:
+            where = "folder" if Path(spec.source).exists() else "hub id or folder"
+            raise DataError(
+                f"--model {spec.source}: this {where} cannot be loaded ({str(error).strip().splitlines()[0]}). Give a "
+                "folder with config.json, weights and processor files, a hub id, or 'demo' for the embedded model."
+            ) from error
+        if model.config.model_type == "llava":
+            processor = _square(processor)
+        return cls(model if spec.device == "balanced" else model.to(_device(spec.device)), processor, spec)
+
+    # -- what a run depends on ------------------------------------------------------------------------------------
+    def describe(self, template: str = "vicuna_v1") -> dict[str, Any]:
+        """Everything about the model and its prompts that answers depend on, for the fingerprint."""
+        return {
+            "name": self.spec.name,
+            "source": self.spec.source,
+            "revision": self.revision,
+            "architecture": architecture_of(self.model.config),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": self.model.device.type,
+            "attention": getattr(self.model.config, "_attn_implementation", None),
+            "prompt": self.prompt(Record("", 0, "{question}", image=b""), template),
+        }
+
+    @cached_property
+    def revision(self) -> str:
+        """The hub's commit, or a digest of a local folder's files, or the embedded weights' own."""
+        commit = getattr(self.model.config, "_commit_hash", None)
+        folder = Path(self.spec.source)
+        if folder.is_dir():
+            return digest_folder(folder)
+        return str(commit or self.spec.revision or digest_weights(self.model))
+
+    def prompt(self, record: Record, template: str) -> str:
+        """The string that is tokenised for a record.
+
+        Args:
+            record: the record.
+            template: the benchmark's conversation template; used if the model gets official prompts.
+        """
+        media = "video" if record.video is not None else None if record.image is None else "image"
+        if self.style == "chat":
+            return chat(self.processor, record.prompt, media)  # type: ignore[arg-type]
+        return render(template, record.prompt, "" if media is None else f"<{media}>")
+
+    def geometry(self, records: Sequence[Record], template: str = "vicuna_v1") -> tuple[int, int]:
+        """Decoder layers, and the visual tokens of the first record that has a readable picture.
+
+        Raises:
+            DataError: no record has one.
+        """
+        dense = parse("dense")
+        layers = len(adapter_for(self.model).decoder(self.model).layers)
+        for record in records:
+            if record.image is None and record.video is None:
+                continue
+            found = self.answer([record], dense, template=template, max_new_tokens=1)[0]
+            if found.trace:
+                return layers, int(found.trace["visual_tokens"])
+        raise DataError("no record has a picture that can be read: there are no visual tokens to set a budget for")
+
+    # -- answering ------------------------------------------------------------------------------------------------
+    def answer(
+        self, records: Sequence[Record], pruner: Pruner, *, template: str = "vicuna_v1", max_new_tokens: int = 128
+    ) -> list[Prediction]:
+        """Answer records in one batch (two if only some of them have a picture).
+
+        A record whose picture cannot be read gets an error in place of an answer; the others are answered.
+        """
+        done: dict[int, Prediction] = {}
+        groups: dict[str, list[tuple[int, Any]]] = {}
+        for index, record in enumerate(records):
+            try:
+                kind, media = open_media(record)
+            except DataError as error:
+                done[index] = Prediction(record, None, {}, str(error))
+            else:
+                groups.setdefault(kind, []).append((index, media))
+        for kind, members in groups.items():
+            chosen = [records[index] for index, _ in members]
+            texts = [self.prompt(record, template) for record in chosen]
+            answers = self._generate(texts, kind, [media for _, media in members], pruner, max_new_tokens)
+            for (index, _), record, (text, trace) in zip(members, chosen, answers, strict=True):
+                done[index] = Prediction(record, text, trace)
+        return [done[index] for index in range(len(records))]
+
+    @torch.inference_mode()
+    def _generate(
+        self, texts: list[str], kind: str, media: list[Any], pruner: Pruner, max_new_tokens: int
+    ) -> list[tuple[str, dict[str, float]]]:
+        tokenizer = self.processor.tokenizer
+        begins = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
+        options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "add_special_tokens": not begins}
+        if kind != "text":
+            options[kind] = media
+        inputs = self.processor(text=texts, **options).to(self.model.device, self.model.dtype)
+        length = inputs["input_ids"].shape[1]
+        try:
+            with pruner(self.model) as run:
+                output = self.model.generate(
+                    **inputs,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    num_beams=1,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"out of memory with {len(texts)} questions at a time ({error}). Give a smaller --batch-size; answers "
+                "that are on disk are kept."
+            ) from error
+        real = inputs["attention_mask"].sum(1).tolist()
+        traces = [self._trace(run.trace, row, real[row]) for row in range(len(texts))]
+        answers = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+        return [(text.strip(), trace) for text, trace in zip(answers, traces, strict=True)]
+
+    def _trace(self, trace: Any, row: int, tokens: int) -> dict[str, float]:
+        if trace is None or not len(trace.layout.rows[row]):
+            return {}
+        entering = trace.visual_tokens(row)
+        text = tokens - entering[0]
+        cost = sum(self._shape.layer_flops(n + text) for n in entering)
+        return {
+            "visual_tokens": entering[0],
+            "average_tokens": round(trace.average_tokens(row), 4),
+            "relative_flops": round(cost / (len(entering) * self._shape.layer_flops(tokens)), 6),
+        }
+
+
+def open_media(record: Record) -> tuple[str, Any]:
+    """Read a record's picture or video.
+
+    Returns:
+        "images" and the RGB picture, "videos" and the frames, or "text" and None.
+
+    Raises:
+        DataError: it is missing or cannot be decoded.
+    """
+    if record.video is not None:
+        from evengaze.evaluate.video import read_frames
+
+        return "videos", read_frames(record.video)
+    if record.image is None:
+        return "text", None
+    name = f"the picture of record {record.key}" if isinstance(record.image, bytes) else str(record.image)
+    try:
+        with Image.open(BytesIO(record.image) if isinstance(record.image, bytes) else record.image) as picture:
+            return "images", picture.convert("RGB")
+    except FileNotFoundError:
+        raise DataError(f"{name} does not exist. The image folder is incomplete: extract it again.") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{name} cannot be read as a picture ({error}). Fetch or extract it again.") from None
+
+
+def digest_folder(folder: Path) -> str:
+    """A digest that changes when a model's files do, without reading all of their bytes.
+
+    Configuration files count in full; of weight files their size and first and last megabyte.
+    """
+    total = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".json", ".safetensors", ".bin", ".gguf", ".model", ".jinja", ".txt"):
+            continue
+        size = path.stat().st_size
+        total.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as handle:
+            total.update(handle.read(1 << 20))
+            if size > 1 << 20:
+                handle.seek(max(1 << 20, size - (1 << 20)))
+                total.update(handle.read())
+    return total.hexdigest()[:16]
+
+
+def digest_weights(model: Any) -> str:
+    """A digest of a model in memory, from the sum and the shape of each of its parameters."""
+    total = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        total.update(f"{name}\0{tuple(value.shape)}\0{float(value.double().sum()):.12e}".encode())
+    return total.hexdigest()[:16]
+
+
+def _square(processor: Any) -> Any:
+    from evengaze.models import llava_processor
+
+    try:
+        return llava_processor(processor)
+    except LayoutError:  # a Pixtral or SigLIP processor of its own kind: it pads as its model was trained
+        return processor
+
+
+def _dtype(name: str) -> Any:
+    if name == "auto":
+        return "auto"
+    value = getattr(torch, name, None)
+    if not isinstance(value, torch.dtype):
+        raise ConfigError(f"dtype {name!r} does not exist; use auto, float32, bfloat16 or float16")
+    return value
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} does not exist ({error}); use auto, cpu, cuda, cuda:N or mps") from None

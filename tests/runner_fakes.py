@@ -1,0 +1,92 @@
+"""A tiny LLaVA in a folder, and small benchmarks in LLaVA's layout, for the tests of everything above the scorers."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from evengaze.testing import tiny
+from evengaze.testing.prompts import BOS, IMAGE, PAD
+
+
+def byte_tokenizer() -> Any:
+    """One token a byte, with LLaVA's special tokens at the ids that the tiny models use."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": PAD, "<s>": BOS, "</s>": 2}
+    vocabulary |= {letter: 3 + i for i, letter in enumerate(alphabet)}
+    vocabulary |= {f"<filler{i}>": i for i in range(len(vocabulary), IMAGE)} | {"<image>": IMAGE}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens=["<image>"],
+    )
+
+
+def save_model(folder: Path, seed: int = 0) -> Path:
+    """Write a tiny random LLaVA-1.5 with its processor, as a checkpoint's folder has them."""
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    model, _ = tiny("llava", seed=seed)
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(folder)
+    images = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    LlavaProcessor(
+        image_processor=images,
+        tokenizer=byte_tokenizer(),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_pope(root: Path, images: int = 4, seed: int = 0) -> Path:
+    """Write a small POPE in LLaVA's layout: three questions an image, one of each category."""
+    draw = random.Random(seed)
+    folder = root / "playground/data/eval/pope"
+    (folder / "val2014").mkdir(parents=True)
+    (folder / "coco").mkdir()
+    questions, labels = [], {}
+    for c, category in enumerate(("adversarial", "random", "popular")):
+        labels[category] = []
+        for i in range(images):
+            name = f"COCO_val2014_{i:012d}.jpg"
+            text = f"Is there a {draw.choice(['dog', 'cat', 'car', 'tree'])} in the image?"
+            questions.append(
+                {
+                    "question_id": 10_000_000 * c + i + 1,
+                    "image": name,
+                    "text": f"{text}\nAnswer the question using a single word or phrase.",
+                    "category": category,
+                }
+            )
+            label = draw.choice(["yes", "no"])
+            labels[category].append({"question_id": i + 1, "image": name, "text": text, "label": label})
+    for i in range(images):
+        size = (40 + 10 * (i % 3), 60 - 10 * (i % 2))
+        picture = Image.new("RGB", size)
+        picture.putdata([tuple(draw.randrange(256) for _ in range(3)) for _ in range(size[0] * size[1])])
+        picture.save(folder / "val2014" / f"COCO_val2014_{i:012d}.jpg")
+    write_lines(folder / "llava_pope_test.jsonl", questions)
+    for category, rows in labels.items():
+        write_lines(folder / "coco" / f"coco_pope_{category}.json", rows)
+    return root
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
