@@ -1,0 +1,142 @@
+"""Wrong use is refused with an error that names the fix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import generate
+
+import evengaze as eg
+from evengaze.errors import AttachError, ConfigError, LayoutError, NothingPrunedError, ScoreError, UnsupportedModelError
+from evengaze.testing import tiny
+
+
+@pytest.mark.parametrize("keep", [0, -3, -0.5, 0.0, 1.5])
+def test_budget_out_of_range(keep):
+    with pytest.raises(ConfigError, match="keep"):
+        eg.FastV(keep=keep)
+
+
+@pytest.mark.parametrize(("layer", "fix"), [(6, "layers 0 to 5"), (99, "layers 0 to 5")])
+def test_layer_outside_the_model(layer, fix):
+    model, _ = tiny("llava")
+    with pytest.raises(ConfigError, match=fix):
+        eg.FastV(keep=4, layer=layer)(model)
+    assert not model.model.language_model.layers[0]._forward_pre_hooks
+
+
+def test_layer_zero_has_no_attention_before_it():
+    with pytest.raises(ConfigError, match=">= 1"):
+        eg.FastV(keep=4, layer=0)
+
+
+def test_attached_twice():
+    model, inputs = tiny("llava")
+    with eg.FastV(keep=4)(model):
+        with pytest.raises(AttachError, match=r"remove\(\)"):
+            eg.FastV(keep=2)(model)
+        generate(model, inputs)
+    handle = eg.attach(model, eg.FastV(keep=4))
+    handle.remove()
+    handle.remove()
+    eg.attach(model, eg.FastV(keep=4)).remove()
+
+
+def test_images_without_placeholders():
+    model, inputs = tiny("llava")
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, 7)
+    with pytest.raises((LayoutError, ValueError), match="image"), eg.FastV(keep=4)(model):
+        generate(model, inputs)
+
+
+def test_hidden_attention_is_named(monkeypatch):
+    model, inputs = tiny("llama")
+    attention = model.model.layers[1].self_attn
+
+    def closed(hidden_states, **kwargs):
+        return hidden_states, None
+
+    monkeypatch.setattr(attention, "forward", closed)
+    layout = eg.VisualLayout.from_spans([(4, 20)], (4, 4))
+    with pytest.raises(AttachError, match="hidden"), eg.FastV(keep=4)(model, layout=layout):
+        generate(model, inputs)
+
+
+def test_unknown_attention_implementation():
+    model, inputs = tiny("llama")
+    layout = eg.VisualLayout.from_spans([(4, 20)], (4, 4))
+    with pytest.raises(AttachError, match="sdpa"), eg.FastV(keep=4)(model, layout=layout):
+        model.config._attn_implementation_internal = "mystery"
+        for layer in model.model.layers:
+            layer.self_attn.config._attn_implementation_internal = "mystery"
+        generate(model, inputs)
+
+
+def test_chunked_prefill():
+    model, inputs = tiny("llava")
+    with pytest.raises(ConfigError, match="prefill_chunk_size"), eg.FastV(keep=4)(model):
+        generate(model, inputs, prefill_chunk_size=8)
+
+
+def test_nan_scores():
+    model, inputs = tiny("llava")
+
+    class Odd(eg.FastV):
+        def score(self, view):
+            return super().score(view) * float("nan")
+
+    with pytest.raises(ScoreError, match="NaN"), Odd(keep=4)(model):
+        generate(model, inputs)
+
+
+def test_scores_of_the_wrong_shape():
+    model, inputs = tiny("llava")
+
+    class Odd(eg.FastV):
+        def score(self, view):
+            return super().score(view)[:3]
+
+    with pytest.raises(ScoreError, match="scored"), Odd(keep=4)(model):
+        generate(model, inputs)
+
+
+def test_layout_that_does_not_fit_the_call():
+    model, inputs = tiny("llama")
+    with (
+        pytest.raises(LayoutError, match="reaches"),
+        eg.FastV(keep=4)(model, layout=eg.VisualLayout.from_spans([(40, 56)], (4, 4))),
+    ):
+        generate(model, inputs)
+    with (
+        pytest.raises(LayoutError, match="rows"),
+        eg.FastV(keep=4)(model, layout=eg.VisualLayout.from_spans([(4, 20), (4, 20)], (4, 4))),
+    ):
+        generate(model, inputs)
+
+
+def test_bare_decoder_needs_a_layout():
+    model, _ = tiny("llama")
+    with pytest.raises(UnsupportedModelError, match="layout"):
+        eg.FastV(keep=4)(model).remove()
+
+
+@pytest.mark.parametrize(
+    ("spans", "grid", "problem"),
+    [
+        ([(4, 19)], (4, 4), "multiple"),
+        ([(4, 4)], (4, 4), "empty"),
+        ([[(4, 20), (10, 26)]], (4, 4), "overlaps"),
+        ([[(4, 20)]], [(4, 4), (4, 4)], "grids"),
+    ],
+)
+def test_spans_that_make_no_sense(spans, grid, problem):
+    with pytest.raises(LayoutError, match=problem):
+        eg.VisualLayout.from_spans(spans, grid)
+
+
+def test_layers_that_never_run_are_noticed():
+    model, inputs = tiny("llama")
+    model.model.config.num_hidden_layers = 3
+    layout = eg.VisualLayout.from_spans([(4, 20)], (4, 4))
+    with pytest.raises(NothingPrunedError, match="layers"), eg.FastV(keep=4, layer=5)(model, layout=layout):
+        model(**inputs, use_cache=False)
