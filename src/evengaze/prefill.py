@@ -118,7 +118,7 @@ class Prefill:
             return hidden
         old, filled = self.on(hidden.device)
         alive = torch.ones_like(old, dtype=torch.bool) if filled is None else filled
-        plans = [_plan(alive[b], self.tables[b], s) for b, s in enumerate(chosen)]
+        plans = [_plan(alive[b], self.tables[b], None if s is None else self._order(s)) for b, s in enumerate(chosen)]
         index, source, filled = _stack(plans, old.shape[1])
         out = take(hidden, source, 1)
         for b, selection in enumerate(chosen):
@@ -167,10 +167,20 @@ class Prefill:
             total = torch.zeros(out.shape, dtype=torch.float32, device=out.device).index_add_(0, target, parts)
             touched = torch.unique(target)
             out[touched] = total[touched].to(out.dtype)
-        chosen = _chosen(selection)
+        chosen = self._order(selection)
         moved = table.take(chosen)
         self.tables[b] = replace(moved, position=place[moved.position])
         self.origins[b] = self.origins[b][chosen]
+
+    def _order(self, selection: Selection) -> Tensor:
+        """Surviving candidates in the order in which they stand afterwards.
+
+        Recycled tokens stand behind the kept ones if positions are renumbered; else every token stays at its own.
+        """
+        if selection.recycled is None:
+            return selection.keep
+        chosen = torch.cat([selection.keep, selection.recycled.to(selection.keep.device)])
+        return chosen if self.rotary is not None and self.rotary.renumbers else chosen.sort().values
 
     # -- what later layers receive ------------------------------------------------------------------------------------
     def arguments(
@@ -311,25 +321,18 @@ def kept_length(slots: Tensor | None, length: int) -> int:
     return length if slots is None else slots.shape[1]
 
 
-def _chosen(selection: Selection) -> Tensor:
-    """Surviving candidates in the order in which they stand afterwards: kept ones, then recycled ones."""
-    if selection.recycled is None:
-        return selection.keep
-    return torch.cat([selection.keep, selection.recycled.to(selection.keep.device)])
-
-
-def _plan(alive: Tensor, table: VisualTokens, selection: Selection | None) -> tuple[Tensor, Tensor]:
+def _plan(alive: Tensor, table: VisualTokens, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
     """Which indices of the current sequence survive in a row, and which token moves into each of them."""
-    if selection is None:
+    if chosen is None:
         index = alive.nonzero().flatten()
         return index, index
-    survivors = table.position[_chosen(selection)]
+    survivors = table.position[chosen]
     alive = alive.clone()
     alive[table.position] = False
     alive[survivors] = True
     index = alive.nonzero().flatten()
     source = index.clone()
-    # Recycled tokens stand behind the kept ones. An index only orders tokens, so any of the row's visual ones serves.
+    # Where recycled tokens move behind the kept ones, an index only orders tokens: any of the visual ones serves.
     source[torch.isin(index, table.position)] = survivors
     return index, source
 

@@ -78,8 +78,9 @@ class Selection:
     Attributes:
         keep: (m,) indices of the candidates that survive, ascending.
         merge: how hidden states are combined, or None.
-        recycled: (c,) indices of dropped candidates that stand for merged tokens; these are placed behind the kept
-            visual tokens in this order, and `merge` says what they hold. None: no such tokens.
+        recycled: (c,) indices of dropped candidates that stand for merged tokens; `merge` says what they hold. Where
+            survivors are renumbered they move behind the kept visual tokens in this order; where positions are
+            original they stay at their own. None: no such tokens.
     """
 
     keep: Tensor
@@ -330,6 +331,8 @@ class Pruner(ABC):
         score, allowed = raw, torch.ones_like(raw, dtype=torch.bool)
         if self.debias is not None and self.language_to_vision(view.stage) and self.debias.applies(view.stage):
             score, allowed = self.debiased(self.debias, raw, view)
+        elif self.debias is not None and self.mode == "corrected" and self.language_to_vision(0):
+            allowed = self.debias.valid(view.tokens).to(raw.device)  # padding stays out of later rankings, too
         view.memory[f"score{view.stage}"] = score
         return score, allowed
 

@@ -199,7 +199,7 @@ _SIGLIP = partial(_vision, "SiglipVisionConfig")
 _PINPOINTS = [[56, 112], [112, 56], [112, 112]]
 _MROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
 _QWEN = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
-_GEMMA_LAYERS = ["sliding_attention"] * 3 + ["full_attention", "sliding_attention", "full_attention"]
+_GEMMA_LAYERS = ["sliding_attention", "full_attention"] * 3
 
 
 def _qwen(name: str, vision: dict[str, Any], rope: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:

@@ -1,0 +1,113 @@
+"""The family matrix: every family with every method, against the dense model and the slow oracle.
+
+`python -m evengaze.testing.matrix` prints it; `--write FILE` puts it between the marks in a Markdown file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evengaze.methods import get
+from evengaze.methods.base import Pruner
+from evengaze.testing.models import layout_of, tiny
+from evengaze.testing.oracle import replayed
+
+STEPS = 8
+TOLERANCE = 2e-4
+"""Relative to the largest logit: float32 sums in another order."""
+
+METHODS: dict[str, dict[str, Any]] = {
+    "fastv": {"keep": 5, "layer": 2},
+    "pyramiddrop": {"keep": (0.5, 0.25), "layers": (3, 5)},
+    "sparsevlm": {"keep": (6, 3), "layers": (1, 3)},
+    "himap": {"keep": (8, 4), "layers": (2, 4)},
+    "tokencarve": {"keep": 5, "layer": 2},
+    "illava": {"keep": 5, "layer": 2},
+}
+"""Parameters for decoders of six layers; the layers that are read attend to everything in every tiny model."""
+
+_ALL: dict[str, dict[str, Any]] = {
+    name: {k: (tuple(10**6 for _ in v) if isinstance(v, tuple) else 10**6) if k == "keep" else v for k, v in p.items()}
+    for name, p in METHODS.items()
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One cell.
+
+    Attributes:
+        dense: with everything kept the logits equal the dense model's bit for bit.
+        tokens: the pruned model generates the oracle's tokens.
+        distance: largest difference between its logits and the oracle's, relative to the largest logit.
+        effect: the same between pruned and dense: a test that pruning does something.
+    """
+
+    dense: bool
+    tokens: bool
+    distance: float
+    effect: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether all three hold."""
+        return self.dense and self.tokens and self.distance < TOLERANCE and self.effect > 10 * TOLERANCE
+
+
+def check(family: str, method: str, attention: str = "sdpa", batch: int = 1, **inputs_: Any) -> Result:
+    """Compare a pruned tiny model with the dense one and with the oracle over `STEPS` greedy tokens.
+
+    Args:
+        family: as for `tiny`.
+        method: one of `METHODS`.
+        attention: attention implementation of the pruned model; the oracle's is eager.
+        batch: rows.
+        inputs_: further arguments of `tiny`, such as `images=2` or `video=True`.
+    """
+    model, inputs = tiny(family, batch, attention, **inputs_)
+    layout = {"layout": layout_of(inputs)} if family == "llama" else {}
+    everything, pruner = get(method)(**_ALL[method]), get(method)(**METHODS[method])
+    _, dense = greedy(model, inputs)
+    with everything(model, **layout):
+        _, same = greedy(model, inputs)
+    with pruner(model, **layout) as run:
+        tokens, pruned = greedy(model, inputs)
+    assert run.trace is not None
+    expected, oracle = _expected(family, batch, pruner, run.trace, inputs, **inputs_)
+    scale = float(oracle.abs().max())
+    return Result(
+        dense=torch.equal(dense, same),
+        tokens=torch.equal(tokens, expected),
+        distance=float((pruned - oracle).abs().max()) / scale,
+        effect=float((pruned - dense).abs().max()) / scale,
+    )
+
+
+def _expected(
+    family: str, batch: int, pruner: Pruner, trace: Any, inputs: dict[str, Tensor], **options: Any
+) -> tuple[Tensor, Tensor]:
+    model, _ = tiny(family, batch, "eager", **options)
+    with replayed(model, pruner, trace, inputs["attention_mask"]):
+        return greedy(model, inputs, use_cache=False)
+
+
+def greedy(model: Any, inputs: dict[str, Tensor], steps: int = STEPS, **options: Any) -> tuple[Tensor, Tensor]:
+    """Greedy tokens (B, steps) and the logits (B, steps, V) that decided them."""
+    out = model.generate(
+        **inputs, max_new_tokens=steps, do_sample=False, output_logits=True, return_dict_in_generate=True, **options
+    )
+    return out.sequences[:, -steps:], torch.stack(out.logits, 1)
+
+
+def cells(families: tuple[str, ...]) -> Iterator[tuple[str, str, str, int]]:
+    """(family, method, attention, batch) of the whole matrix."""
+    for family in families:
+        for method in METHODS:
+            for attention in ("sdpa", "eager"):
+                for batch in (1, 3):
+                    yield family, method, attention, batch

@@ -1,0 +1,191 @@
+"""A slow oracle for pruned generation: nothing is removed, no cache, and no code shared with the engine.
+
+What a run decided is read from its trace and replayed on a model with eager attention: in every layer from a stage on,
+the columns of dropped tokens are masked; merged states are written over the states of their targets; where survivors
+are renumbered, the rotary tables are computed anew. Every step recomputes the whole sequence.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evengaze.methods.base import Merge, Pruner
+from evengaze.trace import Trace
+
+
+@dataclass
+class _Step:
+    """What one stage does to one row, in slots of the full sequence.
+
+    Attributes:
+        source: (m,) slots from which the survivors' states come.
+        target: (m,) slots in which they stand from here on.
+        gone: (L,) bool, slots that nobody sees from here on.
+        merge: (target slot, source slot, weight) of every part of a merged state.
+    """
+
+    source: Tensor
+    target: Tensor
+    gone: Tensor
+    merge: list[tuple[int, int, float]]
+
+
+@contextmanager
+def replayed(model: Any, pruner: Pruner, trace: Trace, attention_mask: Tensor) -> Iterator[None]:
+    """Make a dense eager model compute what a pruned one should have computed.
+
+    Args:
+        model: with eager attention and nothing attached; call its `generate` with `use_cache=False`.
+        pruner: the method of the run.
+        trace: of the run. It must be the trace of a whole prompt, without a cache in front of it.
+        attention_mask: (B, L) of the prompt.
+    """
+    decoder = decoder_of(model)
+    renumber = pruner.positions == "renumbered" and not _multimodal_rope(decoder.config)
+    plan = {s.layer: rows for s, rows in zip(trace.stages, _plan(trace, renumber), strict=True)}
+    state = _State(decoder, plan, attention_mask.bool(), renumber, pruner.trims_earlier_caches)
+    handles = [
+        layer.register_forward_pre_hook(state.hook(i), with_kwargs=True) for i, layer in enumerate(decoder.layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def decoder_of(model: Any) -> Any:
+    """The module with decoder layers and token embeddings, found without the library's help."""
+    return next(m for m in model.modules() if hasattr(m, "layers") and hasattr(m, "embed_tokens"))
+
+
+def _multimodal_rope(config: Any) -> bool:
+    return "mrope_section" in (getattr(config, "rope_parameters", None) or {})
+
+
+def _plan(trace: Trace, move: bool) -> Iterator[list[_Step]]:
+    """One step for each stage and row. `move`: recycled tokens go behind the kept ones."""
+    place = [{k: int(p) for k, p in enumerate(row.position)} for row in trace.layout.rows]
+    gone = torch.zeros(len(place), trace.length, dtype=torch.bool)
+    for stage in trace.stages:
+        steps = []
+        for b, row in enumerate(stage.rows):
+            candidates = row.candidates.tolist()
+            old = [place[b][c] for c in candidates]
+            merge = _parts(row.merge, old)
+            survivors = row.kept.tolist() + ([] if row.recycled is None else row.recycled.tolist())
+            source = [place[b][s] for s in survivors]
+            target = sorted(source) if move else source
+            gone[b, old] = True
+            gone[b, target] = False
+            place[b] = dict(zip(survivors, target, strict=True))
+            if merge:
+                moved = dict(zip(source, target, strict=True))
+                merge = [(moved[t], s, w) for t, s, w in merge]
+            there, here = torch.tensor(source, dtype=torch.long), torch.tensor(target, dtype=torch.long)
+            steps.append(_Step(there, here, gone[b].clone(), merge))
+        yield steps
+
+
+def _parts(merge: Merge | None, slots: list[int]) -> list[tuple[int, int, float]]:
+    if merge is None:
+        return []
+    triples = zip(merge.target.tolist(), merge.source.tolist(), merge.weight.tolist(), strict=True)
+    return [(slots[t], slots[s], w) for t, s, w in triples]
+
+
+class _State:
+    """Hooks of one replay."""
+
+    def __init__(self, decoder: Any, plan: dict[int, list[_Step]], real: Tensor, renumber: bool, trim: bool) -> None:
+        self.decoder, self.plan, self.real, self.length = decoder, plan, real, real.shape[1]
+        self.renumber, self.trim = renumber, trim
+
+    def gone(self, layer: int, total: int) -> Tensor | None:
+        """(B, total) bool: slots that nobody sees in a layer; None before the first stage."""
+        passed = [rows for at, rows in self.plan.items() if at <= layer]
+        if not passed:
+            return None
+        gone = torch.stack([step.gone for step in passed[-1]])
+        return torch.nn.functional.pad(gone, (0, total - self.length))
+
+    def hook(self, i: int) -> Any:
+        """The pre-hook of a layer."""
+
+        def enter(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            states: Tensor = args[0] if args else kwargs["hidden_states"]
+            kwargs = dict(kwargs)
+            mask = _additive(kwargs["attention_mask"], states)
+            total = states.shape[1]
+            if i in self.plan:
+                states = self.edit(states, self.plan[i])
+            gone = self.gone(i, total)
+            if gone is not None:
+                if self.renumber:
+                    kwargs.update(self.positions(i, states, gone, kwargs["position_ids"]))
+                mask = _hide(mask, gone)
+            elif self.trim and self.sees_all(i):
+                # The caches below the stage lose the dropped tokens once the prompt has been read; those of sliding
+                # windows, which forget by themselves, do not.
+                last = torch.stack([step.gone for step in self.plan[max(self.plan)]])
+                late = torch.arange(total) >= self.length
+                columns = torch.nn.functional.pad(last, (0, total - self.length))
+                mask = mask.masked_fill(late[None, None, :, None] & columns[:, None, None], torch.finfo(mask.dtype).min)
+            kwargs["attention_mask"] = mask
+            if args:
+                return (states, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": states}
+
+        return enter
+
+    def sees_all(self, layer: int) -> bool:
+        """Whether a layer attends to the whole sequence."""
+        types = getattr(self.decoder.config, "layer_types", None)
+        return types is None or types[layer] == "full_attention"
+
+    @staticmethod
+    def edit(states: Tensor, rows: list[_Step]) -> Tensor:
+        """Move and merge states at a stage."""
+        out = states.clone()
+        for b, step in enumerate(rows):
+            out[b, step.target] = states[b, step.source]
+            sums: dict[int, Tensor] = {}
+            for target, source, weight in step.merge:
+                part = weight * states[b, source].float()
+                sums[target] = sums[target] + part if target in sums else part
+            for target, value in sums.items():
+                out[b, target] = value.to(out.dtype)
+        return out
+
+    def positions(self, i: int, states: Tensor, gone: Tensor, old: Tensor) -> dict[str, Any]:
+        """Positions without gaps from each row's first real token, and the rotary tables that belong to them."""
+        seen = torch.nn.functional.pad(self.real, (0, states.shape[1] - self.length), value=True)
+        first = old.expand(states.shape[0], -1).gather(1, seen.int().argmax(1, keepdim=True))
+        new = ((seen & ~gone).long().cumsum(1) - 1).clamp(min=0) + first
+        rotary = self.decoder.rotary_emb
+        typed = "layer_type" in inspect.signature(rotary.forward).parameters
+        extra = (self.decoder.config.layer_types[i],) if typed else ()
+        return {"position_ids": new, "position_embeddings": rotary(states, new, *extra)}
+
+
+def _additive(mask: Tensor | None, states: Tensor) -> Tensor:
+    """(B, 1, L, L) additive mask, also where the model made none."""
+    batch, length = states.shape[:2]
+    if mask is None:
+        lowest = torch.finfo(states.dtype).min
+        future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        mask = torch.zeros(1, 1, length, length, dtype=states.dtype).masked_fill(future, lowest)
+    return mask.expand(batch, -1, -1, -1)
+
+
+def _hide(mask: Tensor, gone: Tensor) -> Tensor:
+    """Mask the columns of slots that are gone. Their own rows mean nothing, but must not be empty."""
+    itself = torch.eye(gone.shape[1], dtype=torch.bool)
+    return mask.masked_fill(gone[:, None, None] & ~itself, torch.finfo(mask.dtype).min)
