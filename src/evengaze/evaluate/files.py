@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,3 +236,19 @@ def repair_tail(path: Path) -> bytes:
             return tail
         handle.write(b"\n")
     return b""
+
+
+def append_line(path: Path, value: dict[str, Any]) -> None:
+    """Append one JSON line and force it to the disk.
+
+    Raises:
+        DataError: It cannot be written (disk full, no permission).
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(value) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error}. Free disk space or choose another place.") from error

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from evengaze.errors import ConfigError, DataError, EvengazeError
-from evengaze.evaluate.files import read_jsonl, repair_tail
+from evengaze.evaluate.files import append_line, read_jsonl, repair_tail
 
 Message = dict[str, str]
 T = TypeVar("T")
@@ -176,20 +176,22 @@ class CachedJudge(Judge):
 
     Args:
         judge: The judge to ask what the file does not know.
-        path: The file; a line torn by a crash is cut off.
+        path: The file (a line torn by a crash is cut off), or None to keep replies in memory only.
     """
 
-    def __init__(self, judge: Judge, path: Path) -> None:
+    def __init__(self, judge: Judge, path: Path | None) -> None:
         self._judge = judge
         self._path = path
         self._lock = threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._known: dict[str, Reply] = {}
+        if path is None or not path.exists():
+            return
         repair_tail(path)
-        lines = read_jsonl(path, ("key", "reply", "model")) if path.exists() else None
-        if lines is not None and lines.malformed:
+        lines = read_jsonl(path, ("key", "reply", "model"))
+        if lines.malformed:
             bad = lines.malformed[0]
             raise DataError(f"{path} line {bad.line}: {bad.reason}. It is no judge cache; give another file.")
-        self._known = {row["key"]: Reply(row["reply"], row["model"]) for row in (lines.records if lines else ())}
+        self._known = {row["key"]: Reply(row["reply"], row["model"]) for row in lines.records}
 
     def describe(self) -> dict[str, Any]:
         """Describe the judge behind the cache."""
@@ -204,12 +206,10 @@ class CachedJudge(Judge):
             if key in self._known:
                 return self._known[key]
         reply = self._judge.ask(messages, max_tokens, temperature, turn)
-        line = json.dumps({"key": key, "turn": turn, "reply": reply.text, "model": reply.model}) + "\n"
-        with self._lock, self._path.open("a", encoding="utf-8") as handle:
-            handle.write(line)
-            handle.flush()
-            os.fsync(handle.fileno())
+        with self._lock:
             self._known[key] = reply
+            if self._path is not None:
+                append_line(self._path, {"key": key, "turn": turn, "reply": reply.text, "model": reply.model})
         return reply
 
 

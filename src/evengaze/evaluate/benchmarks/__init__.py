@@ -8,9 +8,13 @@ from evengaze.evaluate.benchmarks.gqa import GQA
 from evengaze.evaluate.benchmarks.mmbench import MMBench
 from evengaze.evaluate.benchmarks.mmbench_cn import MMBenchCN
 from evengaze.evaluate.benchmarks.mme import MME
+from evengaze.evaluate.benchmarks.mmvet import MMVet
+from evengaze.evaluate.benchmarks.msrvtt_qa import MSRVTTQA
+from evengaze.evaluate.benchmarks.msvd_qa import MSVDQA
 from evengaze.evaluate.benchmarks.pope import POPE
 from evengaze.evaluate.benchmarks.scienceqa import ScienceQA
 from evengaze.evaluate.benchmarks.textvqa import TextVQA
+from evengaze.evaluate.benchmarks.tgif_qa import TGIFQA
 from evengaze.evaluate.benchmarks.types import DataFile, OfficialError, Problems, Record, Score, ScoreOptions
 from evengaze.evaluate.benchmarks.vizwiz import VizWiz, VizWizVal
 from evengaze.evaluate.benchmarks.vqav2 import VQAv2, VQAv2Val
@@ -41,6 +45,10 @@ BENCHMARKS: dict[str, Benchmark] = {
         MME(),
         MMBench(),
         MMBenchCN(),
+        MMVet(),
+        TGIFQA(),
+        MSVDQA(),
+        MSRVTTQA(),
     )
 }
 

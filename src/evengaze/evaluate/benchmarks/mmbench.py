@@ -30,6 +30,7 @@ from evengaze.evaluate.metrics.mmbench import (
 Row = dict[str, str | None]
 
 LETTERS = "ABCD"
+TABLES_AT = "https://download.openmmlab.com/mmclassification/datasets/mmbench"
 # What pandas reads as a missing value; so an option "N/A" ends the list of options.
 _MISSING = frozenset(
     {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"}
@@ -101,10 +102,10 @@ class MMBench(Benchmark):
     title = "MMBench"
     split = "dev"
     metric = "circular accuracy (%)"
-    folders = ("mmbench",)
+    folders: ClassVar[tuple[str, ...]] = ("mmbench",)
     table: ClassVar[str] = "mmbench_dev_20230712.tsv"
     instruction: ClassVar[str] = "Answer with the option's letter from the given choices directly."
-    files = (DataFile(table, f"https://download.openmmlab.com/mmclassification/datasets/mmbench/{table}"),)
+    files: ClassVar[tuple[DataFile, ...]] = (DataFile(table, f"{TABLES_AT}/{table}"),)
     server = "https://mmbench.opencompass.org.cn/mmbench-submission"
     max_new_tokens = 1024
     quirks = ("it counts a question as wrong when a rotation has no prediction",)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from evengaze.evaluate.benchmarks.mmbench import MMBench
+from typing import ClassVar
+
+from evengaze.evaluate.benchmarks.mmbench import TABLES_AT, MMBench
 from evengaze.evaluate.benchmarks.types import DataFile
 
 
@@ -15,4 +17,4 @@ class MMBenchCN(MMBench):
     folders = ("mmbench_cn", "mmbench")
     table = "mmbench_dev_cn_20231003.tsv"
     instruction = "请直接回答选项字母。"
-    files = (DataFile(table, f"https://download.openmmlab.com/mmclassification/datasets/mmbench/{table}"),)
+    files: ClassVar[tuple[DataFile, ...]] = (DataFile(table, f"{TABLES_AT}/{table}"),)

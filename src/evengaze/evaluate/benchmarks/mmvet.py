@@ -1,0 +1,146 @@
+"""MM-Vet (LLaVA ``convert_mmvet_for_eval.py``; yuweihao/MM-Vet ``mm-vet_evaluator.py``)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from evengaze.errors import DataError
+from evengaze.evaluate.benchmarks.base import clean_or_stop, question_rows, write_text
+from evengaze.evaluate.benchmarks.judged import JudgedBenchmark
+from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, Mode, OfficialError, Record, Score, ScoreOptions
+from evengaze.evaluate.files import Lines, read_json
+from evengaze.evaluate.judge import judge_all
+from evengaze.evaluate.metrics import mmvet
+from evengaze.evaluate.metrics.open_match import with_alternatives
+
+QUESTIONS = "llava-mm-vet.jsonl"
+ANNOTATIONS = "mm-vet.json"
+_ZIP = "https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip"
+
+Grades = dict[str, dict[str, list[Any]]]
+"""Upstream's grade file: per item the lists ``model``, ``content`` and ``score``, one entry a run."""
+
+
+class MMVet(JudgedBenchmark):
+    """MM-Vet: open questions, graded from 0 to 1 by a judge."""
+
+    name = "mmvet"
+    title = "MM-Vet"
+    split = "v1"
+    metric = "judged score (%)"
+    folders = ("mm-vet", "mmvet")
+    files: ClassVar[tuple[DataFile, ...]] = (
+        DataFile(QUESTIONS, EVAL_ZIP, needed="run"),
+        DataFile(ANNOTATIONS, _ZIP, needed="score"),
+        DataFile("images", _ZIP, "dir", needed="run"),
+    )
+    max_new_tokens = 1024
+    judge_prompt = mmvet.PROMPT
+    official_judge = mmvet.OFFICIAL_JUDGE
+    quirks = (
+        "it grades 0 when no reply can be read, ignoring the last one, and takes 'nan' for a grade",
+        "it stops at a question without a prediction",
+    )
+
+    def records(self, data: Path) -> Iterator[Record]:
+        """Yield the questions; they carry no format instruction."""
+        images = self.path(data, "images")
+        for key, row in question_rows(self, data, QUESTIONS).items():
+            yield Record(key, row["question_id"], row["text"], images / row["image"])
+
+    def _items(self, data: Path) -> dict[str, dict[str, Any]]:
+        """Return the annotations by key (``v1_7`` is question 7)."""
+        path = self.path(data, ANNOTATIONS)
+        rows = read_json(path, dict, self.source(ANNOTATIONS))
+        for name, row in rows.items():
+            if not name.startswith("v1_") or not {"question", "answer", "capability"} <= row.keys():
+                raise DataError(
+                    f"{path}: {name} is no MM-Vet v1 item with question, answer and capability. "
+                    f"{self.source(ANNOTATIONS)}"
+                )
+        return {name.removeprefix("v1_"): row for name, row in rows.items()}
+
+    def score_default(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
+        """Grade the questions that have a prediction."""
+        items = self._items(data)
+        joined = self.join(list(items), answers)
+        texts = {key: joined.by_key[key]["text"] for key in items if key in joined.by_key}
+        notes = self.check_prompts(joined, {key: row["question"] for key, row in items.items()})
+        grades, errors = self._grades(texts, items, options, official=False)
+        score = self._score("default", grades, items, options, set(grades))
+        joined.problems.errors = errors
+        score.problems = joined.problems
+        score.notes = notes + score.notes
+        self.add_offline(score, {key: (text, items[key]["answer"]) for key, text in texts.items()}, with_alternatives)
+        return score
+
+    def score_official(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
+        """Grade every question as upstream."""
+        items = self._items(data)
+        found = {str(answer["question_id"]): answer["text"] for answer in clean_or_stop(answers)}
+        missing = [key for key in items if key not in found]
+        if missing:
+            raise OfficialError(f"KeyError: 'v1_{missing[0]}'", f"{len(missing)} questions have no prediction")
+        texts = {key: found[key] for key in items}
+        grades, errors = self._grades(texts, items, options, official=True)
+        score = self._score("official", grades, items, options, set(items))
+        score.problems.errors = errors
+        self.add_offline(score, {key: (text, items[key]["answer"]) for key, text in texts.items()}, with_alternatives)
+        return score
+
+    def _grades(
+        self, texts: dict[str, str], items: dict[str, dict[str, Any]], options: ScoreOptions, official: bool
+    ) -> tuple[Grades, list[dict[str, str]]]:
+        """Return grades by key, from the judge or a grade file."""
+        if options.judged is not None:
+            read = read_json(options.judged, dict, "Give the evaluator's ...-grade-<n>runs.json.")
+            found = {name.removeprefix("v1_"): row for name, row in read.items()}
+            self.check_judged(found, texts, options.judged)
+            return {key: found[key] for key in texts if key in found}, [
+                {"key": key, "error": f"not in {options.judged}"} for key in texts if key not in found
+            ]
+        judge = options.judge
+        if judge is None:
+            return {}, []
+
+        def grade(key: str) -> dict[str, list[Any]]:
+            message = mmvet.build_question(items[key]["question"], items[key]["answer"], texts[key])
+            runs = [mmvet.grade(judge, message, f"run {i + 1}", official) for i in range(options.runs)]
+            return {name: [run[name] for run in runs] for name in ("model", "content", "score")}
+
+        return judge_all(list(texts), grade, options.workers)
+
+    def _score(
+        self, mode: Mode, grades: Grades, items: dict[str, dict[str, Any]], options: ScoreOptions, over: set[str]
+    ) -> Score:
+        metrics: dict[str, Any] = {}
+        value, per_record = None, {}
+        if grades:
+            scores = {key: [float(grade) for grade in row["score"]] for key, row in grades.items()}
+            metrics = mmvet.aggregate(scores, {key: row["capability"] for key, row in items.items() if key in over})
+            value = sum(metrics["total_unrounded_per_run"]) / len(metrics["total_unrounded_per_run"])
+            per_record = {key: sum(runs) / len(runs) for key, runs in scores.items()}
+            metrics["grades"] = {f"v1_{key}": row for key, row in grades.items()}
+        score = Score(
+            self.name,
+            self.split,
+            mode,
+            self.metric,
+            value,
+            metrics,
+            n_records=len(items),
+            n_scored=len(grades),
+            per_record=per_record,
+            judge=self.describe_judge(options, (name for row in grades.values() for name in row["model"])),
+        )
+        score.notes = self.judge_notes(score)
+        return score
+
+    def write_submission(self, answers: Path, data: Path, out: Path) -> dict[str, Any]:
+        """Write the JSON that the official evaluator takes."""
+        found = {f"v1_{a['question_id']}": a["text"] for a in clean_or_stop(self.read_answers(answers))}
+        write_text(out, json.dumps(found, indent=2))
+        return {"path": str(out), "total_results": len(found)}
