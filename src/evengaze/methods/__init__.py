@@ -29,6 +29,9 @@ _METHODS: dict[str, str | type[Pruner]] = {
     "random": "evengaze.methods.baselines:Random",
     "uniform": "evengaze.methods.baselines:Uniform",
     "pool": "evengaze.methods.baselines:Pool",
+    "fastv-masked": "evengaze.methods.official:FastVMasked",
+    "fastv-recompute": "evengaze.methods.official:FastVRecompute",
+    "himap-recompute": "evengaze.methods.official:HiMAPRecompute",
 }
 
 __all__ = ["Merge", "Pruner", "Selection", "Stage", "View", "from_dict", "get", "names", "parse", "register", "spec"]

@@ -77,7 +77,8 @@ class SparseVLM(Pruner):
     def _table(self, original: int) -> tuple[float, ...]:
         if isinstance(self.keep, tuple):
             return self.keep
-        average = resolve_keep(self.keep, original)
+        share = isinstance(self.keep, float) and self.keep <= 1
+        average = resolve_keep(self.keep, original) if share else int(self.keep)
         if average in TABLES and (original == _VISUAL or self.mode == "official"):
             return TABLES[average]
         return derive_table(average, original)
@@ -114,25 +115,26 @@ class SparseVLM(Pruner):
         worth = score if self.mode == "corrected" else view.memory[f"raw{view.stage}"]
         order = torch.sort(worth.masked_fill(~left, float("-inf")), descending=True, stable=True).indices
         recycled = order[:members]
-        centre, label = density_peaks(view.features[recycled].float(), clusters, self.density_noise(view, members))
+        noise = self.density_noise(view, members)
+        centre, label, _ = density_peaks(view.features[recycled].float(), clusters, noise)
         target = recycled[centre]
         epsilon = 1e-6 if self.mode == "official" else 0.0
         weight = 1 / (torch.bincount(label, minlength=clusters) + epsilon)
         return Selection(keep, Merge(recycled, target[label], weight[label]), recycled=target)
 
     def density_noise(self, view: View, count: int) -> Tensor | None:
-        """(count,) added to the densities. The official code draws 1e-6 U[0, 1) to break ties; here the index does."""
-        return None
+        """(count,) added to the densities. The official code draws 1e-6 U[0, 1); left out here, to be reproducible."""
+        return torch.zeros(count, device=view.hidden.device) if self.mode == "official" else None
+
+
+def relevance(visual: Tensor, text: Tensor) -> Tensor:
+    """(t,) share of the visual tokens' similarity that each text token gets, from (n, d) and (t, d) embeddings."""
+    return torch.softmax(visual.float() @ text.float().T, dim=-1).mean(0)
 
 
 def raters(visual: Tensor, text: Tensor) -> Tensor:
-    """Indices of the text tokens with an above-average share of the visual tokens' similarity; all if there are none.
-
-    Args:
-        visual: (n, d) input embeddings.
-        text: (t, d) input embeddings.
-    """
-    share = torch.softmax(visual.float() @ text.float().T, dim=-1).mean(0)
+    """Indices of the text tokens of above-average `relevance`; all of them if there are none (a single text token)."""
+    share = relevance(visual, text)
     chosen = (share > share.mean()).nonzero().flatten()
     return chosen if len(chosen) else torch.arange(len(text), device=text.device)
 
@@ -143,7 +145,7 @@ def recycling(dropped: int) -> tuple[int, int]:
     return members, members // 10 + 1
 
 
-def density_peaks(x: Tensor, clusters: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def density_peaks(x: Tensor, clusters: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Cluster by density peaks: centres are dense, and far from anything denser.
 
         rho_a = exp(-mean of the k smallest D_ab^2), k = `clusters`;  delta_a = min { D_ab : b denser than a } or max D
@@ -151,10 +153,10 @@ def density_peaks(x: Tensor, clusters: int, noise: Tensor | None = None) -> tupl
     Args:
         x: (m, d) float32.
         clusters: number of centres, the largest rho * delta.
-        noise: (m,) added to rho; None breaks ties by index.
+        noise: (m,) added to rho, with ties left as the official code leaves them; None breaks ties by index.
 
     Returns:
-        (clusters,) centres, best first, and (m,) the cluster of each token.
+        (clusters,) centres, best first, (m,) the cluster of each token, and (m,) rho * delta.
     """
     distance = torch.cdist(x, x) / x.shape[1] ** 0.5
     nearest = distance.topk(min(clusters, len(x)), largest=False).values
@@ -167,10 +169,12 @@ def density_peaks(x: Tensor, clusters: int, noise: Tensor | None = None) -> tupl
         density = density + noise
         denser = density[None] > density[:, None]
     separation = distance.masked_fill(~denser, float(distance.max())).min(-1).values
-    centre = torch.sort(density * separation, descending=True, stable=True).indices[:clusters]
+    score = density * separation
+    best = torch.sort(score, descending=True, stable=True).indices[:clusters]
+    centre = best if noise is None else score.topk(clusters).indices
     label = distance[:, centre].argmin(-1)
     label[centre] = torch.arange(len(centre), device=x.device)
-    return centre, label
+    return centre, label, score
 
 
 @lru_cache

@@ -85,6 +85,7 @@ class TokenCarve(Pruner):
         if merges == 0:
             return Selection(keep=candidates[best].sort().values)
         closeness, partner = (unit[worse] @ unit[better].T).max(-1)
+        view.memory.update(better=better, worse=worse, closeness=closeness, partner=partner)
         order = torch.sort(closeness, descending=True, stable=True).indices
         merged, into = worse[order[:merges]], better[partner[order[:merges]]]
         keep = torch.cat([better, worse[order[merges:]]])

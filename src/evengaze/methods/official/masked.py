@@ -1,0 +1,120 @@
+"""FastV as its default script and the debiasing study run it: nothing is removed, attention is masked.
+
+From layer K on nobody may attend to the visual tokens outside the top R. They still run, their keys and values stay in
+every cache, and each generated token ranks again, so tokens that were masked before may come back. It saves nothing.
+Source: `modeling_llama.py` of FastV (a transformers 4.31 fork), the branch without `fast_v_inplace`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from evengaze.attention import AttentionStates, attention_module, tap
+from evengaze.cut import causal_mask, take_mask
+from evengaze.layout import VisualTokens
+from evengaze.methods.base import Mode, Selection, View
+from evengaze.methods.fastv import FastV
+from evengaze.models import find_decoder
+from evengaze.models.base import Adapter
+
+
+@dataclass(frozen=True)
+class FastVMasked(FastV):
+    """FastV with masks instead of removal, ranking again in every decoding step. One generation at a time.
+
+    To the engine it is a method that keeps everything; the masks are its own.
+    """
+
+    mode: Mode = field(default="official", kw_only=True)
+
+    name: ClassVar[str] = "fastv-masked"
+
+    def select(self, view: View) -> Selection:
+        """Note the choice for the masks, and keep all."""
+        chosen = super().select(view)
+        view.shared.setdefault("rows", {})[view.row] = (view.tokens, chosen.keep)
+        return Selection(keep=torch.arange(len(view), device=chosen.keep.device))
+
+    def prepare(self, model: nn.Module, adapter: Adapter | None, shared: dict[str, Any]) -> Callable[[], None]:
+        """Mask the layers from `layer` on, in the prefill and in every step."""
+        decoder = find_decoder(model) if adapter is None else adapter.decoder(model)
+        masks = _Masks(self, decoder, shared)
+        hooks = [decoder.register_forward_pre_hook(masks.begin, with_kwargs=True)]
+        layers = list(decoder.get_submodule("layers").children())
+        hooks += [layers[self.layer - 1].register_forward_pre_hook(masks.listen, with_kwargs=True)]
+        hooks += [layer.register_forward_pre_hook(masks.apply, with_kwargs=True) for layer in layers[self.layer :]]
+
+        def undo() -> None:
+            for hook in hooks:
+                hook.remove()
+
+        return undo
+
+
+class _Masks:
+    """The masks of the call in progress."""
+
+    def __init__(self, method: FastVMasked, decoder: nn.Module, shared: dict[str, Any]) -> None:
+        self.method, self.shared = method, shared
+        self.decoder: Any = decoder
+        self.past = 0
+        self.states: AttentionStates | None = None
+        self.visible: Tensor | None = None
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A prompt forgets the one before it; a step goes on from it."""
+        cache = kwargs.get("past_key_values")
+        self.past = 0 if cache is None else int(cache.get_seq_length())
+        self.visible = self.states = None
+        if self.past == 0:
+            self.shared.pop("rows", None)
+
+    def listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """In a step, read the attention that ranks; in the prefill the engine does."""
+        if self.past and self.shared.get("rows"):
+            tap(attention_module(module), functools.partial(setattr, self, "states"), past=self.past)
+
+    def apply(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Hide the tokens that were not chosen from all queries."""
+        rows: dict[int, tuple[VisualTokens, Tensor]] = self.shared.get("rows", {})
+        if not rows:
+            return None
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if self.visible is None:
+            if self.states is not None:
+                rows = {b: (tokens, self._rank(b, tokens, hidden)) for b, (tokens, _) in rows.items()}
+            self.visible = torch.ones(len(hidden), self.past + hidden.shape[1], dtype=torch.bool, device=hidden.device)
+            for b, (tokens, keep) in rows.items():
+                self.visible[b, tokens.position] = False
+                self.visible[b, tokens.position[keep]] = True
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            implementation = self.decoder.config._attn_implementation or "eager"
+            mask = causal_mask(self.visible, hidden.shape[1], implementation, hidden.dtype)
+        else:
+            columns = torch.arange(self.visible.shape[1], device=hidden.device).expand(len(hidden), -1)
+            mask = take_mask(mask, None, columns, self.visible)
+        return args, {**kwargs, "attention_mask": mask}
+
+    def _rank(self, row: int, tokens: VisualTokens, hidden: Tensor) -> Tensor:
+        """Choose by the new token. Positions count from the call's first token, so the prompt's are negative."""
+        view = View(
+            stage=0,
+            tokens=replace(tokens, position=tokens.position - self.past),
+            original=len(tokens),
+            hidden=hidden[row],
+            embeddings=hidden[row],
+            initial=tokens,
+            real=torch.ones(hidden.shape[1], dtype=torch.bool, device=hidden.device),
+            states=self.states,
+            row=row,
+        )
+        return FastV.select(self.method, view).keep
