@@ -1,0 +1,96 @@
+"""Time of calls relative to each other. Interleaved, so that a machine that slows down slows all of them down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter, process_time
+
+import torch
+
+from evengaze.methods.base import Pruner, Selection, View
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one call, one entry a round.
+
+    Attributes:
+        seconds: wall time.
+        cpu: processor time of all threads together. On a processor that other programs use as well it is the steadier
+            of the two; for work on an accelerator it says nothing.
+    """
+
+    seconds: tuple[float, ...]
+    cpu: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Typical wall time."""
+        return median(self.seconds)
+
+    @property
+    def best(self) -> float:
+        """Shortest wall time: the one that other work on the machine disturbed least."""
+        return min(self.seconds)
+
+    def ratio(self, reference: Timing) -> float:
+        """Median over rounds of this call's wall time relative to the reference's in the same round."""
+        return median(a / b for a, b in zip(self.seconds, reference.seconds, strict=True))
+
+    def cpu_ratio(self, reference: Timing) -> float:
+        """The same in processor time."""
+        return median(a / b for a, b in zip(self.cpu, reference.cpu, strict=True))
+
+
+def interleave(calls: Mapping[str, Callable[[], object]], *, rounds: int = 5, warmup: int = 1) -> dict[str, Timing]:
+    """Time several calls in turns, each round in another order.
+
+    Args:
+        calls: what to time, by name.
+        rounds: timed rounds.
+        warmup: rounds before them that are not timed.
+    """
+    names, found = list(calls), {name: list[tuple[float, float]]() for name in calls}
+    for turn in range(-warmup, rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            synchronize()
+            wall, cpu = perf_counter(), process_time()
+            calls[name]()
+            synchronize()
+            if turn >= 0:
+                found[name].append((perf_counter() - wall, process_time() - cpu))
+    return {name: Timing(tuple(w for w, _ in times), tuple(c for _, c in times)) for name, times in found.items()}
+
+
+@contextmanager
+def clock_selection(pruner: Pruner) -> Iterator[list[float]]:
+    """Time what a method does at its stages: scoring, debiasing and choosing, one entry for each row and stage.
+
+    The instance's own `select` is shadowed, as the class may be in use elsewhere.
+    """
+    found: list[float] = []
+    select = pruner.select
+
+    def timed(view: View) -> Selection:
+        synchronize()
+        start = perf_counter()
+        selection = select(view)
+        synchronize()
+        found.append(perf_counter() - start)
+        return selection
+
+    object.__setattr__(pruner, "select", timed)  # methods are frozen dataclasses
+    try:
+        yield found
+    finally:
+        object.__delattr__(pruner, "select")
+
+
+def synchronize() -> None:
+    """Wait until the accelerator, if one is in use, has finished what was asked of it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
