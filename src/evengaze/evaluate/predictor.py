@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -166,7 +167,8 @@ class Predictor:
             DataError: no record has one.
         """
         dense = parse("dense")
-        layers = len(adapter_for(self.model).decoder(self.model).layers)
+        decoder: Any = adapter_for(self.model).decoder(self.model)
+        layers = len(decoder.layers)
         for record in records:
             if record.image is None and record.video is None:
                 continue
@@ -258,7 +260,7 @@ def open_media(record: Record) -> tuple[str, Any]:
     if record.video is not None:
         from evengaze.evaluate.video import read_frames
 
-        return "videos", read_frames(record.video)
+        return "videos", np.stack([np.asarray(frame) for frame in read_frames(record.video)])
     if record.image is None:
         return "text", None
     name = f"the picture of record {record.key}" if isinstance(record.image, bytes) else str(record.image)

@@ -61,7 +61,8 @@ def mcnemar_exact(wins: int, losses: int) -> float:
     for i in range(few):
         term = term * (n - i) // (i + 1)
         tail += term
-    return min(1.0, 2 * tail / 2**n)
+    share: float = 2 * tail / 2**n
+    return min(1.0, share)
 
 
 def compare(

@@ -1,0 +1,329 @@
+"""Methods x debiasing x budgets on several benchmarks, the model loaded once, baselines at equal tokens beside them."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from evengaze import methods
+from evengaze.debias import CurveWarning, Debias
+from evengaze.errors import AttachError, ConfigError, CurveError, LayoutError, NothingPrunedError, ScoreError
+from evengaze.evaluate.benchmarks import Benchmark, Record, ScoreOptions
+from evengaze.evaluate.fingerprint import describe_pruner, digest
+from evengaze.evaluate.runner import Backend, Job, Outcome, run
+from evengaze.evaluate.shards import write_whole
+from evengaze.methods import Pruner
+from evengaze.schedule import Schedule, solve_for_budget
+
+RESULT = "result.json"
+SCHEMA = 1
+BASELINES = ("random", "uniform")
+_PRESETS = "llava-1.5-7b"
+
+Role = Literal["dense", "method", "baseline"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a grid shall contain.
+
+    Attributes:
+        methods: strings as `methods.parse` takes them; "none" is the dense model, which is always there.
+        debias: "none", "padding", "preset" (the method's published curve, mean over benchmarks), "published" (the
+            curve published for this very benchmark, which was fitted on it), a preset's name or a curve file.
+        budgets: average visual tokens a layer that every method is brought to; empty takes the methods as they are.
+        baselines: run at the average tokens of every method.
+    """
+
+    methods: tuple[str, ...] = ("none",)
+    debias: tuple[str, ...] = ("none",)
+    budgets: tuple[float, ...] = ()
+    baselines: tuple[str, ...] = BASELINES
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table for one benchmark.
+
+    Attributes:
+        role: what it is there for.
+        pruner: the method with its debiasing.
+        debias: how the debiasing was asked for; "none" without any.
+        average: average visual tokens a layer by its schedule, without padding.
+        budget: average that was asked for; None if the method was taken as it is.
+        baselines: names of the baseline cells at the same average.
+    """
+
+    role: Role
+    pruner: Pruner
+    debias: str
+    average: float
+    budget: float | None = None
+    baselines: tuple[str, ...] = ()
+
+    @property
+    def method(self) -> str:
+        """The method's string, without debiasing."""
+        return methods.spec(self.pruner)
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        parts = [self.method, *([] if self.debias == "none" else [Path(self.debias).stem])]
+        words = "+".join(re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-") for part in parts)
+        return f"{words[:80]}.{digest(describe_pruner(self.pruner))[:8]}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "name": self.name,
+            "role": self.role,
+            "method": self.method,
+            "family": self.pruner.name,
+            "debias": self.debias,
+            "average_planned": self.average,
+            "budget": self.budget,
+            "baselines": list(self.baselines),
+        }
+
+
+def cells(plan: Plan, benchmark: str, layers: int, visual: int, skipped: list[str] | None = None) -> list[Cell]:
+    """Lay out a grid: dense first, then every method plain and debiased, each followed by its baselines.
+
+    Args:
+        plan: what is wanted.
+        benchmark: for "published" curves.
+        layers: decoder layers of the model.
+        visual: visual tokens of a picture.
+        skipped: gets a line for every combination that makes no sense, with the reason.
+
+    Raises:
+        ConfigError: an unknown method or parameter, or a budget out of a method's reach.
+        CurveError: a curve file or preset that does not exist.
+    """
+    skipped = [] if skipped is None else skipped
+    found: dict[str, Cell] = {}
+
+    def add(cell: Cell) -> None:
+        found.setdefault(cell.name, cell)
+
+    add(Cell("dense", methods.parse("dense"), "none", float(visual)))
+    for text in plan.methods:
+        if text in ("none", "dense"):
+            continue
+        given = methods.parse(text)
+        for budget in plan.budgets or (None,):
+            pruner = given if budget is None else solve_for_budget(given, budget, layers=layers, visual=visual)
+            average = Schedule.of(pruner, layers, visual).average
+            others = baselines(pruner, plan.baselines, layers, visual)
+            names = tuple(other.name for other in others if other.method != methods.spec(pruner))
+            if pruner.debias is not None:
+                add(Cell("method", pruner, "own", average, budget, names))
+            for label in plan.debias if pruner.debias is None else ():
+                try:
+                    steps = resolve(label, pruner, benchmark)
+                except CurveError:
+                    if label not in ("preset", "published"):
+                        raise
+                    skipped.append(f"{pruner.name} with {label}: no curve has been published for it")
+                    continue
+                if steps is not None and not any(map(pruner.language_to_vision, range(len(pruner.stages(layers))))):
+                    skipped.append(f"{pruner.name} with {label}: it does not rank by attention from text")
+                    continue
+                add(Cell("method", pruner.replace(debias=steps), label, average, budget, names))
+            for other in others:
+                add(other)
+    return list(found.values())
+
+
+def baselines(pruner: Pruner, names: Sequence[str], layers: int, visual: int) -> list[Cell]:
+    """The baselines that cut at the same first layer and have the same average tokens."""
+    stages = pruner.stages(layers)
+    if not stages:
+        return []
+    average = Schedule.of(pruner, layers, visual).average
+    made = []
+    for name in names:
+        blind = solve_for_budget(
+            methods.parse(f"{name}:layer={stages[0].layer}"), average, layers=layers, visual=visual
+        )
+        made.append(Cell("baseline", blind, "none", Schedule.of(blind, layers, visual).average, average))
+    return made
+
+
+def resolve(label: str, pruner: Pruner, benchmark: str) -> Debias | None:
+    """The debiasing that a label means for a method and a benchmark; see `Plan.debias`.
+
+    Raises:
+        CurveError: there is no such curve.
+    """
+    if label == "none":
+        return None
+    if label in ("preset", "published"):
+        per_benchmark = label == "published" and pruner.name != "fastv"
+        name = f"{_PRESETS}/{pruner.name}" + (f"/{benchmark.replace('-', '_')}" if per_benchmark else "")
+        return Debias.preset(name, official=pruner.mode == "official")
+    return Debias.parse(label)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all cells of a grid share; see `Job`."""
+
+    data: Path
+    out: Path
+    limit: int | None = None
+    shuffle_seed: int | None = None
+    batch_size: int = 8
+    max_new_tokens: int | None = None
+    options: ScoreOptions | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark with its records and cells, ready to run."""
+
+    benchmark: Benchmark
+    records: list[Record]
+    layers: int
+    cells: list[Cell]
+    skipped: list[str]
+
+    def count(self, limit: int | None) -> int:
+        """Questions to answer in each cell."""
+        return min(len(self.records), limit or len(self.records))
+
+
+def prepare(plan: Plan, benchmarks: Sequence[Benchmark], setting: Setting, backend: Backend) -> list[Task]:
+    """Read all benchmarks and lay out all cells, so that whatever is wrong is found before the first answer.
+
+    Raises:
+        DataError: files of a benchmark are missing or malformed.
+        ConfigError: see `cells`.
+    """
+    tasks = []
+    for benchmark in benchmarks:
+        benchmark.require(setting.data, "run")
+        records = list(benchmark.records(setting.data))
+        layers, visual = backend.geometry(records, benchmark.template)
+        skipped: list[str] = []
+        tasks.append(Task(benchmark, records, layers, cells(plan, benchmark.name, layers, visual, skipped), skipped))
+    return tasks
+
+
+def run_task(
+    task: Task,
+    setting: Setting,
+    backend: Backend,
+    *,
+    begin: Callable[[Cell], None] = lambda cell: None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[dict[str, Any]]:
+    """Run all cells of a benchmark; a cell that the model cannot do is noted, and the next one runs.
+
+    Args:
+        task: from `prepare`.
+        setting: what all cells share.
+        backend: who answers.
+        begin: told which cell begins.
+        advance: told how many more records of it are done.
+
+    Returns:
+        The content of every cell's ``result.json``.
+
+    Raises:
+        DataError: disk full, folder in use, answers of another setting.
+    """
+    results = []
+    for cell in task.cells:
+        begin(cell)
+        job = Job(
+            task.benchmark,
+            setting.data,
+            cell.pruner,
+            setting.out / task.benchmark.name / cell.name,
+            setting.limit,
+            setting.shuffle_seed,
+            setting.batch_size,
+            setting.max_new_tokens,
+        )
+        try:
+            outcome, notes = _run_cell(job, cell, task, setting, backend, advance)
+        except (ConfigError, ScoreError, LayoutError, AttachError, NothingPrunedError) as error:
+            results.append(_entry(cell, task.benchmark) | {"problem": str(error), "failed": True})
+            continue
+        result = _result(cell, outcome, notes)
+        if not outcome.waiting:
+            write_whole(job.folder / RESULT, json.dumps(result, indent=1) + "\n")
+        results.append(result)
+    return results
+
+
+def _run_cell(
+    job: Job, cell: Cell, task: Task, setting: Setting, backend: Backend, advance: Callable[[int], None]
+) -> tuple[Outcome, list[str]]:
+    notes = []
+    if cell.pruner.debias is not None:
+        model = backend.describe(task.benchmark.template)
+        stage = cell.pruner.stages(task.layers)[0]
+        ranked = stage.layer - 1 if stage.attention == "previous" else stage.layer
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CurveWarning)
+            foreign = cell.pruner.debias.check(
+                architecture=model["architecture"], method=cell.pruner.name, layer=ranked
+            )
+        if foreign:
+            notes.append(f"The debias curve was calibrated elsewhere: it is used for {'; '.join(foreign)}.")
+    outcome = run(job, backend, records=task.records, options=setting.options, advance=advance)
+    return outcome, notes
+
+
+def _entry(cell: Cell, benchmark: Benchmark) -> dict[str, Any]:
+    about = {"name": benchmark.name, "title": benchmark.title, "split": benchmark.split, "metric": benchmark.metric}
+    return {"evengaze_result": SCHEMA, "benchmark": about, "cell": cell.to_dict(), "score": None, "problem": None}
+
+
+def _result(cell: Cell, outcome: Outcome, notes: list[str]) -> dict[str, Any]:
+    return _entry(cell, outcome.job.benchmark) | {
+        "fingerprint": outcome.fingerprint,
+        "tokens": outcome.means(),
+        "answered": len(outcome.answers),
+        "errors": {key: line["error"] for key, line in outcome.errors.items()},
+        "waiting": outcome.waiting,
+        "score": None if outcome.score is None else outcome.score.to_dict(),
+        "problem": outcome.problem,
+        "notes": notes,
+    }
+
+
+def split_methods(texts: Sequence[str]) -> tuple[str, ...]:
+    """Split ``none,fastv:keep=128,layer=2,random:keep=128`` into methods.
+
+    Methods are separated by commas or semicolons. A part ``key=value`` belongs to the method before it: a method's
+    name has no "=", so this is never ambiguous. Commas in brackets do not separate.
+
+        split_methods(["fastv:keep=128,layer=2,none"])  ->  ("fastv:keep=128,layer=2", "none")
+
+    Raises:
+        ConfigError: a parameter stands before any method.
+    """
+    found: list[str] = []
+    for text in texts:
+        own = len(found)
+        for block in text.split(";"):
+            begin = True
+            for part in filter(None, (p.strip() for p in re.split(r",(?![^\[]*\])", block))):
+                if "=" in part.partition(":")[0]:
+                    if begin or len(found) == own:
+                        raise ConfigError(f"--methods {text!r}: {part!r} is a parameter without a method before it")
+                    joint = "," if ":" in found[-1] else ":"
+                    found[-1] += joint + part
+                else:
+                    found.append(part)
+                begin = False
+    return tuple(found)

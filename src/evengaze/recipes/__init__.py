@@ -1,0 +1,1 @@
+"""Settings of published experiments, and published figures, as YAML files."""
