@@ -155,6 +155,22 @@ def attention_module(layer: nn.Module) -> nn.Module:
     )
 
 
+def implementation_of(module: nn.Module) -> str:
+    """Name of a module's attention implementation.
+
+    Raises:
+        AttachError: it is not one of transformers' attention interface, which is where queries and keys are read.
+    """
+    config: Any = module.config
+    name = config._attn_implementation or "eager"
+    if name != "eager" and name not in ALL_ATTENTION_FUNCTIONS:
+        raise AttachError(
+            f"attention implementation {name!r} is not registered with transformers' AttentionInterface, so queries "
+            "and keys are hidden. Load the model with attn_implementation='sdpa' or 'eager'."
+        )
+    return str(name)
+
+
 def tap(
     module: nn.Module, sink: Callable[[AttentionStates], None], *, past: int = 0, once: bool = True, stop: bool = False
 ) -> None:
@@ -168,13 +184,7 @@ def tap(
         stop: leave the layer at the attention call by an exception that `probe` catches.
     """
     config: Any = module.config
-    implementation = config._attn_implementation or "eager"
-    if implementation != "eager" and implementation not in ALL_ATTENTION_FUNCTIONS:
-        raise AttachError(
-            f"attention implementation {implementation!r} is not registered with transformers' AttentionInterface, so "
-            "queries and keys are hidden. Load the model with attn_implementation='sdpa' or 'eager'."
-        )
-    name = _PREFIX + implementation
+    name = _PREFIX + implementation_of(module)
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, _tapped)
     shadow = copy.copy(config)

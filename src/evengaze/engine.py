@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from evengaze import cache as kv
-from evengaze.attention import attention_module, hidden_attention, probe, tap, untap
-from evengaze.errors import AttachError, ConfigError, LayoutError, NothingPrunedError
+from evengaze.attention import attention_module, hidden_attention, implementation_of, probe, tap, untap
+from evengaze.errors import AttachError, ConfigError, LayoutError, NothingPrunedError, UnsupportedModelError
 from evengaze.layout import VisualLayout
 from evengaze.methods.base import Pruner, Stage
-from evengaze.models import adapter_for, find_decoder
+from evengaze.models import BareDecoder, adapter_for, find_decoder
 from evengaze.models.base import Adapter, Call, EncoderCall
 from evengaze.prefill import Prefill, Selections
 from evengaze.rotary import Rotary
@@ -80,6 +80,11 @@ class Handle:
         self.trace: Trace | None = None
         self._layout = layout
         self._adapter: Adapter | None = None if layout is not None else adapter_for(model)
+        if isinstance(self._adapter, BareDecoder):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is a text decoder: it cannot know which of its inputs are visual tokens. Say "
+                "where they are: pruner(model, layout=VisualLayout.from_spans(spans, grid))."
+            )
         decoder = find_decoder(model) if self._adapter is None else self._adapter.decoder(model)
         self._decoder: Any = decoder
         self._layers: list[nn.Module] = list(decoder.get_submodule("layers").children())
@@ -151,7 +156,7 @@ class Handle:
                     f"{self.pruner.name}: no attention has been paid before layer 0; the first layer to prune at is 1"
                 )
             if stage.attention is not None:
-                attention_module(self._layers[stage.layer - (stage.attention == "previous")])
+                implementation_of(attention_module(self._layers[stage.layer - (stage.attention == "previous")]))
 
     def _install(self) -> None:
         keep = self._undo.append
@@ -249,6 +254,7 @@ class Handle:
 
     def _find(self, call: Call, length: int) -> VisualLayout | None:
         """The layout of a call, as it was given or as the adapter sees it."""
+        layout: VisualLayout | None
         if self._adapter is None:
             layout = None if call.past else self._layout  # spans describe the prompt, not what follows it
         else:

@@ -116,10 +116,10 @@ class Prefill:
             s is None or (s.merge is None and len(s.keep) == len(t)) for s, t in zip(chosen, self.tables, strict=True)
         ):
             return hidden
-        old, filled = self.on(hidden.device)
-        alive = torch.ones_like(old, dtype=torch.bool) if filled is None else filled
-        plans = [_plan(alive[b], self.tables[b], None if s is None else self._order(s)) for b, s in enumerate(chosen)]
-        index, source, filled = _stack(plans, old.shape[1])
+        old, _ = self.on(hidden.device)
+        there = self._there(hidden.device)
+        plans = [_plan(there[b], self.tables[b], None if s is None else self._order(s)) for b, s in enumerate(chosen)]
+        index, source, filled = _stack(plans, ~self.real.to(hidden.device).gather(1, old))
         out = take(hidden, source, 1)
         for b, selection in enumerate(chosen):
             if selection is not None:
@@ -337,22 +337,22 @@ def _plan(alive: Tensor, table: VisualTokens, chosen: Tensor | None) -> tuple[Te
     return index, source
 
 
-def _stack(plans: Sequence[tuple[Tensor, Tensor]], length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Plans of unlike length as one (B, M) index, source and fill; short rows get dropped tokens as fillers."""
+def _stack(plans: Sequence[tuple[Tensor, Tensor]], padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Plans of unlike length as one (B, M) index and source, and which of them are no fillers.
+
+    Short rows are filled up with batch padding, which is masked anyway; then with dropped tokens, which must be.
+    """
     size = max(len(index) for index, _ in plans)
     rows = []
-    for index, source in plans:
-        filled = torch.ones_like(index, dtype=torch.bool)
-        missing = size - len(index)
-        if missing:
-            dropped = torch.ones(length, dtype=torch.bool, device=index.device)
-            dropped[index] = False
-            filler = dropped.nonzero().flatten()[:missing]
-            index, source = torch.cat([index, filler]), torch.cat([source, filler])
-            order = index.argsort()
-            index, source = index[order], source[order]
-            filled = torch.cat([filled, filled.new_zeros(missing)])[order]
-        rows.append((index, source, filled))
+    for (index, source), padded in zip(plans, padding, strict=True):
+        free = torch.ones_like(padded)
+        free[index] = False
+        spare = torch.cat([(free & padded).nonzero().flatten(), (free & ~padded).nonzero().flatten()])
+        spare = spare[: size - len(index)]
+        filled = torch.cat([torch.ones_like(index, dtype=torch.bool), padded[spare]])
+        order = torch.cat([index, spare]).argsort()
+        index, source = torch.cat([index, spare])[order], torch.cat([source, spare])[order]
+        rows.append((index, source, filled[order]))
     index, source, filled = (torch.stack(column) for column in zip(*rows, strict=True))
     return index, source, filled
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import dropped_from, generate, last_row_attention, masked_from
 
 import evengaze as eg
 from evengaze.testing import tiny
+from reference import dropped_from, generate, last_row_attention, masked_from
 
 ATTENTION = ["eager", "sdpa", "flex_attention"]
 
@@ -131,22 +131,23 @@ def test_rows_of_text_and_of_several_images_share_a_batch():
 def test_right_padding():
     model, inputs = tiny("llava", batch=3, side="right")
     slow, _ = tiny("llava", batch=3, side="right", attention="eager")
-    mask = inputs["attention_mask"].bool()
-    with torch.no_grad():
-        with eg.FastV(keep=4)(model) as run:
-            logits = model(**inputs).logits
-        with masked_from(slow, dropped_from(run.trace)):
-            expected = slow(**inputs, use_cache=False).logits
-    left = logits.shape[1]
-    kept = mask.clone()
-    for b, row in enumerate(run.trace.layout.rows):
-        kept[b, row.position] = False
-        kept[b, row.position[run.trace.kept(b)]] = True
-    for b in range(3):
-        last = int(mask[b].sum()) - 1
-        place = int(kept[b, :last].sum())
-        assert place < left
-        assert (logits[b, place] - expected[b, last]).abs().max() < 1e-4
+    with torch.no_grad(), eg.FastV(keep=4)(model) as run:
+        logits = model(**inputs, labels=inputs["input_ids"]).logits
+    with torch.no_grad(), masked_from(slow, dropped_from(run.trace)):
+        expected = slow(**inputs, use_cache=False).logits
+    left = inputs["attention_mask"].bool() & ~dropped_from(run.trace)[0][1]
+    assert int(left.sum()) == int(inputs["attention_mask"].sum()) - 3 * 12
+    assert (logits - expected)[left].abs().max() < 1e-4
+
+
+def test_padding_of_the_batch_makes_room():
+    """A row of text beside a row with a picture costs no more than the picture's row does after pruning."""
+    model, inputs = tiny("llava", batch=2, images=[0, 2])
+    with eg.FastV(keep=4)(model) as run:
+        _, _, cache = generate(model, inputs)
+    longest = inputs["input_ids"].shape[1]
+    assert [layer.keys.shape[-2] for layer in cache.layers][-1] == longest - 2 * 16 + 4 + 5
+    assert run.trace.visual_tokens(1)[-1] == 4
 
 
 def test_text_without_images_is_dense():
@@ -203,20 +204,12 @@ def test_random_configurations(layer, keep, images, side, size, attention, seed)
         spans[b] = [(a + offset, z + offset) for a, z in spans[b]]
     inputs = {"input_ids": ids, "attention_mask": mask}
     layout = eg.VisualLayout.from_spans(spans, grid)
+    # Given labels, a pruned model's output has its full length again: every token can be compared at its own place.
     with torch.no_grad(), eg.FastV(keep=keep, layer=layer)(model, layout=layout) as run:
-        cache = model(**inputs, use_cache=True)
-        logits = cache.logits
+        logits = model(**inputs, labels=ids).logits
     with torch.no_grad(), masked_from(slow, dropped_from(run.trace)):
         expected = slow(**inputs, use_cache=False).logits
-    for b in range(len(rows)):
-        left = mask[b].bool()
-        for dropped in dropped_from(run.trace):
-            left &= ~dropped[1][b]
-        count = int(left.sum())
-        width = logits.shape[1]
-        # Fillers of rows that kept fewer tokens stand among the visual ones; the text behind them is at the end.
-        tail = int(mask[b].nonzero()[-1]) - max([z for _, z in spans[b]], default=0) + 1
-        end = width if side == "left" else width - (longest - int(mask[b].sum()))
-        got = logits[b, end - tail : end]
-        want = expected[b, left][count - tail : count]
-        assert (got - want).abs().max() < 2e-4
+    left = mask.bool()
+    for _, dropped in dropped_from(run.trace):
+        left &= ~dropped
+    assert (logits - expected)[left].abs().max() < 2e-4
