@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runner_fakes import save_pope
 
 from evengaze.errors import ConfigError, DataError
 from evengaze.evaluate.benchmarks import Record, get_benchmark
@@ -20,6 +19,7 @@ from evengaze.evaluate.predictor import Prediction, open_media
 from evengaze.evaluate.runner import Job, Outcome, place, run
 from evengaze.evaluate.shards import Shard, locked, merge
 from evengaze.methods import Pruner, parse
+from runner_fakes import save_pope
 
 
 class Fake:
@@ -259,7 +259,7 @@ def test_missing_files_are_named_before_anything_is_answered(job: Job, tmp_path:
     with pytest.raises(DataError, match="is not a directory"):
         run(job_in(tmp_path / "x", tmp_path / "nowhere"), Fake())
     (job.data / "playground/data/eval/pope/llava_pope_test.jsonl").unlink()
-    with pytest.raises(DataError, match="llava_pope_test.jsonl"):
+    with pytest.raises(DataError, match=r"llava_pope_test\.jsonl"):
         run(job, Fake())
 
 
