@@ -78,7 +78,7 @@ class Benchmark(ABC):
             DataError: There is no such folder.
         """
         if not data.is_dir():
-            raise DataError(f"{data} is not a directory. Give --data the folder that holds {self._where()}.")
+            raise DataError(f"{data} is not a directory. Give --data the folder that holds {self.location}.")
         above = ("eval/GPT_Zero_Shot_QA", "GPT_Zero_Shot_QA", "") if self.layout == "video-llava" else _LLAVA_ROOTS
         candidates = [data / part / folder for part in above for folder in self.folders]
         marks = [item.path for item in self.files if item.kind == "file" and item.needed != "optional"]
@@ -90,10 +90,12 @@ class Benchmark(ABC):
                 return candidate
         raise DataError(
             f"{data} holds no data of {self.name}: none of {', '.join(str(c) for c in candidates[:2])}, ... exists. "
-            f"Give --data the folder that holds {self._where()} (`evengaze list benchmarks` says where to get it)."
+            f"Give --data the folder that holds {self.location} (`evengaze list benchmarks` says where to get it)."
         )
 
-    def _where(self) -> str:
+    @property
+    def location(self) -> str:
+        """Where the layout puts the benchmark's folder."""
         part = "eval/GPT_Zero_Shot_QA" if self.layout == "video-llava" else "playground/data/eval"
         return f"{part}/{self.folders[0]}"
 
@@ -108,7 +110,7 @@ class Benchmark(ABC):
     def missing_files(self, data: Path | None, use: Literal["run", "score"] | None = None) -> list[DataFile]:
         """List the files that are absent below ``data`` (all of them when ``data`` is None or has no such folder)."""
         wanted = [f for f in self.files if (f.needed != "optional" and use in (None, f.needed)) or f.needed == "both"]
-        if data is None:
+        if data is None or not wanted:
             return wanted
         try:
             root = self.root(data)

@@ -133,7 +133,7 @@ class MMBench(Benchmark):
                 ) from None
             options = options_of(row)
             rounds = len(options) if self.all_rounds else 1
-            keys = number_repeats([str(index)] * max(rounds, 1))
+            keys = number_repeats([str(index)] * rounds)
             for turn, key in enumerate(keys):
                 rotated = options[turn:] + options[:turn]
                 question = row["question"] or ""

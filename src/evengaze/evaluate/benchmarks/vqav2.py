@@ -130,7 +130,7 @@ class VQAv2Val(Benchmark):
         reports, credits = {}, {}
         for name, text in (("submitted", evalai_normalize), ("raw", str)):
             credits[name] = {key: vqa_accuracy(text(texts[key]), human[key]) for key in texts}
-            reports[name] = vqa_report(credits[name], answer_type, question_type)
+            reports[name] = {**vqa_report(credits[name], answer_type, question_type), "per_record": credits[name]}
         return Score(
             self.name,
             self.split,

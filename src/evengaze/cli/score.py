@@ -1,0 +1,159 @@
+"""`evengaze score` and `evengaze list benchmarks`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from evengaze.errors import ConfigError, EvengazeError
+
+if TYPE_CHECKING:
+    from evengaze.evaluate.benchmarks import Score
+    from evengaze.evaluate.judge import Judge
+
+_SHOWN = 5
+
+
+def score(
+    benchmark: Annotated[str, typer.Argument(help="Benchmark; see `evengaze list benchmarks`.")],
+    answers: Annotated[Path, typer.Option(help="Predictions, JSON lines in LLaVA's or Video-LLaVA's format.")],
+    data: Annotated[Path, typer.Option(help="Folder that holds playground/data/eval or eval/GPT_Zero_Shot_QA.")],
+    mode: Annotated[str, typer.Option(help="default, or official: the official scorer's number, quirks included.")] = (
+        "default"
+    ),
+    rule: Annotated[str | None, typer.Option(help="MMBench: letter, vlmevalkit or lmms-eval.")] = None,
+    consistency: Annotated[bool, typer.Option(help="GQA: also score consistency.")] = False,
+    judge: Annotated[str | None, typer.Option(help="MM-Vet, video: model that judges (through an API).")] = None,
+    judge_url: Annotated[str | None, typer.Option(help="Base URL of the judge's OpenAI-compatible server.")] = None,
+    judge_local: Annotated[str | None, typer.Option(help="Judge with a model run here through transformers.")] = None,
+    judge_cache: Annotated[Path | None, typer.Option(help="Keep the judge's replies in this file; resumes.")] = None,
+    judged: Annotated[Path | None, typer.Option(help="Judgements made before, in the official format.")] = None,
+    runs: Annotated[int, typer.Option(help="MM-Vet: how often each answer is judged.", min=1)] = 1,
+    workers: Annotated[int, typer.Option(help="Calls to the judge at a time.", min=1)] = 8,
+    submission: Annotated[Path | None, typer.Option(help="Also write the file that the server takes.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the result as JSON to this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")] = False,
+) -> None:
+    """Score a predictions file, whichever program wrote it."""
+    from evengaze.evaluate.benchmarks import ScoreOptions
+    from evengaze.evaluate.benchmarks.base import write_text
+    from evengaze.evaluate.scoring import score_file
+
+    def work() -> Score:
+        options = ScoreOptions(
+            rule=rule,
+            consistency=consistency,
+            judge=_make_judge(judge, judge_url, judge_local),
+            judged=judged,
+            cache=judge_cache,
+            runs=runs,
+            workers=workers,
+        )
+        return score_file(benchmark, answers, data, mode, options, submission)  # type: ignore[arg-type]
+
+    result = _or_exit(work)
+    text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False)
+    if out is not None:
+        _or_exit(lambda: write_text(out, text + "\n"))
+    if as_json:
+        typer.echo(text)
+    else:
+        _show_score(result, Console())
+
+
+def list_benchmarks(
+    data: Annotated[Path | None, typer.Option(help="Folder to look for the datasets in.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """List benchmarks: split, metric, the files they need, which are missing and where to get them."""
+    from evengaze.evaluate import scoring
+
+    items = _or_exit(lambda: scoring.list_benchmarks(data))
+    if as_json:
+        typer.echo(json.dumps(items, indent=2, ensure_ascii=False))
+        return
+    console = Console()
+    table = Table("name", "split", "metric", "ready to" if data else "files")
+    for item in items:
+        table.add_row(item["name"], item["split"], item["metric"], _readiness(item))
+    console.print(table)
+    for item in items:
+        wanted = [entry for entry in item["files"] if not entry.get("present", False)]
+        if wanted:
+            console.print(f"\n[bold]{item['name']}[/bold] {'lacks' if data else 'needs'}, in {item['layout']}:")
+        for entry in wanted:
+            console.print(f"  {entry['path']} (to {_use(entry['needed'])}): {entry['source']}", highlight=False)
+
+
+def register(app: typer.Typer, listing: typer.Typer | None = None) -> None:
+    """Add the commands to an app.
+
+    Args:
+        app: Gets `score`, and a `list` group when none is given.
+        listing: The group of `list` commands, gets `benchmarks`.
+    """
+    app.command()(score)
+    if listing is None:
+        listing = typer.Typer(help="List what there is.", no_args_is_help=True)
+        app.add_typer(listing, name="list")
+    listing.command("benchmarks")(list_benchmarks)
+
+
+def _make_judge(model: str | None, url: str | None, local: str | None) -> Judge | None:
+    from evengaze.evaluate.judge import LocalJudge, OpenAIJudge
+
+    if model and local:
+        raise ConfigError("--judge and --judge-local exclude each other.")
+    if url and not model:
+        raise ConfigError("--judge-url needs --judge MODEL.")
+    if local:
+        return LocalJudge(local)
+    return OpenAIJudge(model, base_url=url) if model else None
+
+
+def _or_exit(work: Callable[[], Any]) -> Any:
+    """Do something; an error of ours becomes a message and exit status 1."""
+    try:
+        return work()
+    except EvengazeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _show_score(result: Score, console: Console) -> None:
+    value = "not scored" if result.value is None else f"{result.value:.2f}"
+    console.print(f"[bold]{result.benchmark}[/bold] {result.split}, {result.metric}: [bold]{value}[/bold]")
+    console.print(f"{result.n_scored} of {result.n_records} records scored, {result.mode} mode", highlight=False)
+    for name, number in result.offline.items():
+        console.print(f"  offline {name}: {number:.2f}", highlight=False)
+    for name in ("missing", "duplicate", "unknown"):
+        keys = getattr(result.problems, name)
+        if keys:
+            more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+            console.print(f"[yellow]{len(keys)} {name}[/yellow]: {', '.join(keys[:_SHOWN])}{more}", highlight=False)
+    for item in result.problems.malformed[:_SHOWN]:
+        console.print(f"[yellow]line {item['line']}[/yellow]: {item['reason']}", highlight=False)
+    for item in result.problems.errors[:_SHOWN]:
+        console.print(f"[red]{item['key']} not judged[/red]: {item['error']}", highlight=False)
+    for note in result.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def _readiness(item: dict[str, Any]) -> str:
+    if "can_run" not in item:
+        return str(len(item["files"]))
+    ready = [name for name, key in (("run", "can_run"), ("score", "can_score")) if item[key]]
+    note = ", ".join(ready) or "-"
+    if isinstance(item["missing_media"], str):
+        return f"{note} ({item['missing_media']})"
+    return f"{note} ({item['missing_media']} images or videos missing)" if item["missing_media"] else note
+
+
+def _use(needed: str) -> str:
+    return {"both": "run and score", "optional": "add detail"}.get(needed, needed)
