@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from evengaze.errors import DataError
 from evengaze.methods.base import top
-from evengaze.viz.patches import Canvas, Mask
-from evengaze.viz.style import new_figure, title
+from evengaze.viz.patches import Canvas, Panel, draw_panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
     from evengaze.trace import RowTrace, Trace
-
-_PANEL = 3.1  # height of a panel in inches
 
 
 def plot_trace(
@@ -60,23 +56,15 @@ def plot_trace(
     plain = plain_choice(trace, row, stage)
     name = str(trace.pruner.get("method", "pruner"))
 
-    panels: list[tuple[str, str, Mask | None, Mask | None]] = []
+    panels = []
     if image is not None:
-        panels.append(("as the model saw it", _count(int(canvas.there.sum()), "visual token"), None, None))
+        panels.append(Panel(canvas, "as the model saw it", _count(int(canvas.there.sum()), "visual token")))
     if plain is not None:
-        panels.append((f"{name}, plain", _detail(canvas, plain), canvas.mask(plain), None))
-    recycled = None if decision.recycled is None else canvas.mask(decision.recycled.cpu())
-    chosen = decision.kept.cpu()
+        panels.append(Panel(canvas, f"{name}, plain", canvas.describe(plain), plain))
     label = f"{name}, debiased" if plain is not None else f"{name}, layer {at.layer}"
-    panels.append((label, _detail(canvas, chosen), canvas.mask(chosen), recycled))
-
-    figure = new_figure(max(2.6, _PANEL * canvas.aspect) * len(panels), _PANEL + 0.5)
-    for ax, (head, detail, kept, dots) in zip(
-        np.ravel(figure.subplots(1, len(panels), squeeze=False)), panels, strict=True
-    ):
-        canvas.draw(ax, kept, dots)
-        title(ax, head, detail)
-    return figure
+    chosen = decision.kept.cpu()
+    panels.append(Panel(canvas, label, canvas.describe(chosen), chosen, decision.recycled))
+    return draw_panels([panels])
 
 
 def plain_choice(trace: Trace, row: int = 0, stage: int = 0) -> Tensor | None:
@@ -95,15 +83,6 @@ def plain_choice(trace: Trace, row: int = 0, stage: int = 0) -> Tensor | None:
     if debias.get("padding") is None and torch.equal(decision.raw, decision.scores):
         return None
     return decision.candidates.cpu()[top(decision.raw.cpu(), len(decision.kept))]
-
-
-def _detail(canvas: Canvas, chosen: Tensor) -> str:
-    """How many tokens were kept, and how many of them are padding."""
-    kept = canvas.mask(chosen)
-    text = f"{int(kept.sum())} of {int(canvas.there.sum())} kept"
-    if (canvas.padding > 0.5).any():
-        text += f", {int((kept & (canvas.padding > 0.5)).sum())} of them padding"
-    return text
 
 
 def _count(number: int, noun: str) -> str:

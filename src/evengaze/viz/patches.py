@@ -16,9 +16,10 @@ from torch import Tensor
 
 from evengaze.errors import DataError
 from evengaze.layout import VisualTokens
-from evengaze.viz.style import KEPT, WASTED
+from evengaze.viz.style import INK, KEPT, WASTED, new_figure, title
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from PIL.Image import Image
 
 FILL = (122, 116, 104)
@@ -84,6 +85,12 @@ class Canvas:
     def mask(self, chosen: Tensor) -> Mask:
         """(frames, rows, columns) True at the visual tokens `chosen` (indices into the row's)."""
         return on_grid(self.tokens, chosen, self.index)
+
+    def describe(self, chosen: Tensor) -> str:
+        """How many tokens were kept, and how many of them are padding."""
+        kept, padded = self.mask(chosen), self.padding > 0.5
+        text = f"{int(kept.sum())} of {int(self.there.sum())} kept"
+        return text + (f", {int((kept & padded).sum())} of them padding" if padded.any() else "")
 
     @property
     def aspect(self) -> float:
@@ -152,6 +159,51 @@ class Canvas:
                 box = Rectangle(corner, stop - start, len(group), fill=False, hatch="////", linewidth=0, zorder=2)
                 box.set_edgecolor((1, 1, 1, 0.28))
                 ax.add_patch(box)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One drawing of a figure.
+
+    Attributes:
+        canvas: the picture.
+        head: title.
+        detail: a quieter second line.
+        kept: tokens to show bright (indices into the row's visual tokens); None shows the picture as it is.
+        recycled: tokens that stand for merged ones, marked by a dot.
+    """
+
+    canvas: Canvas
+    head: str
+    detail: str = ""
+    kept: Tensor | None = None
+    recycled: Tensor | None = None
+
+
+def draw_panels(rows: Sequence[Sequence[Panel | None]], *, height: float = 3.1, heading: str = "") -> Figure:
+    """Draw panels in rows and columns.
+
+    Args:
+        rows: equally long; None leaves a place empty.
+        height: of a panel, in inches.
+        heading: above all of them.
+    """
+    widest = max(panel.canvas.aspect for row in rows for panel in row if panel is not None)
+    width = max(2.5, height * widest) * len(rows[0])
+    figure = new_figure(width, (height + 0.5) * len(rows) + (0.35 if heading else 0))
+    if heading:
+        figure.suptitle(heading, x=0.01, ha="left", fontsize=11, color=INK)
+    axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+    for line, row in zip(axes, rows, strict=True):
+        for ax, panel in zip(line, row, strict=True):
+            if panel is None:
+                ax.set_axis_off()
+                continue
+            canvas = panel.canvas
+            kept = None if panel.kept is None else canvas.mask(panel.kept)
+            canvas.draw(ax, kept, None if panel.recycled is None else canvas.mask(panel.recycled))
+            title(ax, panel.head, panel.detail)
+    return figure
 
 
 def on_grid(tokens: VisualTokens, chosen: Tensor | None, index: int) -> Mask:
