@@ -48,6 +48,7 @@ class Benchmark(ABC):
         folders: Folder below the layout's root, alternatives in order of preference.
         layout: "llava" or "video-llava".
         files: What is read.
+        size: Records of the published split, where known.
         server: Where submissions are scored, or None when scoring is offline.
         max_new_tokens: As in the official inference script; decoding is greedy.
         template: Conversation template of the official inference script (see ``evengaze.evaluate.conversation``).
@@ -65,6 +66,7 @@ class Benchmark(ABC):
     max_new_tokens: ClassVar[int] = 128
     template: ClassVar[str] = "vicuna_v1"
     quirks: ClassVar[tuple[str, ...]] = ()
+    size: ClassVar[int | None] = None
 
     # -- where the data is ---------------------------------------------------------------------------------------
 
@@ -198,6 +200,8 @@ class Benchmark(ABC):
         if mode == "official":
             return self.score_official(lines, data, options)
         score = self.score_default(lines, data, options)
+        if self.size is not None and score.n_records != self.size:
+            score.notes.append(f"{self.name} has {score.n_records} records here, {self.size} as published.")
         self._compare(score, lambda: self.score_official(lines, data, options))
         return score
 

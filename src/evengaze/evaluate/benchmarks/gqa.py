@@ -24,6 +24,7 @@ class GQA(Benchmark):
     name = "gqa"
     title = "GQA"
     split = "testdev-balanced"
+    size = 12578
     metric = "accuracy (%)"
     folders = ("gqa",)
     files = (

@@ -101,6 +101,7 @@ class MMBench(Benchmark):
     name = "mmbench"
     title = "MMBench"
     split = "dev"
+    size: ClassVar[int | None] = 1176
     metric = "circular accuracy (%)"
     folders: ClassVar[tuple[str, ...]] = ("mmbench",)
     table: ClassVar[str] = "mmbench_dev_20230712.tsv"

@@ -13,6 +13,7 @@ class MMBenchCN(MMBench):
 
     name = "mmbench_cn"
     title = "MMBench-CN"
+    size = None
     # LLaVA's script looks in one folder, its documentation names the other.
     folders = ("mmbench_cn", "mmbench")
     table = "mmbench_dev_cn_20231003.tsv"

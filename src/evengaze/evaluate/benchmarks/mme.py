@@ -40,6 +40,7 @@ class MME(Benchmark):
     name = "mme"
     title = "MME"
     split = "test"
+    size = 2374
     metric = "perception (of 2000)"
     folders = ("MME", "mme")
     files = (

@@ -30,6 +30,7 @@ class MMVet(JudgedBenchmark):
     name = "mmvet"
     title = "MM-Vet"
     split = "v1"
+    size = 218
     metric = "judged score (%)"
     folders = ("mm-vet", "mmvet")
     files: ClassVar[tuple[DataFile, ...]] = (

@@ -13,6 +13,7 @@ class MSRVTTQA(VideoQA):
 
     name = "msrvtt_qa"
     title = "MSRVTT-QA"
+    size = 72821
     folders = ("MSRVTT_Zero_Shot_QA",)
     videos = "videos/all"
     files: ClassVar[tuple[DataFile, ...]] = (

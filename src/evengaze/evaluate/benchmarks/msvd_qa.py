@@ -13,6 +13,7 @@ class MSVDQA(VideoQA):
 
     name = "msvd_qa"
     title = "MSVD-QA"
+    size = 13157
     folders = ("MSVD_Zero_Shot_QA",)
     videos = "videos"
     files: ClassVar[tuple[DataFile, ...]] = (

@@ -33,6 +33,7 @@ class POPE(Benchmark):
     name = "pope"
     title = "POPE"
     split = "coco"
+    size = 8910
     metric = "mean F1 (%)"
     folders = ("pope",)
     files = (

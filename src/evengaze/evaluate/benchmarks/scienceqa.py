@@ -23,6 +23,7 @@ class ScienceQA(Benchmark):
     name = "scienceqa"
     title = "SQA-IMG"
     split = "test"
+    size = 2017
     metric = "IMG accuracy (%)"
     folders = ("scienceqa",)
     files = (

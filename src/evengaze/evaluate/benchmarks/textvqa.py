@@ -39,6 +39,7 @@ class TextVQA(Benchmark):
     name = "textvqa"
     title = "TextVQA"
     split = "val"
+    size = 5000
     metric = "accuracy (%)"
     folders = ("textvqa",)
     files = (

@@ -13,6 +13,7 @@ class TGIFQA(VideoQA):
 
     name = "tgif_qa"
     title = "TGIF-QA"
+    size = 25751
     folders = ("TGIF_Zero_Shot_QA",)
     videos = "mp4"
     files: ClassVar[tuple[DataFile, ...]] = (

@@ -30,6 +30,7 @@ class VizWiz(Benchmark):
     name = "vizwiz"
     title = "VizWiz"
     split = "test"
+    size = 8000
     metric = "accuracy (%)"
     folders = ("vizwiz",)
     files = (
@@ -91,6 +92,7 @@ class VizWizVal(Benchmark):
     name = "vizwiz_val"
     title = "VizWiz (val)"
     split = "val"
+    size = 4319
     metric = "accuracy (%)"
     folders = ("vizwiz",)
     files = (

@@ -31,6 +31,7 @@ class VQAv2(Benchmark):
     name = "vqav2"
     title = "VQAv2"
     split = "test-dev"
+    size = 107394
     metric = "accuracy (%)"
     folders = ("vqav2",)
     files = (
@@ -82,6 +83,7 @@ class VQAv2Val(Benchmark):
     name = "vqav2_val"
     title = "VQAv2 (val)"
     split = "val"
+    size = 214354
     metric = "accuracy (%)"
     folders = ("vqav2",)
     files = (
