@@ -1,7 +1,7 @@
 """How a question becomes a prompt: LLaVA's conversation templates (``llava/conversation.py``) or the model's own.
 
-LLaVA's and Video-LLaVA's scripts wrap every question in one turn of a fixed template, without a space after the last
-colon. ``llava_v1`` and ``vicuna_v1`` differ in one word, "human" for "user"; published numbers depend on it.
+LLaVA's and Video-LLaVA's scripts wrap every question in one turn of a fixed template, and published numbers depend on
+its wording.
 """
 
 from __future__ import annotations
@@ -9,33 +9,24 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from evengaze.errors import ConfigError
+from evengaze.evaluate.templates import render_template
 
 Style = Literal["auto", "official", "chat"]
 """Which prompt: the benchmark's official template, the processor's chat template, or "auto", see `resolve`."""
-
-_SYSTEM = (
-    "A chat between a curious {who} and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the {who}'s questions."
-)
-TEMPLATES = {"vicuna_v1": _SYSTEM.format(who="user"), "llava_v1": _SYSTEM.format(who="human")}
-"""System sentences by template name."""
 
 
 def render(template: str, text: str, marker: str = "<image>") -> str:
     """Write a question in one of LLaVA's templates.
 
     Args:
-        template: "vicuna_v1" or "llava_v1".
+        template: one of `evengaze.evaluate.templates.TEMPLATES`.
         text: the whole user text.
         marker: what stands for the picture, in front of the text; "" for a question without one.
 
     Raises:
         ConfigError: there is no such template.
     """
-    if template not in TEMPLATES:
-        raise ConfigError(f"no conversation template {template!r}; there are {', '.join(TEMPLATES)}")
-    message = f"{marker}\n{text}" if marker else text
-    return f"{TEMPLATES[template]} USER: {message} ASSISTANT:"
+    return render_template(template, f"{marker}\n{text}" if marker else text)
 
 
 def chat(processor: Any, text: str, media: Literal["image", "video"] | None) -> str:

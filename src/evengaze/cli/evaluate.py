@@ -1,0 +1,229 @@
+"""`evengaze evaluate` and `evengaze report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+
+from evengaze.errors import ConfigError
+
+RECORDS_LOST = 3
+"""Exit status of a run that went through, but in which records could not be read or cells failed."""
+INTERRUPTED = 130
+
+console = Console(stderr=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("evaluate")(evaluate)
+    app.command("report")(report)
+
+
+def evaluate(
+    model: Annotated[str | None, typer.Option(help="Hub id, local folder, or 'demo' (embedded).")] = None,
+    benchmarks: Annotated[
+        list[str] | None, typer.Option("--benchmarks", "-b", help="Comma-separated; repeatable.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder that holds playground/data/eval or eval/GPT_Zero_Shot_QA.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Answers and results go here; give it again to resume.")] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--methods", "-m", help="'none,fastv:keep=128,layer=2,random:keep=128'; ';' works too; repeatable."
+        ),
+    ] = None,
+    debias: Annotated[
+        list[str] | None,
+        typer.Option(help="none, padding, preset, published, a preset's name or curve.json; comma-separated."),
+    ] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="Average visual tokens a layer to bring every method to: '64,128,192'.")
+    ] = None,
+    baselines: Annotated[str | None, typer.Option(help="At every method's average tokens; '' for none.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Answer only so many questions of each benchmark.")] = None,
+    shuffle_seed: Annotated[int | None, typer.Option(help="Draw them at random; default: the first ones.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Questions a generate call (default 8).")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Default: as in each benchmark's official script.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of the model on the hub.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda:1, ..., or balanced (several GPUs).")] = None,
+    attention: Annotated[str | None, typer.Option(help="Attention implementation, e.g. sdpa.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="auto, official (LLaVA's templates) or chat (the model's).")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="YAML file, or the name of a shipped one, with any of these options.")
+    ] = None,
+    ray: Annotated[str | None, typer.Option(help="Run on Ray: 'local', 'auto' or a cluster's address.")] = None,
+    ray_actors: Annotated[int, typer.Option(min=1, help="Copies of the model on Ray.")] = 1,
+    ray_gpus: Annotated[float | None, typer.Option(help="GPUs a copy (default: 1 if the cluster has any).")] = None,
+    ray_cpus: Annotated[float, typer.Option(help="CPUs a copy.")] = 1,
+) -> None:
+    """Answer benchmarks with methods x debiasing x budgets, score them, and compare.
+
+    Killed or interrupted runs go on where they stopped when the same command is given again. Exit status: 0; 1 for an
+    error; 3 if records could not be read or a cell failed (the rest is there); 130 after Ctrl-C.
+    """
+    from evengaze.evaluate.recipes import Recipe
+
+    given = {
+        "model": model,
+        "revision": revision,
+        "dtype": dtype,
+        "device": device,
+        "attention": attention,
+        "prompt": prompt,
+        "benchmarks": _names(benchmarks),
+        "methods": methods,
+        "debias": _names(debias),
+        "budgets": None if budgets is None else _numbers(budgets),
+        "baselines": None if baselines is None else _names([baselines]),
+        "limit": limit,
+        "shuffle_seed": shuffle_seed,
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+    }
+    settings = Recipe.load(recipe) if recipe is not None else Recipe()
+    settings = settings.overridden({key: value for key, value in given.items() if value is not None})
+    missing = [name for name, value in (("--data", data), ("--out", out)) if value is None]
+    missing += [f"--{name}" for name in ("model", "benchmarks") if not getattr(settings, name)]
+    if data is None or out is None or missing:
+        raise ConfigError(f"evaluate needs {', '.join(missing)}; see `evengaze evaluate --help`")
+    if ray is None:
+        from evengaze.evaluate.predictor import Predictor
+        from evengaze.evaluate.runner import LocalBackend
+
+        backend: Any = LocalBackend(Predictor.load(settings.model_spec))
+    else:
+        from evengaze.evaluate.ray_runner import RayBackend
+
+        backend = RayBackend(settings.model_spec, ray, actors=ray_actors, gpus=ray_gpus, cpus=ray_cpus)
+    raise typer.Exit(_run(settings, data, out, backend))
+
+
+def _run(settings: Any, data: Path, out: Path, backend: Any) -> int:
+    """Run all benchmarks; returns the exit status."""
+    from evengaze.evaluate.benchmarks import get_benchmark
+    from evengaze.evaluate.grid import Setting, prepare, run_task
+
+    setting = Setting(data, out, settings.limit, settings.shuffle_seed, settings.batch_size, settings.max_new_tokens)
+    chosen = [get_benchmark(name) for name in settings.benchmarks]
+    results: list[dict[str, Any]] = []
+    try:
+        tasks = prepare(settings.plan, chosen, setting, backend)
+        with _progress() as progress:
+            total = progress.add_task("all", total=sum(len(t.cells) * t.count(setting.limit) for t in tasks))
+            for task in tasks:
+                for line in task.skipped:
+                    progress.console.print(f"left out: {line}", highlight=False)
+                bar = progress.add_task(task.benchmark.name, total=task.count(setting.limit))
+
+                def begin(cell: Any, bar: Any = bar, name: str = task.benchmark.name) -> None:
+                    progress.reset(bar, description=f"{name} {cell.method} {cell.debias}")
+
+                def advance(count: int, bar: Any = bar) -> None:
+                    progress.advance(bar, count)
+                    progress.advance(total, count)
+
+                results += run_task(task, setting, backend, begin=begin, advance=advance)
+                progress.remove_task(bar)
+    except KeyboardInterrupt:
+        console.print(f"Interrupted. All answers up to here are in {out}; give the same command again to go on.")
+        return INTERRUPTED
+    return _show(results, out)
+
+
+def _show(results: list[dict[str, Any]], out: Path) -> int:
+    """Print the tables and everything that went wrong; returns the exit status."""
+    from evengaze.evaluate.results import Row, tables
+
+    screen = Console()
+    for table in tables([Row(result) for result in results]):
+        view = RichTable(title=f"{table.title} {table.split}: {table.metric}")
+        for name in ("method", "tokens", "FLOPs", "score", "debias - plain", "against dense"):
+            view.add_column(name, justify="left" if name == "method" else "right")
+        for row in table.rows:
+            flops = (row.result.get("tokens") or {}).get("relative_flops")
+            view.add_row(
+                row.title,
+                "-" if row.average is None else f"{row.average:.1f}",
+                "-" if flops is None else f"{flops:.1%}",
+                "-" if row.value is None else f"{row.value:.2f}",
+                _difference(row.against_plain),
+                _difference(row.against_dense),
+            )
+        screen.print(view)
+    lost = False
+    for result in results:
+        name = f"{result['benchmark']['name']} {result['cell']['method']} {result['cell']['debias']}"
+        if result["problem"]:
+            screen.print(f"{name}: {result['problem']}", highlight=False, markup=False)
+            lost = lost or bool(result.get("failed")) or not result.get("waiting")
+        if result.get("errors"):
+            first = next(iter(result["errors"].values()))
+            screen.print(
+                f"{name}: {len(result['errors'])} record(s) could not be read (listed in errors.jsonl), e.g. {first}",
+                highlight=False,
+                markup=False,
+            )
+            lost = True
+        for note in result.get("notes", []):
+            screen.print(f"{name}: {note}", highlight=False, markup=False)
+    screen.print(f"Results in {out}; `evengaze report {out} -o report` makes tables and figures.", highlight=False)
+    return RECORDS_LOST if lost else 0
+
+
+def _difference(paired: Any) -> str:
+    """Points with interval and p-value."""
+    if paired is None:
+        return ""
+    return f"{100 * paired.delta:+.1f} [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}] p={paired.p_value:.2g}"
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="The --out folder of one or several evaluations.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report.html, report.md and the figures.")] = Path(
+        "report"
+    ),
+    published: Annotated[bool, typer.Option(help="Set published numbers beside the measured ones.")] = True,
+) -> None:
+    """Make tables and figures of an evaluation: Markdown, one self-contained HTML page, PNG and SVG."""
+    from evengaze.evaluate.report import write_report
+
+    for path in write_report(results, out, published=published):
+        typer.echo(path)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _names(values: list[str] | None) -> list[str] | None:
+    if values is None:
+        return None
+    return [part.strip() for value in values for part in value.replace(";", ",").split(",") if part.strip()]
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ConfigError(f"--budgets {text!r}: give numbers separated by commas, such as 64,128,192") from None

@@ -1,0 +1,241 @@
+"""The report of an evaluation: one self-contained HTML page, the same as Markdown, and the figures as PNG and SVG."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from jinja2 import Environment, StrictUndefined
+
+from evengaze import __version__
+from evengaze.errors import DataError
+from evengaze.evaluate import figures
+from evengaze.evaluate.metrics.paired import Paired
+from evengaze.evaluate.recipes import published
+from evengaze.evaluate.results import Row, Table, load, tables
+from evengaze.evaluate.shards import write_whole
+
+_READING = (
+    "Tokens are the visual tokens that enter a decoder layer, averaged over layers and measured. FLOPs are those of "
+    "the decoder's prefill, text included, relative to the dense model. A difference is in points of mean credit a "
+    "question, on the questions that both have answered, with a 95 % bootstrap interval and the p-value of the exact "
+    "McNemar (sign) test. For metrics that are no mean over questions (F1, points, circular accuracy) it can differ "
+    "from the difference of the scores. Many comparisons are shown: one p-value near 0.05 among them proves little."
+)
+
+
+def write_report(root: Path, out: Path, *, published: bool = True) -> list[Path]:
+    """Write ``report.html``, ``report.md`` and the figures.
+
+    Args:
+        root: folder with results of `evengaze evaluate`, of one or several runs.
+        out: folder to write to.
+        published: set published figures for the same architecture beside the measured ones.
+
+    Returns:
+        The files written.
+
+    Raises:
+        DataError: there are no results, or files cannot be written.
+    """
+    found = tables(load(root))
+    if not any(row.value is not None for table in found for row in table.rows):
+        reasons = {str(row.result["problem"]) for table in found for row in table.rows}
+        raise DataError(f"{root} holds no scored result ({'; '.join(sorted(reasons))[:300]}). Score the answers first.")
+    context = _context(found, published)
+    written = []
+    pictures = []
+    for name, title, figure in (
+        ("curves", "Score against tokens", figures.curves(found)),
+        ("radar", "Share of the dense model's score", figures.radar(found)),
+    ):
+        if figure is None:
+            continue
+        paths = _save_figure(figure, out, name)
+        written += paths
+        svg = base64.b64encode(paths[1].read_bytes()).decode()
+        pictures.append({"title": title, "file": paths[0].name, "data": f"data:image/svg+xml;base64,{svg}"})
+    context["pictures"] = pictures
+    for suffix in ("html", "md"):
+        template = files("evengaze.evaluate").joinpath(f"report.{suffix}.j2").read_text(encoding="utf-8")
+        environment = Environment(
+            autoescape=suffix == "html", undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        path = out / f"report.{suffix}"
+        write_whole(path, environment.from_string(template).render(context))
+        written.append(path)
+    return written
+
+
+def _context(found: Sequence[Table], with_published: bool) -> dict[str, Any]:
+    rows = [row for table in found for row in table.rows]
+    models = list(
+        dict.fromkeys(row.result["fingerprint"]["model"]["name"] for row in rows if "fingerprint" in row.result)
+    )
+    architectures = {row.result["fingerprint"]["model"]["architecture"] for row in rows if "fingerprint" in row.result}
+    baselines = list(dict.fromkeys(name for row in rows for name in row.against_baselines))
+    return {
+        "models": models,
+        "version": __version__,
+        "reading": _READING,
+        "overview": _overview(found),
+        "tables": [_table(table, baselines) for table in found],
+        "baselines": baselines,
+        "problems": _problems(rows),
+        "published": _published(found, architectures) if with_published else None,
+        "provenance": [_provenance(row) for row in rows],
+    }
+
+
+def _overview(found: Sequence[Table]) -> dict[str, Any]:
+    """Methods down, benchmarks across, and the mean share of the dense model's score."""
+    names = list(dict.fromkeys(_label(row) for table in found for row in table.rows))
+    lines = []
+    for name in names:
+        values, shares = [], []
+        for table in found:
+            row = next((row for row in table.rows if _label(row) == name), None)
+            values.append("" if row is None else _number(row.value, 2))
+            dense = table.dense
+            if row is not None and row.value is not None and dense is not None and dense.value:
+                shares.append(100 * row.value / dense.value)
+        complete = len(shares) == len(found)
+        lines.append(
+            {"name": name, "values": values, "share": f"{sum(shares) / len(shares):.1f} %" if complete else ""}
+        )
+    return {"titles": [f"{table.title} ({table.metric})" for table in found], "lines": lines}
+
+
+def _label(row: Row) -> str:
+    return row.title + (f" @ {row.cell['budget']:g}" if row.cell["budget"] and row.cell["role"] == "method" else "")
+
+
+def _table(table: Table, baselines: Sequence[str]) -> dict[str, Any]:
+    lines = []
+    for row in table.rows:
+        score, tokens = row.result["score"], row.result.get("tokens") or {}
+        lines.append(
+            {
+                "name": row.title,
+                "role": row.cell["role"],
+                "debiased": row.cell["debias"] != "none",
+                "average": _number(row.average, 1),
+                "flops": "" if "relative_flops" not in tokens else f"{tokens['relative_flops']:.1%}",
+                "value": _number(row.value, 2),
+                "plain": _difference(row.against_plain),
+                "dense": _difference(row.against_dense),
+                "baselines": [_difference(row.against_baselines.get(name)) for name in baselines],
+                "n": "" if score is None else f"{score['n_scored']} of {score['n_records']}",
+            }
+        )
+    return {"title": f"{table.title} {table.split}", "metric": table.metric, "lines": lines}
+
+
+def _difference(paired: Paired | None) -> dict[str, str] | None:
+    if paired is None:
+        return None
+    sign = "" if paired.p_value >= 0.05 else ("better" if paired.delta > 0 else "worse")
+    return {
+        "delta": f"{100 * paired.delta:+.1f}",
+        "interval": f"[{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]",
+        "p": f"{paired.p_value:.2g}",
+        "sign": sign,
+    }
+
+
+def _problems(rows: Sequence[Row]) -> list[str]:
+    found = []
+    for row in rows:
+        name = f"{row.result['benchmark']['title']}, {row.title}"
+        if row.result["problem"]:
+            found.append(f"{name}: {row.result['problem']}")
+        if row.result.get("errors"):
+            first = next(iter(row.result["errors"].values()))
+            found.append(f"{name}: {len(row.result['errors'])} record(s) could not be read, e.g. {first}")
+        found += [f"{name}: {note}" for note in row.result.get("notes", [])]
+        found += [f"{name}: {note}" for note in (row.result["score"] or {}).get("notes", [])]
+    return found
+
+
+def _published(found: Sequence[Table], architectures: set[str]) -> dict[str, Any]:
+    """Published figures of the same architecture on the same benchmarks, beside what was measured."""
+    values = published()
+    sources = values["sources"]
+    names = [table.name for table in found]
+    lines = []
+    for entry in values["rows"]:
+        if entry["architecture"] not in architectures or not set(names) & set(entry["values"]):
+            continue
+        disputed, source = entry.get("disputed", {}), sources[entry["source"]]
+        variant = f" ({entry['variant']})" if "variant" in entry else ""
+        lines.append(
+            {
+                "name": f"{entry['method']}{variant}",
+                "tokens": entry["tokens"],
+                "values": [_cell(entry["values"].get(name), disputed.get(name)) for name in names],
+                "source": source,
+                "second_hand": source["second_hand"],
+            }
+        )
+    averages = [
+        {**entry, "source": sources[entry["source"]]}
+        for entry in values["averages"]
+        if entry["architecture"] in architectures
+    ]
+    measured = [
+        {"name": row.title, "tokens": _number(row.average, 1), "table": table.name, "value": _number(row.value, 2)}
+        for table in found
+        for row in table.rows
+        if row.cell["role"] != "baseline"
+    ]
+    beside = []
+    for key in dict.fromkeys((m["name"], m["tokens"]) for m in measured):
+        own = {m["table"]: m["value"] for m in measured if (m["name"], m["tokens"]) == key}
+        beside.append({"name": key[0], "tokens": key[1], "values": [own.get(name, "") for name in names]})
+    return {
+        "titles": [table.title for table in found],
+        "lines": lines,
+        "measured": beside,
+        "averages": averages,
+        "architectures": sorted(architectures),
+    }
+
+
+def _cell(value: Any, disputed: str | None) -> str:
+    if value is None:
+        return ""
+    return f"{value}" + (f" (others: {disputed})" if disputed else "")
+
+
+def _provenance(row: Row) -> dict[str, str]:
+    shown = {key: row.result[key] for key in ("fingerprint", "cell", "tokens", "answered") if key in row.result}
+    judge = (row.result["score"] or {}).get("judge")
+    return {
+        "name": f"{row.result['benchmark']['title']}: {row.title}",
+        "folder": str(row.folder),
+        "text": json.dumps(shown | ({"judge": judge} if judge else {}), indent=1),
+    }
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _save_figure(figure: Any, out: Path, name: str) -> list[Path]:
+    paths = [out / f"{name}.png", out / f"{name}.svg"]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        # A fixed salt and no date: the same results give the same file.
+        with matplotlib.rc_context({"svg.hashsalt": "evengaze", "svg.fonttype": "path"}):
+            figure.savefig(paths[0], dpi=150)
+            figure.savefig(paths[1], metadata={"Date": None})
+    except OSError as error:
+        raise DataError(
+            f"{paths[0]} cannot be written: {error}. Check the folder's permissions and the disk."
+        ) from error
+    return paths
