@@ -105,9 +105,11 @@ def _tiled(config: Any, size: tuple[int, int], most_tiles: int | None = None) ->
     cell = torch.arange(rows * columns).reshape(rows, columns)
     detail = torch.cat([cell, torch.full((rows, 1), NO_CANDIDATE)], 1).flatten()
     whole = (size[1], size[0])
-    return Picture.still(
-        View.plain(ImageInfo((side, side), size=whole)), View(ImageInfo((rows, columns), size=whole), detail, share)
-    )
+    views = [
+        View.plain(ImageInfo((side, side), size=whole)),
+        View(ImageInfo((rows, columns), size=whole), detail, share),
+    ]
+    return Picture.still(*views[: 1 + bool(rows * columns)])  # of a very long picture no detail is left
 
 
 def _thumbnail(config: Any, size: tuple[int, int]) -> Picture:

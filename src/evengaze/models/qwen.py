@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from evengaze.errors import UnsupportedModelError
 from evengaze.layout import ImageInfo, VisualLayout
-from evengaze.models.base import Adapter, Call, VisionTower
+from evengaze.models.base import Adapter, Call, EncoderCall, VisionTower
 from evengaze.models.pictures import Picture, View, assemble
 
 
@@ -25,7 +25,7 @@ class Qwen2VL(Adapter):
         config: Any = model.config
         merge = config.vision_config.spatial_merge_size
         images, videos = [], []
-        for encoder in call.encoded:
+        for encoder in _outermost(call.encoded):
             for t, h, w in torch.as_tensor(encoder.arguments[f"{encoder.kind}_grid_thw"]).tolist():
                 view = View.plain(ImageInfo((h // merge, w // merge), frames=t))
                 if encoder.kind == "image":
@@ -40,6 +40,12 @@ class Qwen2VL(Adapter):
             f"{self.name}: each visual token is merged from a group of patches, so single patches cannot be dropped in "
             "the vision tower. Prune in the decoder instead."
         )
+
+
+def _outermost(encoded: Sequence[EncoderCall]) -> list[EncoderCall]:
+    """Without the calls that others made: Qwen3-VL encodes a video through its function for images."""
+    videos = {id(e.arguments["pixel_values_videos"]) for e in encoded if e.kind == "video"}
+    return [e for e in encoded if e.kind == "video" or id(e.arguments["pixel_values"]) not in videos]
 
 
 class Qwen3VL(Qwen2VL):
