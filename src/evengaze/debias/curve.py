@@ -135,6 +135,8 @@ class Curve:
         samples: what was fitted.
         band: how sure it is.
         layers: trends of other layers measured in the same pass, by layer.
+        images: digests of the pictures that it was calibrated on (`evengaze.debias.calibrate.image_digest`), so that
+            evaluating on them can be noticed.
     """
 
     trend: TrendCurve
@@ -144,6 +146,7 @@ class Curve:
     samples: Samples = Samples()
     band: Band = Band()
     layers: dict[int, TrendCurve] = field(default_factory=dict)
+    images: tuple[str, ...] = ()
 
     def at_layer(self, layer: int) -> TrendCurve:
         """The trend measured at a layer.
@@ -168,6 +171,7 @@ class Curve:
             "samples": _plain(asdict(self.samples)),
             "band": _plain(asdict(self.band)),
             "layers": {str(k): v.to_dict() for k, v in sorted(self.layers.items())},
+            "images": list(self.images),
             "origin": _plain(asdict(self.origin)),
         }
         body["origin"].pop("fingerprint")
@@ -245,6 +249,7 @@ class Curve:
                 samples=Samples(**{k: tuple(v) for k, v in values.get("samples", {}).items()}),
                 band=_band(values.get("band", {})),
                 layers={int(k): trend_from_dict(v) for k, v in values.get("layers", {}).items()},
+                images=tuple(str(i) for i in values.get("images", ())),
             )
         except (TypeError, ValueError, AttributeError) as error:
             if isinstance(error, CurveError):

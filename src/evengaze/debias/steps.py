@@ -111,11 +111,15 @@ class Debias:
         Raises:
             CurveError: the file is missing, malformed or of a newer version.
         """
-        curve = Curve.load(path)
-        if layer is None or layer == curve.origin.layer:
-            return cls(padding=PaddingMask(), trend=curve.trend, origin=curve.origin)
-        origin = replace(curve.origin, layer=layer)
-        return cls(padding=PaddingMask(), trend=curve.at_layer(layer), origin=origin)
+        return cls.of(Curve.load(path), layer=layer)
+
+    @classmethod
+    def of(cls, curve: Curve, *, layer: int | None = None) -> Debias:
+        """Both steps with the trend of a curve; `layer` as in `load`."""
+        origin = replace(curve.origin, fingerprint=curve.fingerprint)
+        if layer is None or layer == origin.layer:
+            return cls(padding=PaddingMask(), trend=curve.trend, origin=origin)
+        return cls(padding=PaddingMask(), trend=curve.at_layer(layer), origin=replace(origin, layer=layer))
 
     @classmethod
     def preset(cls, name: str, *, official: bool = False) -> Debias:

@@ -1,0 +1,125 @@
+"""Calibrating the trend of a model: run it on pictures, watch a method rank, fit.
+
+curve = calibrate(model, processor, samples, FastV(layer=2))
+curve.save("curve.json")
+pruner = FastV(keep=64, layer=2, debias=Debias.load("curve.json"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import nn
+
+from evengaze.debias.curve import Curve, Origin, hash_data
+from evengaze.debias.fit import Family, Fit, Fitted, fit_curve
+from evengaze.debias.observe import Encode, Observations, Sample, observe
+from evengaze.debias.observer import attended_layer, first_stage
+from evengaze.methods.base import Pruner
+from evengaze.models import adapter_for
+
+
+def calibrate(
+    model: nn.Module,
+    processor: Any,
+    samples: Iterable[Sample],
+    method: Pruner,
+    *,
+    layers: Sequence[int] | Literal["all"] | None = None,
+    target: Literal["attention", "frequency"] = "attention",
+    family: Family = "auto",
+    fit: Fit | None = None,
+    batch_size: int = 4,
+    tolerance: float | None = None,
+    encode: Encode | None = None,
+    state: Observations | None = None,
+    after_batch: Callable[[Observations], bool] | None = None,
+    origin: Origin | None = None,
+) -> Curve:
+    """Measure and fit the trend of a method's ranking on a model.
+
+    Args:
+        model, processor, samples, method, layers, target, batch_size, encode, state, after_batch: see `observe`.
+        family: see `evengaze.debias.fit.fit_curve`.
+        fit: see there.
+        tolerance: stop as soon as the confidence band's bounds are within this fraction of the trend everywhere.
+        origin: what is known of the model and data in words; the rest is filled in.
+
+    Raises:
+        CurveError: no picture was seen, or no trend can be fitted.
+    """
+
+    def finished(now: Observations) -> bool:
+        stop = after_batch is not None and after_batch(now)
+        return stop or (tolerance is not None and tight(now, tolerance, batch_size, family=family, fit=fit))
+
+    found = observe(
+        model,
+        processor,
+        samples,
+        method,
+        layers=layers,
+        target=target,
+        batch_size=batch_size,
+        encode=encode,
+        state=state,
+        after_batch=finished,
+    )
+    depth = len(adapter_for(model).decoder(model).layers)  # type: ignore[arg-type]
+    own = attended_layer(first_stage(method, depth))
+    return to_curve(found, own, family=family, fit=fit, origin=origin or Origin(model=name_of(model)))
+
+
+def tight(found: Observations, tolerance: float, batch_size: int = 1, **options: Any) -> bool:
+    """Whether every layer's confidence band is within a fraction `tolerance` of its trend.
+
+    Looked at whenever the samples have grown by a quarter, so that an interrupted run stops where a whole one does.
+    """
+    steps, mark = {16}, 16
+    while mark < found.samples:
+        mark = -(-mark * 5 // 4)
+        steps.add(mark)
+    if not any(found.samples - batch_size < s <= found.samples for s in steps):
+        return False
+    fits = (fit_curve(s.profile(), bootstraps=60, **options) for s in found.layers.values())
+    return bool(found.layers) and all(f.band.width <= (1 + tolerance) ** 2 for f in fits)
+
+
+def to_curve(
+    found: Observations, layer: int, *, family: Family = "auto", fit: Fit | None = None, origin: Origin | None = None
+) -> Curve:
+    """The curve of observations: fitted at `layer`, with the trends of all other observed layers beside it."""
+    main = layer if layer in found.layers else next(iter(found.layers), layer)
+    stats = found.stats(main)
+    fitted = fit_curve(stats.profile(), family=family, fit=fit)
+    others: dict[int, Fitted] = {
+        k: fit_curve(v.profile(), family=family, fit=fit, bootstraps=2) for k, v in found.layers.items() if k != main
+    }
+    filled = replace(
+        origin or Origin(),
+        architecture=found.architecture,
+        method=str(found.method["method"]),
+        layer=main,
+        target=found.target,
+        grid=stats.grid,
+        data_hash=hash_data(found.digests),
+        samples=stats.samples,
+    )
+    summary = {**fitted.summary, **{k: m.value for k, m in found.measures(main).items()}}
+    return Curve(
+        trend=fitted.trend,
+        origin=filled,
+        fit=fitted.fit,
+        summary=summary,
+        samples=fitted.samples,
+        band=fitted.band,
+        layers={k: f.trend for k, f in sorted(others.items())},
+        images=tuple(sorted(set(found.digests))),
+    )
+
+
+def name_of(model: nn.Module) -> str:
+    """The name or path that a model was loaded by."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", ""))

@@ -1,0 +1,250 @@
+"""Running a model over pictures and collecting how a method ranks their tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from evengaze.debias.curve import architecture_of
+from evengaze.debias.measures import Measure, padding_ratio, summarise
+from evengaze.debias.observer import Observer, attended_layer, first_stage
+from evengaze.debias.stats import LayerStats
+from evengaze.debias.steps import Debias
+from evengaze.errors import ConfigError, CurveError
+from evengaze.methods.base import Pruner, View, resolve_keep
+from evengaze.models import adapter_for
+
+STATE = 1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture and a prompt.
+
+    Attributes:
+        image: a PIL image, or the frames of a video.
+        prompt: the whole string that is tokenised, image placeholder and chat template included.
+    """
+
+    image: Any
+    prompt: str
+
+    @property
+    def digest(self) -> str:
+        """12 hex digits of the picture's pixels, whatever file format they came in."""
+        return image_digest(self.image)
+
+
+Encode = Callable[[Any, Sequence[Sample]], Mapping[str, Any]]
+
+
+@dataclass
+class Observations:
+    """What was collected: a state that can be written after any batch and gone on from.
+
+    Attributes:
+        method: the method's parameters.
+        architecture: of the model.
+        target: "attention" or "frequency".
+        layers: statistics by 0-based layer.
+        digests: of the pictures that were seen, in order.
+    """
+
+    method: dict[str, Any]
+    architecture: str
+    target: str
+    layers: dict[int, LayerStats] = field(default_factory=dict)
+    digests: list[str] = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        """Samples that were seen."""
+        return len(self.digests)
+
+    def stats(self, layer: int) -> LayerStats:
+        """The statistics of a layer.
+
+        Raises:
+            CurveError: nothing was seen there.
+        """
+        if layer not in self.layers:
+            raise CurveError(f"no sample with visual tokens was seen at layer {layer}; were there pictures at all?")
+        return self.layers[layer]
+
+    def measures(self, layer: int, *, after: bool = False) -> dict[str, Measure]:
+        """The measures of bias at a layer, of the plain ranking or of the debiased one."""
+        stats = self.stats(layer)
+        found = summarise(stats.after if after else stats.before)
+        if not after:
+            ratio = padding_ratio(stats.profile(), stats.profile(padding=True))
+            if ratio is not None:
+                found["padding_ratio"] = ratio
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """The exact state as JSON-able values."""
+        return {
+            "evengaze_calibration": STATE,
+            **{k: getattr(self, k) for k in ("method", "architecture", "target", "digests")},
+            "layers": {str(k): v.to_dict() for k, v in self.layers.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Observations:
+        """The inverse of `to_dict`.
+
+        Raises:
+            CurveError: not a calibration state, or of another version.
+        """
+        if not isinstance(values, Mapping) or values.get("evengaze_calibration") != STATE:
+            raise CurveError("not a calibration state of this version; delete it and start again")
+        try:
+            return cls(
+                method=dict(values["method"]),
+                architecture=str(values["architecture"]),
+                target=str(values["target"]),
+                layers={int(k): LayerStats.from_dict(v) for k, v in values["layers"].items()},
+                digests=[str(d) for d in values["digests"]],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, CurveError):
+                raise
+            raise CurveError(f"malformed calibration state ({error!r}); delete it and start again") from None
+
+
+def observe(
+    model: nn.Module,
+    processor: Any,
+    samples: Iterable[Sample],
+    method: Pruner,
+    *,
+    layers: Sequence[int] | Literal["all"] | None = None,
+    target: Literal["attention", "frequency"] = "attention",
+    debias: Debias | None = None,
+    batch_size: int = 4,
+    encode: Encode | None = None,
+    state: Observations | None = None,
+    after_batch: Callable[[Observations], bool] | None = None,
+) -> Observations:
+    """Run a model over samples and collect what a method's ranking does at some layers.
+
+    Nothing is pruned, and the model is left behind its last observed layer.
+
+    Args:
+        model: the model.
+        processor: its processor.
+        samples: pictures and prompts; read once, a batch at a time.
+        method: the method whose scores are collected; its own debiasing is not applied.
+        layers: 0-based layers whose attention is ranked by; the method's own first one if None.
+        target: "attention" averages the scores, "frequency" how often the method would keep each token.
+        debias: measure the ranking with this, too.
+        batch_size: samples a forward call.
+        encode: from the processor and a batch to the model's inputs; `processor(images, text)` if None.
+        state: go on from here; the samples must be the same ones and start from the first.
+        after_batch: called after each batch; return True to stop.
+
+    Raises:
+        ConfigError: the method ranks without text, a layer does not exist, or the state is of another run.
+    """
+    decoder: Any = adapter_for(model).decoder(model)
+    depth = len(decoder.layers)
+    plain = method.replace(debias=None, mode="corrected")
+    first = first_stage(plain, depth)
+    chosen = _layers(layers, attended_layer(first), depth - (first.attention == "previous"))
+    what = {"method": plain.to_dict(), "architecture": architecture_of(model.config), "target": target}
+    if target not in ("attention", "frequency"):
+        raise ConfigError(f"target must be 'attention' or 'frequency', not {target!r}")
+    if state is None:
+        state = Observations(**what)  # type: ignore[arg-type]
+    elif {k: getattr(state, k) for k in what} != what or (state.layers and tuple(state.layers) != chosen):
+        raise ConfigError("the calibration state is of another model, method, target or layers; delete it")
+    done = state
+
+    def sink(number: int, view: View, score: Tensor) -> None:
+        stats = done.layers.setdefault(chosen[number], LayerStats(view.tokens.images[0].grid))
+        budget = min(len(view), resolve_keep(plain.budget(0, len(view), view.original), view.original))
+        stats.add(done.samples + view.row, view.tokens, score, budget, target=target, debias=debias)
+
+    rest = iter(samples)
+    for expected in done.digests:
+        if next(rest, Sample(None, "")).digest != expected:
+            raise ConfigError("the samples are not those that the calibration state was made from; delete it")
+    observer = Observer(inner=plain, layers=chosen, sink=sink)
+    last = decoder.layers[chosen[-1] + (first.attention == "previous")]
+    with observer(model):
+        leave = last.register_forward_pre_hook(_leave)  # behind the observer's hook on the same layer
+        try:
+            for batch in _batches(rest, batch_size):
+                _forward(model, (encode or _encode)(processor, batch))
+                done.digests.extend(s.digest for s in batch)
+                if after_batch is not None and after_batch(done):
+                    break
+        finally:
+            leave.remove()
+    return done
+
+
+def image_digest(image: Any) -> str:
+    """12 hex digits of a PIL image's pixels, or of several frames' together."""
+    digest = hashlib.sha256()
+    for frame in image if isinstance(image, (list, tuple)) else [image]:
+        picture = frame.convert("RGB") if hasattr(frame, "convert") else frame
+        size = getattr(picture, "size", "") if hasattr(frame, "convert") else getattr(picture, "shape", "")
+        digest.update(f"{size}".encode())
+        digest.update(picture.tobytes() if hasattr(picture, "tobytes") else repr(picture).encode())
+    return digest.hexdigest()[:12]
+
+
+class _LeaveError(Exception):
+    """Leaves a forward call whose rest is of no interest."""
+
+
+def _leave(module: nn.Module, args: Any) -> None:
+    raise _LeaveError
+
+
+def _forward(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    some = next(model.parameters())
+    placed = {
+        k: v.to(some.device, some.dtype if v.is_floating_point() else None) if isinstance(v, Tensor) else v
+        for k, v in inputs.items()
+    }
+    with torch.inference_mode(), suppress(_LeaveError):
+        model(**placed, use_cache=False)
+
+
+def _encode(processor: Any, batch: Sequence[Sample]) -> Mapping[str, Any]:
+    """The processor's own way, padded on the left so that all prompts end together."""
+    tokenizer: Any = getattr(processor, "tokenizer", None)
+    side = getattr(tokenizer, "padding_side", None)
+    if side is not None:
+        tokenizer.padding_side = "left"
+    try:
+        encoded: Mapping[str, Any] = processor(
+            images=[s.image for s in batch], text=[s.prompt for s in batch], padding=True, return_tensors="pt"
+        )
+    finally:
+        if side is not None:
+            tokenizer.padding_side = side
+    return encoded
+
+
+def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
+    while batch := list(islice(samples, max(1, size))):
+        yield batch
+
+
+def _layers(layers: Sequence[int] | Literal["all"] | None, own: int, depth: int) -> tuple[int, ...]:
+    if layers is None:
+        return (own,)
+    chosen = tuple(range(depth)) if layers == "all" else tuple(sorted({int(k) for k in layers}))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
+        raise ConfigError(f"layers={layers!r}: the attention of layers 0 to {depth - 1} can be ranked by")
+    return chosen

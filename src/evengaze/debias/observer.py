@@ -1,0 +1,80 @@
+"""A pruner that lets a method rank at any layers of one pass and drops nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from evengaze.errors import ConfigError
+from evengaze.methods.base import Pruner, Selection, Stage, View
+
+Sink = Callable[[int, View, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Observer(Pruner):
+    """Lets a method score at chosen layers and keeps all tokens.
+
+    Attributes:
+        inner: the method; its first stage says whose attention is read.
+        layers: 0-based layers whose attention is ranked by, ascending.
+        sink: called with the index into `layers`, the view and the raw scores (n,).
+    """
+
+    inner: Pruner = field(kw_only=True)
+    layers: tuple[int, ...] = field(kw_only=True)
+    sink: Sink = field(kw_only=True, compare=False)
+
+    name: ClassVar[str] = "observer"
+
+    def stages(self, layers: int) -> Sequence[Stage]:
+        """One for each observed layer."""
+        first = first_stage(self.inner, layers)
+        after = int(first.attention == "previous")
+        return [Stage(layer + after, first.attention) for layer in self.layers]
+
+    def score(self, view: View) -> Tensor:
+        """What the method's first stage would score here."""
+        inside = replace(view, stage=0)
+        inside.memory.pop("raw0", None)
+        # `select` prepares what some methods need for scoring; one that keeps everything anyway does not score in it.
+        self.inner.select(inside)
+        if "raw0" not in inside.memory:
+            self.inner.ranked(inside)
+        return inside.memory["raw0"]  # type: ignore[no-any-return]
+
+    def budget(self, stage: int, current: int, original: int) -> int:
+        """All."""
+        return current
+
+    def select(self, view: View) -> Selection:
+        """Score, report, keep all."""
+        score = self.score(view)
+        self.sink(view.stage, view, score)
+        view.memory[f"raw{view.stage}"] = score
+        return Selection(keep=torch.arange(len(view), device=view.hidden.device))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The parameters as JSON-able values."""
+        return {"method": self.name, "inner": self.inner.to_dict(), "layers": list(self.layers)}
+
+
+def first_stage(method: Pruner, layers: int) -> Stage:
+    """The stage that debiasing applies to.
+
+    Raises:
+        ConfigError: the method does not rank visual tokens by attention from text.
+    """
+    stages = method.stages(layers)
+    if not stages or stages[0].attention is None or not method.language_to_vision(0):
+        raise ConfigError(f"{method.name} does not rank by attention from text: there is no trend to calibrate")
+    return stages[0]
+
+
+def attended_layer(stage: Stage) -> int:
+    """The 0-based layer whose attention a stage ranks by."""
+    return stage.layer - (stage.attention == "previous")
