@@ -16,9 +16,9 @@ import pytest
 from evengaze.errors import ConfigError, DataError
 from evengaze.evaluate.benchmarks import Record, get_benchmark
 from evengaze.evaluate.predictor import Prediction, open_media
-from evengaze.evaluate.runner import Job, Outcome, place, run
+from evengaze.evaluate.runner import Answered, Job, Outcome, Work, place, run, run_jobs
 from evengaze.evaluate.shards import Shard, locked, merge
-from evengaze.methods import Pruner, parse
+from evengaze.methods import parse
 from runner_fakes import save_pope
 
 
@@ -34,15 +34,13 @@ class Fake:
     def geometry(self, records: Sequence[Record], template: str) -> tuple[int, int]:
         return 6, 16
 
-    def answer(
-        self, batches: Iterable[Sequence[Record]], pruner: Pruner, template: str, max_new_tokens: int
-    ) -> Iterator[list[Prediction]]:
-        for n, batch in enumerate(batches):
+    def answer(self, works: Iterable[Work]) -> Iterator[tuple[int, Answered]]:
+        for n, work in enumerate(works):
             if n == self.fails_after:
                 assert self.error is not None
                 raise self.error
-            self.asked += len(batch)
-            yield [self._one(record) for record in batch]
+            self.asked += len(work.batch)
+            yield work.job, [self._one(record) for record in work.batch]
 
     def _one(self, record: Record) -> Prediction:
         try:
@@ -275,3 +273,28 @@ def test_an_append_that_nothing_is_given_to_writes_nothing(tmp_path: Path) -> No
     with Shard(tmp_path / "s" / "answers-0.jsonl") as shard:
         shard.append([])
     assert (tmp_path / "s" / "answers-0.jsonl").read_bytes() == b""
+
+
+def test_a_job_that_the_model_cannot_do_is_given_up_and_the_others_go_on(job: Job, tmp_path: Path) -> None:
+    class Half(Fake):
+        def answer(self, works: Iterable[Work]) -> Iterator[tuple[int, Answered]]:
+            for work in works:
+                yield (0, "too deep") if work.job == 0 else (1, [self._one(record) for record in work.batch])
+
+    records = list(job.benchmark.records(job.data))
+    other = job_in(tmp_path / "other", job.data)
+    outcomes = dict(run_jobs([(job, records), (other, records)], Half()))
+    assert outcomes[0].failed
+    assert outcomes[0].problem == "too deep"
+    assert outcomes[1].score is not None
+
+
+def test_all_folders_are_checked_before_the_first_answer(job: Job, tmp_path: Path) -> None:
+    run(job, Fake())
+    records = list(job.benchmark.records(job.data))
+    fresh, changed = job_in(tmp_path / "fresh", job.data), job_in(job.folder, job.data, max_new_tokens=3)
+    fake = Fake()
+    with pytest.raises(DataError, match="max_new_tokens"):
+        list(run_jobs([(fresh, records), (changed, records)], fake))
+    assert fake.asked == 0
+    assert run(fresh, fake).score is not None

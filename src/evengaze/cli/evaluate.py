@@ -71,7 +71,7 @@ def evaluate(
 ) -> None:
     """Answer benchmarks with methods x debiasing x budgets, score them, and compare.
 
-    Killed or interrupted runs go on where they stopped when the same command is given again. Exit status: 0; 1 for an
+    Killed or interrupted runs go on where they stopped when the same command is given again. Exit status: 0; 2 for an
     error; 3 if records could not be read or a cell failed (the rest is there); 130 after Ctrl-C.
     """
     from evengaze.evaluate.recipes import Recipe
@@ -114,29 +114,27 @@ def evaluate(
 def _run(settings: Any, data: Path, out: Path, backend: Any) -> int:
     """Run all benchmarks; returns the exit status."""
     from evengaze.evaluate.benchmarks import get_benchmark
-    from evengaze.evaluate.grid import Setting, prepare, run_task
+    from evengaze.evaluate.grid import Setting, prepare, run_grid
+    from evengaze.evaluate.runner import place
 
     setting = Setting(data, out, settings.limit, settings.shuffle_seed, settings.batch_size, settings.max_new_tokens)
     chosen = [get_benchmark(name) for name in settings.benchmarks]
-    results: list[dict[str, Any]] = []
     try:
         tasks = prepare(settings.plan, chosen, setting, backend)
         with _progress() as progress:
-            total = progress.add_task("all", total=sum(len(t.cells) * t.count(setting.limit) for t in tasks))
+            work = {t.benchmark.name: len(t.cells) * t.count(setting.limit) / place()[1] for t in tasks}
+            total = progress.add_task("all", total=sum(work.values()))
+            bars = {name: progress.add_task(name, total=count) for name, count in work.items()}
             for task in tasks:
                 for line in task.skipped:
-                    progress.console.print(f"left out: {line}", highlight=False)
-                bar = progress.add_task(task.benchmark.name, total=task.count(setting.limit))
+                    progress.console.print(f"left out: {line}", highlight=False, markup=False)
 
-                def begin(cell: Any, bar: Any = bar, name: str = task.benchmark.name) -> None:
-                    progress.reset(bar, description=f"{name} {cell.method} {cell.debias}")
+            def advance(task: Any, cell: Any, count: int) -> None:
+                name = task.benchmark.name
+                progress.update(bars[name], advance=count, description=f"{name} {cell.method} {cell.debias}")
+                progress.advance(total, count)
 
-                def advance(count: int, bar: Any = bar) -> None:
-                    progress.advance(bar, count)
-                    progress.advance(total, count)
-
-                results += run_task(task, setting, backend, begin=begin, advance=advance)
-                progress.remove_task(bar)
+            results = run_grid(tasks, setting, backend, advance=advance)
     except KeyboardInterrupt:
         console.print(f"Interrupted. All answers up to here are in {out}; give the same command again to go on.")
         return INTERRUPTED
@@ -168,8 +166,8 @@ def _show(results: list[dict[str, Any]], out: Path) -> int:
         name = f"{result['benchmark']['name']} {result['cell']['method']} {result['cell']['debias']}"
         if result["problem"]:
             screen.print(f"{name}: {result['problem']}", highlight=False, markup=False)
-            lost = lost or bool(result.get("failed")) or not result.get("waiting")
-        if result.get("errors"):
+            lost = lost or result["failed"] or not result["waiting"]
+        if result["errors"]:
             first = next(iter(result["errors"].values()))
             screen.print(
                 f"{name}: {len(result['errors'])} record(s) could not be read (listed in errors.jsonl), e.g. {first}",
@@ -177,7 +175,7 @@ def _show(results: list[dict[str, Any]], out: Path) -> int:
                 markup=False,
             )
             lost = True
-        for note in result.get("notes", []):
+        for note in result["notes"]:
             screen.print(f"{name}: {note}", highlight=False, markup=False)
     screen.print(f"Results in {out}; `evengaze report {out} -o report` makes tables and figures.", highlight=False)
     return RECORDS_LOST if lost else 0

@@ -13,6 +13,8 @@ from evengaze.evaluate.templates import render_template
 
 Style = Literal["auto", "official", "chat"]
 """Which prompt: the benchmark's official template, the processor's chat template, or "auto", see `resolve`."""
+TEMPLATES = ("vicuna_v1", "llava_v1")
+"""The templates of the image benchmarks and of the video benchmarks; `evengaze.evaluate.templates` has more."""
 
 
 def render(template: str, text: str, marker: str = "<image>") -> str:

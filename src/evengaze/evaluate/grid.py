@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from evengaze import methods
 from evengaze.debias import CurveWarning, Debias
-from evengaze.errors import AttachError, ConfigError, CurveError, LayoutError, NothingPrunedError, ScoreError
+from evengaze.errors import ConfigError, CurveError
 from evengaze.evaluate.benchmarks import Benchmark, Record, ScoreOptions
 from evengaze.evaluate.fingerprint import describe_pruner, digest
-from evengaze.evaluate.runner import Backend, Job, Outcome, run
+from evengaze.evaluate.runner import Backend, Job, Outcome, run_jobs
 from evengaze.evaluate.shards import write_whole
 from evengaze.methods import Pruner
 from evengaze.schedule import Schedule, solve_for_budget
@@ -216,85 +216,85 @@ def prepare(plan: Plan, benchmarks: Sequence[Benchmark], setting: Setting, backe
     return tasks
 
 
-def run_task(
-    task: Task,
+def run_grid(
+    tasks: Sequence[Task],
     setting: Setting,
     backend: Backend,
     *,
-    begin: Callable[[Cell], None] = lambda cell: None,
-    advance: Callable[[int], None] = lambda count: None,
+    advance: Callable[[Task, Cell, int], None] = lambda task, cell, count: None,
 ) -> list[dict[str, Any]]:
-    """Run all cells of a benchmark; a cell that the model cannot do is noted, and the next one runs.
+    """Run all cells of all benchmarks; a cell that the model cannot do is noted, and the others go on.
 
     Args:
-        task: from `prepare`.
+        tasks: from `prepare`.
         setting: what all cells share.
         backend: who answers.
-        begin: told which cell begins.
-        advance: told how many more records of it are done.
+        advance: told how many more records of which cell are done.
 
     Returns:
-        The content of every cell's ``result.json``.
+        The content of every cell's ``result.json``, in the grid's order.
 
     Raises:
-        DataError: disk full, folder in use, answers of another setting.
+        DataError: disk full, a folder in use, answers of another setting.
     """
-    results = []
-    for cell in task.cells:
-        begin(cell)
-        job = Job(
-            task.benchmark,
-            setting.data,
-            cell.pruner,
-            setting.out / task.benchmark.name / cell.name,
-            setting.limit,
-            setting.shuffle_seed,
-            setting.batch_size,
-            setting.max_new_tokens,
+    places = [(task, cell) for task in tasks for cell in task.cells]
+    jobs = [(_job(task, cell, setting), task.records) for task, cell in places]
+    results: dict[int, dict[str, Any]] = {}
+    for index, outcome in run_jobs(
+        jobs, backend, options=setting.options, advance=lambda job, count: advance(*places[job], count)
+    ):
+        task, cell = places[index]
+        results[index] = _result(cell, outcome, _notes(cell, task, outcome))
+        if not outcome.failed and not outcome.waiting:
+            write_whole(outcome.job.folder / RESULT, json.dumps(results[index], indent=1) + "\n")
+    return [results[index] for index in sorted(results)]
+
+
+def _job(task: Task, cell: Cell, setting: Setting) -> Job:
+    return Job(
+        task.benchmark,
+        setting.data,
+        cell.pruner,
+        setting.out / task.benchmark.name / cell.name,
+        setting.limit,
+        setting.shuffle_seed,
+        setting.batch_size,
+        setting.max_new_tokens,
+    )
+
+
+def _notes(cell: Cell, task: Task, outcome: Outcome) -> list[str]:
+    """Whether the debias curve belongs to another model, method or layer."""
+    if cell.pruner.debias is None:
+        return []
+    stage = cell.pruner.stages(task.layers)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CurveWarning)  # said in the result instead
+        foreign = cell.pruner.debias.check(
+            architecture=outcome.fingerprint["model"]["architecture"],
+            method=cell.pruner.name,
+            layer=stage.layer - (stage.attention == "previous"),
         )
-        try:
-            outcome, notes = _run_cell(job, cell, task, setting, backend, advance)
-        except (ConfigError, ScoreError, LayoutError, AttachError, NothingPrunedError) as error:
-            results.append(_entry(cell, task.benchmark) | {"problem": str(error), "failed": True})
-            continue
-        result = _result(cell, outcome, notes)
-        if not outcome.waiting:
-            write_whole(job.folder / RESULT, json.dumps(result, indent=1) + "\n")
-        results.append(result)
-    return results
-
-
-def _run_cell(
-    job: Job, cell: Cell, task: Task, setting: Setting, backend: Backend, advance: Callable[[int], None]
-) -> tuple[Outcome, list[str]]:
-    notes = []
-    if cell.pruner.debias is not None:
-        model = backend.describe(task.benchmark.template)
-        stage = cell.pruner.stages(task.layers)[0]
-        ranked = stage.layer - 1 if stage.attention == "previous" else stage.layer
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CurveWarning)
-            foreign = cell.pruner.debias.check(
-                architecture=model["architecture"], method=cell.pruner.name, layer=ranked
-            )
-        if foreign:
-            notes.append(f"The debias curve was calibrated elsewhere: it is used for {'; '.join(foreign)}.")
-    outcome = run(job, backend, records=task.records, options=setting.options, advance=advance)
-    return outcome, notes
-
-
-def _entry(cell: Cell, benchmark: Benchmark) -> dict[str, Any]:
-    about = {"name": benchmark.name, "title": benchmark.title, "split": benchmark.split, "metric": benchmark.metric}
-    return {"evengaze_result": SCHEMA, "benchmark": about, "cell": cell.to_dict(), "score": None, "problem": None}
+    return [f"The debias curve was calibrated elsewhere: it is used for {'; '.join(foreign)}."] if foreign else []
 
 
 def _result(cell: Cell, outcome: Outcome, notes: list[str]) -> dict[str, Any]:
-    return _entry(cell, outcome.job.benchmark) | {
+    benchmark = outcome.job.benchmark
+    return {
+        "evengaze_result": SCHEMA,
+        "benchmark": {
+            "name": benchmark.name,
+            "title": benchmark.title,
+            "split": benchmark.split,
+            "metric": benchmark.metric,
+        },
+        "cell": cell.to_dict(),
         "fingerprint": outcome.fingerprint,
         "tokens": outcome.means(),
         "answered": len(outcome.answers),
         "errors": {key: line["error"] for key, line in outcome.errors.items()},
         "waiting": outcome.waiting,
+        "failed": outcome.failed,
         "score": None if outcome.score is None else outcome.score.to_dict(),
         "problem": outcome.problem,
         "notes": notes,

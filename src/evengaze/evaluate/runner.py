@@ -10,17 +10,41 @@ import hashlib
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from evengaze.errors import ConfigError, EvengazeError
+from evengaze.errors import AttachError, ConfigError, EvengazeError, LayoutError, NothingPrunedError, ScoreError
 from evengaze.evaluate.benchmarks import Benchmark, Record, Score, ScoreOptions
 from evengaze.evaluate.files import Answer
 from evengaze.evaluate.fingerprint import describe_pruner, describe_records, digest, stamp, versions
 from evengaze.evaluate.predictor import Prediction, Predictor
-from evengaze.evaluate.shards import ANSWERS, locked, merge, read_shards, shard
+from evengaze.evaluate.shards import ANSWERS, ERRORS, locked, merge, read_shards, shard
 from evengaze.methods import Pruner
+
+
+@dataclass(frozen=True)
+class Work:
+    """One batch to answer.
+
+    Attributes:
+        job: index of the job that it belongs to.
+        pruner: the method.
+        template: the benchmark's conversation template.
+        max_new_tokens: longest answer.
+        batch: the records.
+    """
+
+    job: int
+    pruner: Pruner
+    template: str
+    max_new_tokens: int
+    batch: tuple[Record, ...]
+
+
+Answered = list[Prediction] | str
+"""The predictions of one batch, or why the model cannot do the job that it belongs to."""
 
 
 class Backend(Protocol):
@@ -32,10 +56,8 @@ class Backend(Protocol):
     def geometry(self, records: Sequence[Record], template: str) -> tuple[int, int]:
         """Decoder layers, and the visual tokens of the first record that has a readable picture."""
 
-    def answer(
-        self, batches: Iterable[Sequence[Record]], pruner: Pruner, template: str, max_new_tokens: int
-    ) -> Iterator[list[Prediction]]:
-        """Answer batches; they may come back in another order."""
+    def answer(self, works: Iterable[Work]) -> Iterator[tuple[int, Answered]]:
+        """Answer batches; with each answer goes the index of its job. They may come back in another order."""
 
 
 class LocalBackend:
@@ -52,12 +74,18 @@ class LocalBackend:
         """See `Backend`."""
         return self.predictor.geometry(records, template)
 
-    def answer(
-        self, batches: Iterable[Sequence[Record]], pruner: Pruner, template: str, max_new_tokens: int
-    ) -> Iterator[list[Prediction]]:
+    def answer(self, works: Iterable[Work]) -> Iterator[tuple[int, Answered]]:
         """See `Backend`."""
-        for batch in batches:
-            yield self.predictor.answer(batch, pruner, template=template, max_new_tokens=max_new_tokens)
+        for work in works:
+            yield work.job, answer_work(self.predictor, work)
+
+
+def answer_work(predictor: Predictor, work: Work) -> Answered:
+    """Answer one batch; that the method does not fit the model is an answer, too."""
+    try:
+        return predictor.answer(work.batch, work.pruner, template=work.template, max_new_tokens=work.max_new_tokens)
+    except (ConfigError, ScoreError, LayoutError, AttachError, NothingPrunedError) as error:
+        return str(error)
 
 
 @dataclass(frozen=True)
@@ -108,6 +136,7 @@ class Outcome:
         waiting: records of this job that neither have an answer nor an error (other ranks are still at them).
         score: the score; None if not all ranks have finished or scoring failed.
         problem: why there is no score.
+        failed: the model cannot do the job.
     """
 
     job: Job
@@ -117,7 +146,7 @@ class Outcome:
     waiting: int
     score: Score | None = None
     problem: str | None = None
-    notes: list[str] = field(default_factory=list)
+    failed: bool = False
 
     def means(self) -> dict[str, float]:
         """Mean visual tokens, average tokens and relative FLOPs over all answers with a picture."""
@@ -164,69 +193,127 @@ def fingerprint_of(job: Job, records: Sequence[Record], backend: Backend) -> dic
     }
 
 
-def run(
-    job: Job,
+class _Session:
+    """A job at work: its folder locked and checked, its shards open."""
+
+    def __init__(self, job: Job, records: Sequence[Record], backend: Backend, rank: int, world: int) -> None:
+        self.job, self.records, self._waits = job, records, world > 1
+        self.failed: str | None = None
+        self._stack = ExitStack()
+        try:
+            self._stack.enter_context(locked(job.folder, rank))
+            self.fingerprint = fingerprint_of(job, records, backend)
+            stamp(job.folder, self.fingerprint)
+            self._answers = self._stack.enter_context(shard(job.folder, rank))
+            self._errors = self._stack.enter_context(shard(job.folder, rank, "errors"))
+            self._done = set(read_shards(job.folder))
+            self._known = set(read_shards(job.folder, "errors"))
+        except BaseException:
+            self._stack.close()
+            raise
+        mine = batches_of(records, job)[rank::world]
+        self.todo = [batch for batch in mine if any(record.key not in self._done for record in batch)]
+        self.earlier = sum(map(len, mine)) - sum(map(len, self.todo))
+        self.left = len(self.todo)
+
+    def write(self, answered: Answered) -> int:
+        """Put a batch on disk; returns its size."""
+        self.left -= 1
+        if isinstance(answered, str):
+            self.failed = answered
+            return 0
+        identity, model = digest(self.fingerprint), self.fingerprint["model"]["name"]
+        good = [p for p in answered if p.text is not None and p.record.key not in self._done]
+        bad = [p for p in answered if p.error is not None and p.record.key not in self._done | self._known]
+        self._answers.append([_answer(self.job, p, model, identity) for p in good])
+        self._errors.append([_error(p) for p in bad])
+        self._done.update(p.record.key for p in good)
+        self._known.update(p.record.key for p in bad)
+        return len(answered)
+
+    def finish(self, options: ScoreOptions | None) -> Outcome:
+        """Merge; score if no other rank is at work any more."""
+        self.close()
+        answers, errors = merge(self.job.folder, [record.key for record in self.records])
+        wanted = {record.key for batch in batches_of(self.records, self.job) for record in batch}
+        outcome = Outcome(self.job, self.fingerprint, answers, errors, len(wanted - {*answers, *errors}))
+        if self.failed is not None:
+            outcome.failed, outcome.problem = True, self.failed
+        elif outcome.waiting and self._waits:
+            outcome.problem = f"{outcome.waiting} records are still with other processes; the last one to finish scores"
+        elif not answers:
+            outcome.problem = f"no record could be answered; see {self.job.folder / ERRORS}"
+        else:
+            try:
+                outcome.score = self.job.benchmark.score(self.job.folder / ANSWERS, self.job.data, options=options)
+            except EvengazeError as error:
+                outcome.problem = f"answered, but not scored: {error}"
+        return outcome
+
+    def close(self) -> None:
+        """Close the shards and let go of the folder."""
+        self._stack.close()
+
+
+def run_jobs(
+    jobs: Sequence[tuple[Job, Sequence[Record]]],
     backend: Backend,
     *,
-    records: Sequence[Record] | None = None,
     options: ScoreOptions | None = None,
-    advance: Callable[[int], None] = lambda count: None,
-) -> Outcome:
-    """Answer what is not answered yet, merge, and score when all ranks are through.
+    advance: Callable[[int, int], None] = lambda job, count: None,
+) -> Iterator[tuple[int, Outcome]]:
+    """Answer what is not answered yet, merge, and score what all ranks are through with.
+
+    Every folder is checked before the first answer. A job that the model cannot do is given up, the others go on.
 
     Args:
-        job: the cell.
+        jobs: cells with their benchmarks' records.
         backend: who answers.
-        records: the benchmark's records, if they have been read already.
-        options: for the scorer.
-        advance: told how many more records are done; first of all those of earlier runs.
+        options: for the scorers.
+        advance: told how many more records of which job are done; first of all those of earlier runs.
+
+    Yields:
+        Index and outcome of each job, as soon as it is through.
 
     Raises:
-        DataError: files are missing, the folder is in use or holds answers of another setting, the disk is full.
-        ConfigError: the method does not fit the model, or memory ran out.
+        DataError: a folder is in use or holds answers of another setting, the disk is full.
     """
-    benchmark = job.benchmark
-    if records is None:
-        benchmark.require(job.data, "run")
-        records = list(benchmark.records(job.data))
     rank, world = place()
-    with locked(job.folder, rank):
-        fingerprint = fingerprint_of(job, records, backend)
-        stamp(job.folder, fingerprint)
-        with shard(job.folder, rank) as answers, shard(job.folder, rank, "errors") as errors:
-            done = set(read_shards(job.folder))
-            known = set(read_shards(job.folder, "errors"))
-            mine = batches_of(records, job)[rank::world]
-            todo = [batch for batch in mine if any(record.key not in done for record in batch)]
-            advance(sum(len(batch) for batch in mine) - sum(len(batch) for batch in todo))
-            identity = digest(fingerprint)
-            for predictions in backend.answer(todo, job.pruner, benchmark.template, job.tokens):
-                good = [p for p in predictions if p.text is not None and p.record.key not in done]
-                answers.append([_answer(job, p, fingerprint["model"]["name"], identity) for p in good])
-                bad = [p for p in predictions if p.error is not None and p.record.key not in {*done, *known}]
-                errors.append([_error(p) for p in bad])
-                advance(len(predictions))
-    return _finish(job, records, fingerprint, options, waits=world > 1)
+    with ExitStack() as stack:
+        sessions = []
+        for job, records in jobs:
+            sessions.append(_Session(job, records, backend, rank, world))
+            stack.callback(sessions[-1].close)
+        for index, session in enumerate(sessions):
+            advance(index, session.earlier)
+            if not session.left:
+                yield index, session.finish(options)
+        for index, answered in backend.answer(_works(sessions)):
+            session = sessions[index]
+            if session.failed is not None:
+                continue
+            advance(index, session.write(answered))
+            if not session.left or session.failed is not None:
+                yield index, session.finish(options)
 
 
-def _finish(
-    job: Job, records: Sequence[Record], fingerprint: dict[str, Any], options: ScoreOptions | None, waits: bool
-) -> Outcome:
-    answers, errors = merge(job.folder, [record.key for record in records])
-    wanted = {record.key for batch in batches_of(records, job) for record in batch}
-    waiting = len(wanted - {*answers, *errors})
-    outcome = Outcome(job, fingerprint, answers, errors, waiting)
-    if waiting and waits:
-        outcome.problem = f"{waiting} records are still with other processes; the last one to finish scores"
-        return outcome
-    if not answers:
-        outcome.problem = f"no record could be answered; see {job.folder / 'errors.jsonl'}"
-        return outcome
-    try:
-        outcome.score = job.benchmark.score(job.folder / ANSWERS, job.data, options=options)
-    except EvengazeError as error:
-        outcome.problem = f"answered, but not scored: {error}"
-    return outcome
+def _works(sessions: Sequence[_Session]) -> Iterator[Work]:
+    """All batches; those of a job that has failed meanwhile are left out."""
+    for index, session in enumerate(sessions):
+        job = session.job
+        for batch in session.todo:
+            if session.failed is None:
+                yield Work(index, job.pruner, job.benchmark.template, job.tokens, tuple(batch))
+
+
+def run(job: Job, backend: Backend) -> Outcome:
+    """Run one job; see `run_jobs`.
+
+    Raises:
+        DataError: files of the benchmark are missing, or as `run_jobs`.
+    """
+    job.benchmark.require(job.data, "run")
+    return next(iter(run_jobs([(job, list(job.benchmark.records(job.data)))], backend)))[1]
 
 
 def _answer(job: Job, prediction: Prediction, model: str, identity: str) -> Answer:
