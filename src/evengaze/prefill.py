@@ -76,6 +76,7 @@ class Prefill:
         self.tables = list(self.layout.rows)
         self.origins = [torch.arange(len(t), device=t.position.device) for t in self.tables]
         self.memory = [{} for _ in self.tables]
+        self.shared["layout"] = self.layout
 
     @property
     def length(self) -> int:

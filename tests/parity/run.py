@@ -17,7 +17,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from parity.record import Folder, Report
+from evengaze.methods.fastv import FastV
+from evengaze.methods.official import FastVMasked
+from parity.record import Folder, Report, run
 from parity.set_a import SetA
 from parity.set_b import SetB
 
@@ -29,10 +31,29 @@ def suite(path: Path, attention: str = "eager") -> Any:
 
 
 def check(cases: Any, case: dict[str, Any]) -> list[str]:
-    """Failures of one case."""
+    """Failures of one case, of what corrected mode does with padding included."""
     report = Report(cases.folder.arrays(case["file"]))
     cases.check(case, report)
-    return report.finish()
+    return report.finish() + padding_used(cases, case)
+
+
+def padding_used(cases: Any, case: dict[str, Any]) -> list[str]:
+    """Padding that corrected mode keeps, recycles or merges; none is right."""
+    pruner = cases.pruner(case)
+    if pruner is None or pruner.debias is None or pruner.debias.padding is None:
+        return []
+    embeds, layout = cases.prompt(case)
+    if isinstance(pruner, FastVMasked):
+        pruner = FastV(pruner.keep, pruner.layer, debias=pruner.debias)
+    pruner = pruner.replace(mode="corrected")
+    failures = []
+    for entry in run(cases.model, embeds, [], pruner, layout).log:
+        valid, selection = pruner.debias.valid(entry.view.tokens), entry.selection
+        used = [selection.keep] + [t for t in (selection.recycled,) if t is not None]
+        used += [selection.merge.source, selection.merge.target] if selection.merge is not None else []
+        if not bool(valid[torch.cat(used)].all()):
+            failures.append(f"corrected mode uses padding at stage {entry.view.stage}")
+    return failures
 
 
 def main(arguments: list[str] | None = None) -> int:

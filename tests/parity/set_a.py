@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from evengaze.debias import Debias, Exponential, PaddingMask, Polynomial, TrendCurve
 from evengaze.layout import ImageInfo, VisualLayout
@@ -40,7 +41,7 @@ class SetA:
         if case["method"] == "masks":
             _masks(report)
             return
-        embeds = torch.from_numpy(self.inputs[case["input"]])
+        embeds, layout = self.prompt(case)
         tokens = report.want("decode_tokens").tolist() if "decode_tokens" in report else []
         pruner = self.pruner(case)
         stages = range(len(pruner.stages(self.model.config.num_hidden_layers))) if pruner else []
@@ -52,7 +53,7 @@ class SetA:
             embeds,
             tokens,
             pruner,
-            self.layout(case, len(embeds)) if pruner else None,
+            layout,
             cached=not isinstance(pruner, FastVRecompute),
             prefer=prefer,
             noise=noise,
@@ -71,7 +72,7 @@ class SetA:
 
     def pruner(self, case: dict[str, Any]) -> Pruner | None:
         method = case["method"]
-        if method == "none":
+        if method in ("none", "masks"):
             return None
         common: dict[str, Any] = {"debias": self.debias(case), "mode": "official"}
         if method == "fastv":
@@ -100,13 +101,16 @@ class SetA:
             return None
         return Debias(padding, None if weight is None else trend(self.folder.weights[weight], case["n_image"]))
 
-    def layout(self, case: dict[str, Any], rows: int) -> VisualLayout:
+    def prompt(self, case: dict[str, Any]) -> tuple[Tensor, VisualLayout]:
+        """Embeddings and where the image is."""
+        embeds = torch.from_numpy(self.inputs[case["input"]])
+        rows = len(embeds)
         names = ("sys_length", "image_token_start_index", "image_index", "pre_prompt_length")
         start = next((case[n] for n in names if n in case), 35)
         count = case["n_image"]
         side = round(count**0.5)
         sizes = [tuple(case["image_size"])] * rows if case.get("image_size") else None
-        return VisualLayout.from_spans([(start, start + count)] * rows, (side, side), image_sizes=sizes)
+        return embeds, VisualLayout.from_spans([(start, start + count)] * rows, (side, side), image_sizes=sizes)
 
 
 def trend(entry: dict[str, Any], tokens: int) -> TrendCurve:

@@ -23,6 +23,7 @@ _METHODS: dict[str, str | type[Pruner]] = {
     "himap": "evengaze.methods.himap:HiMAP",
     "tokencarve": "evengaze.methods.tokencarve:TokenCarve",
     "illava": "evengaze.methods.illava:ILLaVA",
+    "visionzip": "evengaze.methods.visionzip:VisionZip",
     "divprune": "evengaze.methods.divprune:DivPrune",
     "tome": "evengaze.methods.tome:ToMe",
     "dense": "evengaze.methods.baselines:Dense",

@@ -102,7 +102,7 @@ class View:
         initial: the table of all visual tokens at the start (`initial.position` indexes `embeddings`).
         real: (L,) bool, False for batch padding and fillers.
         memory: lives as long as the prompt; a method may carry values from stage to stage in it.
-        shared: lives as long as the attachment (see `Pruner.prepare`).
+        shared: lives as long as the attachment (see `Pruner.prepare`). The engine puts the call's `layout` in it.
     """
 
     stage: int
@@ -329,9 +329,10 @@ class Pruner(ABC):
             )
         view.memory[f"raw{view.stage}"] = raw
         score, allowed = raw, torch.ones_like(raw, dtype=torch.bool)
-        if self.debias is not None and self.language_to_vision(view.stage) and self.debias.applies(view.stage):
+        earlier = sum(self.language_to_vision(stage) for stage in range(view.stage))
+        if self.debias is not None and self.language_to_vision(view.stage) and self.debias.applies(earlier):
             score, allowed = self.debiased(self.debias, raw, view)
-        elif self.debias is not None and self.mode == "corrected" and self.language_to_vision(0):
+        elif self.debias is not None and self.mode == "corrected" and earlier:
             allowed = self.debias.valid(view.tokens).to(raw.device)  # padding stays out of later rankings, too
         view.memory[f"score{view.stage}"] = score
         return score, allowed

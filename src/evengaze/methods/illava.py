@@ -6,17 +6,21 @@ Paper: Hu et al., "iLLaVA: An Image is Worth Fewer Than 1/3 Input Tokens" (arXiv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from evengaze.errors import ConfigError
 from evengaze.methods.base import Merge, Pruner, Selection, Stage, View, check_keep, check_layer, resolve_keep
+from evengaze.methods.vision import shorten
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from evengaze.models.base import Adapter
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,20 @@ class ILLaVA(Pruner):
     The weights grow towards the *least* attended tokens. A comment in the release says the opposite, but this is what
     both of its stages compute and what its published results were made with.
 
+    The vision stage does the same inside the tower, after the attention of each layer in `vision_layers`, by the
+    attention that patches receive from all queries. It is off unless layers are given.
+
     Attributes:
-        keep: visual tokens left: a number, or a fraction in (0, 1].
-        layer: the first layer that runs without the dropped tokens (the release: 8 for images, 2 for videos).
+        keep: of the tokens that reach `layer`, those that stay: a number, or a fraction in (0, 1].
+        layer: the first decoder layer that runs without the others (the release: 8 for images, 2 for videos).
+        vision_layers: encoder layers in which patches leave (the release: (5, 6, 7, 8) for images).
+        vision_drop: patches that leave in each of them: a number, or a fraction in (0, 1) of those that are there.
     """
 
     keep: float = 0.7
     layer: int = 2
+    vision_layers: tuple[int, ...] = ()
+    vision_drop: float = 0.15
 
     name: ClassVar[str] = "illava"
 
@@ -42,30 +53,64 @@ class ILLaVA(Pruner):
         super().__post_init__()
         check_keep(self.keep)
         check_layer(self.layer, reads_previous=True)
+        if not self.vision_drop > 0 or (self.vision_drop > 1 and not float(self.vision_drop).is_integer()):
+            raise ConfigError(f"vision_drop={self.vision_drop} must be a number of patches or a fraction in (0, 1)")
 
     def stages(self, layers: int) -> Sequence[Stage]:
-        """One, ranked by the layer before it."""
+        """One, ranked by the layer before it; before that, where the tower dropped patches, these leave."""
         check_layer(self.layer, layers)
-        return [Stage(self.layer, "previous")]
+        tower = [Stage(0, None)] if self.vision_layers else []
+        return [*tower, Stage(self.layer, "previous")]
+
+    def language_to_vision(self, stage: int) -> bool:
+        """Not where the tower decided."""
+        return not self._in_tower(stage)
+
+    def prepare(self, model: nn.Module, adapter: Adapter | None, shared: dict[str, Any]) -> Callable[[], None]:
+        """Shorten the vision tower, if asked to."""
+        if not self.vision_layers:
+            return super().prepare(model, adapter, shared)
+        return shorten(model, adapter, shared, self.vision_layers, self.recycle_patches)
 
     def score(self, view: View) -> Tensor:
-        """Attention from the last prompt token."""
+        """Attention from the last prompt token; 1 for the tower's survivors."""
+        if self._in_tower(view.stage):
+            survived: Tensor = view.shared["patches"].of(view)
+            return survived
         return view.attention(view.last)
 
     def budget(self, stage: int, current: int, original: int) -> int:
         """What is left when the dropped share has been rounded, as the release does."""
+        if self._in_tower(stage):
+            for _ in self.vision_layers:
+                current -= self._patches_dropped(current)
+            return current
         if isinstance(self.keep, float) and self.keep <= 1:
-            return max(1, original - round(original * (1 - self.keep)))
-        return resolve_keep(self.keep, original)
+            return max(1, current - round(current * (1 - self.keep)))
+        return resolve_keep(self.keep, current)
 
     def with_keep(self, tokens: int, visual: int) -> Self:
-        """The same stage with another `keep`."""
+        """The decoder's stage with another `keep`; the tower's stays as it is."""
         return self.replace(keep=tokens)
 
     def choose(self, view: View, count: int) -> Selection:
         """Keep the best and recycle the rest; padding is neither kept nor recycled."""
+        if self._in_tower(view.stage):
+            return Selection(self.score(view).nonzero().flatten())
         score, allowed = self.ranked(view)
         return recycle(score, allowed, count)
+
+    def recycle_patches(self, score: Tensor) -> Selection:
+        """What becomes of one image's patches in one of `vision_layers`."""
+        count = len(score) - self._patches_dropped(len(score))
+        return recycle(score, torch.ones_like(score, dtype=torch.bool), count)
+
+    def _patches_dropped(self, current: int) -> int:
+        drop = round(self.vision_drop * current) if self.vision_drop < 1 else int(self.vision_drop)
+        return min(drop, current - 1)
+
+    def _in_tower(self, stage: int) -> bool:
+        return bool(self.vision_layers) and stage == 0
 
 
 def recycle(score: Tensor, allowed: Tensor, count: int) -> Selection:

@@ -1,0 +1,216 @@
+"""What methods do inside a vision tower: read its attention, or let patches leave it.
+
+The decoder's side of it is a stage before layer 0. A shortened tower puts its survivors back at their places in the
+full grid, so that neither the projector nor the prompt's placeholders notice; the same tokens then leave the decoder
+before its first layer, where `Patches.of` tells a method what the tower decided.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evengaze.attention import AttentionStates, attention_module, tap
+from evengaze.errors import ConfigError, LayoutError, UnsupportedModelError
+from evengaze.layout import VisualLayout
+from evengaze.methods.base import Selection, View
+from evengaze.models.base import Adapter, VisionTower
+
+Choose = Callable[[Tensor], Selection]
+"""From the (n,) scores of one image's current patches to what becomes of them."""
+
+
+class Patches:
+    """One value for every patch that the tower saw, from the tower's calls to the prefill that uses them."""
+
+    def __init__(self) -> None:
+        self._calls: list[Tensor] = []
+        self._used = False
+
+    def add(self, values: Tensor) -> None:
+        """Values of one call, (pictures, patches); the first call after a prefill begins a new prompt."""
+        if self._used:
+            self._calls.clear()
+        self._used = False
+        self._calls.append(values)
+
+    def of(self, view: View) -> Tensor:
+        """(n,) values of a row's candidates.
+
+        Raises:
+            LayoutError: the tower did not run for this prompt, or its patches are not the row's visual tokens.
+        """
+        layout: VisualLayout = view.shared["layout"]
+        self._used = True
+        if not self._calls:
+            raise LayoutError("the vision tower did not run for these images; pass pixels, not image embeddings")
+        values = torch.cat(self._calls).to(view.hidden.device)
+        # A picture is an image or a frame. With beams the rows are repeated, but each picture was encoded once.
+        pictures = [[i.frames for i in row.images] for row in layout.rows]
+        total = sum(map(sum, pictures))
+        repeats, rest = divmod(total, len(values))
+        if rest or repeats == 0:
+            raise LayoutError(f"the vision tower encoded {len(values)} pictures, the prompts hold {total}")
+        before = sum(map(sum, pictures[::repeats][: view.row // repeats]))
+        starts = torch.tensor([before, *pictures[view.row]]).cumsum(0).to(values.device)
+        if any(i.cells != values.shape[1] for i in view.tokens.images):
+            raise LayoutError(f"the vision tower has {values.shape[1]} patches, an image of the prompt another number")
+        return values[starts[view.tokens.image] + view.tokens.frame, view.tokens.cell]
+
+
+def towers(model: nn.Module, adapter: Adapter | None) -> list[VisionTower]:
+    """The model's towers: one, or one for images and one for videos.
+
+    Raises:
+        UnsupportedModelError: only a decoder is there, or patches are not visual tokens one to one.
+    """
+    if adapter is None:
+        raise UnsupportedModelError(
+            "this method works in the vision tower: attach it to the whole vision-language model, without a layout"
+        )
+    found = [adapter.vision_tower(model, "image"), adapter.vision_tower(model, "video")]
+    return list({id(tower.module): tower for tower in found}.values())
+
+
+def watch(model: nn.Module, adapter: Adapter | None, shared: dict[str, Any]) -> Callable[[], None]:
+    """Note the attention that patches receive in the layer whose output becomes the features.
+
+    From the class token where the tower has one, else the mean over all patches, as VisionZip does.
+    """
+    patches = shared["patches"] = Patches()
+
+    def arm(tower: VisionTower, layer: nn.Module, args: Any) -> None:
+        def sink(states: AttentionStates) -> None:
+            images, length = states.query.shape[0], states.query.shape[2]
+            index = torch.arange(length, device=states.query.device)
+            queries = index[: tower.special] if tower.special else index
+            rows = [states.received(b, queries, index[tower.special :]) for b in range(images)]
+            patches.add(torch.stack(rows))
+
+        tap(attention_module(layer), sink)
+
+    handles = [
+        tower.layers[tower.output - 1].register_forward_pre_hook(functools.partial(arm, tower))
+        for tower in towers(model, adapter)
+    ]
+    return functools.partial(_remove, handles)
+
+
+def shorten(
+    model: nn.Module, adapter: Adapter | None, shared: dict[str, Any], layers: Sequence[int], choose: Choose
+) -> Callable[[], None]:
+    """Let patches leave in the given encoder layers; `shared["patches"]` says which survived (1) or not (0)."""
+    patches = shared["patches"] = Patches()
+    cuts = [TowerCut(tower, layers, choose) for tower in towers(model, adapter)]
+    handles = [h for cut in cuts for h in [*cut.install(), *cut.restore(patches)]]
+    return functools.partial(_remove, handles)
+
+
+class TowerCut:
+    """Cuts the sequence of a CLIP or SigLIP tower after the attention of chosen layers.
+
+    The cut belongs between attention and MLP, where no module boundary is. But the MLP works on each token alone, so
+    it is enough to write merged states into the stream there (the second norm's input *is* the residual stream) and to
+    take the survivors from the layer's output.
+
+    Attributes:
+        kept: (images, m) indices, into the original patches, of those that are left.
+    """
+
+    def __init__(self, tower: VisionTower, layers: Sequence[int], choose: Choose) -> None:
+        if any(not 0 <= layer < tower.output for layer in layers):
+            raise ConfigError(f"vision layers {tuple(layers)}: only layers 0 to {tower.output - 1} shape the features")
+        self.tower, self.layers, self.choose = tower, tuple(layers), choose
+        self.kept: Tensor | None = None
+        self._states: AttentionStates | None = None
+        self._keep: Tensor | None = None
+        self._lengths: dict[int, Tensor] = {}
+        self._full = 0
+
+    def install(self) -> list[Any]:
+        """Hook the layers; returns the hooks' handles."""
+        handles = []
+        for i in self.layers:
+            layer = self.tower.layers[i]
+            handles.append(layer.register_forward_pre_hook(self._listen))
+            handles.append(_second_norm(layer).register_forward_pre_hook(self._merge))
+            handles.append(layer.register_forward_hook(self._take))
+        return handles
+
+    def restore(self, patches: Patches) -> list[Any]:
+        """Hook the tower, to put survivors back into the grid and report them."""
+
+        def begin(module: nn.Module, args: Any) -> None:
+            self.kept = None
+            self._lengths.clear()
+
+        def end(module: nn.Module, args: Any, out: Any) -> Any:
+            if self.kept is None:
+                return out
+            for name, value in out.items():
+                if isinstance(value, Tensor):
+                    out[name] = self._spread(value)
+                elif isinstance(value, tuple):
+                    out[name] = tuple(self._spread(v) for v in value)
+            survived = torch.zeros(len(self.kept), self._full - self.tower.special, device=self.kept.device)
+            patches.add(survived.scatter(1, self.kept, 1.0))
+            return out
+
+        module = self.tower.module
+        return [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+
+    def _listen(self, layer: nn.Module, args: Any) -> None:
+        tap(attention_module(layer), functools.partial(setattr, self, "_states"))
+
+    def _merge(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        stream, states = args[0], self._states
+        assert states is not None
+        special = self.tower.special
+        queries = torch.arange(stream.shape[1], device=stream.device)
+        keeps = []
+        for b in range(len(stream)):
+            selection = self.choose(states.received(b, queries, queries[special:]))
+            merge = selection.merge
+            if merge is not None:
+                parts = stream[b, merge.source + special].float() * merge.weight.float()[:, None]
+                total = torch.zeros(stream.shape[1:], device=stream.device).index_add_(0, merge.target + special, parts)
+                touched = merge.target.unique() + special  # type: ignore[no-untyped-call]
+                stream[b, touched] = total[touched].to(stream.dtype)
+            keeps.append(selection.keep)
+        self._keep, self._states = torch.stack(keeps), None
+
+    def _take(self, layer: nn.Module, args: Any, out: Any) -> Any:
+        hidden: Tensor = out[0] if isinstance(out, tuple) else out
+        assert self._keep is not None
+        special = self.tower.special
+        if self.kept is None:
+            self._full = hidden.shape[1]
+        self.kept = self._keep if self.kept is None else self.kept.gather(1, self._keep)
+        first = torch.arange(special, device=hidden.device).expand(len(hidden), -1)
+        index = torch.cat([first, self._keep + special], 1)
+        short = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
+        self._lengths[short.shape[1]] = torch.cat([first, self.kept + special], 1)
+        return (short, *out[1:]) if isinstance(out, tuple) else short
+
+    def _spread(self, states: Any) -> Any:
+        if not isinstance(states, Tensor) or states.dim() != 3 or states.shape[1] not in self._lengths:
+            return states
+        index = self._lengths[states.shape[1]][..., None].expand_as(states)
+        return states.new_zeros(len(states), self._full, states.shape[2]).scatter(1, index, states)
+
+
+def _second_norm(layer: nn.Module) -> nn.Module:
+    for name in ("layer_norm2", "layernorm_after", "norm2"):
+        module = getattr(layer, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise UnsupportedModelError(f"{type(layer).__name__} is not laid out like a CLIP or SigLIP encoder layer")
+
+
+def _remove(handles: Sequence[Any]) -> None:
+    for handle in handles:
+        handle.remove()
