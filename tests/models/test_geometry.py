@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from models.helpers import PIXELS, encode, layout
 from torch import Tensor
 
 from evengaze.layout import VisualTokens
 from evengaze.testing import families, tiny
 from evengaze.testing.prompts import IMAGE, VIDEO
+from models.helpers import PIXELS, encode, layout
 
 FAMILIES = [f for f in families() if f != "llama"]
 TILED = ("internvl", "aya_vision", "idefics3", "smolvlm")

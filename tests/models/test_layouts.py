@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models.helpers import encode, layout
 
 from evengaze.errors import LayoutError
 from evengaze.models import Call, adapter_for
 from evengaze.testing import families, tiny
 from evengaze.testing.prompts import IMAGE, VIDEO
+from models.helpers import encode, layout
 
 FAMILIES = [f for f in families() if f != "llama"]
 VIDEOS = families(video=True)

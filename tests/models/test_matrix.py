@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import reference
 import torch
 
+import reference
 from evengaze.methods import get
 from evengaze.testing import families, layout_of, tiny
 from evengaze.testing.matrix import METHODS, STEPS, Result, check, greedy

@@ -74,11 +74,14 @@ class Adapter:
     Attributes:
         name: the family's name for people.
         model_types: the `config.model_type` values that it serves.
-        positions: "renumbered" methods fall back to original positions where the family has no one-dimensional ones.
+        padding: in words, who pads pictures and how it is known which tokens show padding.
+        limits: in words, what does not work with the family (apart from what `vision_tower` says).
     """
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
+    padding: ClassVar[str] = "none"
+    limits: ClassVar[tuple[str, ...]] = ()
 
     def decoder(self, model: nn.Module) -> nn.Module:
         """The module whose `layers` the engine hooks."""

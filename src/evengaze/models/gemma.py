@@ -19,6 +19,10 @@ class PaliGemma(Adapter):
 
     name = "PaliGemma"
     model_types: ClassVar[tuple[str, ...]] = ("paligemma",)
+    padding = "none: pictures are squashed"
+    limits: ClassVar[tuple[str, ...]] = (
+        "flash attention: it cannot express bidirectional attention among a prompt's images, pruned or not",
+    )
 
     def grid(self, config: Any, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of visual tokens of a picture."""
@@ -44,6 +48,10 @@ class Gemma3(PaliGemma):
 
     name = "Gemma 3"
     model_types = ("gemma3",)
+    limits = (
+        *PaliGemma.limits,
+        "ranking at sliding-window layers: tokens outside the window get no attention there",
+    )
 
     def grid(self, config: Any, height: int, width: int) -> tuple[int, int]:
         """The square grid that the projector pools to."""

@@ -18,6 +18,9 @@ class Llava(Adapter):
 
     name = "LLaVA-1.5"
     model_types = ("llava",)
+    padding = (
+        "border of the mean colour in the pixels; the checkpoints' own processor crops instead (`llava_processor`)"
+    )
 
     def layout(self, model: nn.Module, call: Call) -> VisualLayout | None:
         """One grid an image, from the size of the pixels; padding of the mean colour is found in them."""
@@ -49,6 +52,7 @@ class VideoLlava(Llava):
 
     name = "Video-LLaVA"
     model_types = ("video_llava",)
+    padding = "border of the mean colour in the pixels; the processor itself resizes and crops"
 
     def layout(self, model: nn.Module, call: Call) -> VisualLayout | None:
         """Images and videos; the class token that leads each frame is no candidate."""

@@ -29,6 +29,7 @@ class LlavaNext(Adapter):
 
     name = "LLaVA-NeXT"
     model_types: ClassVar[tuple[str, ...]] = ("llava_next",)
+    padding = "the black canvas of the detail view; what unpadding leaves at the edge, from `image_sizes`"
 
     def layout(self, model: nn.Module, call: Call) -> VisualLayout | None:
         """Two views an image (thumbnail, detail); x runs through both in sequence order."""
@@ -71,6 +72,7 @@ class LlavaOnevision(LlavaNext):
 
     name = "LLaVA-OneVision"
     model_types = ("llava_onevision",)
+    padding = "as LLaVA-NeXT, blended where a large detail view is shrunk"
 
     def _images(self, config: Any, encoder: EncoderCall) -> list[Picture]:
         sizes = [(int(h), int(w)) for h, w in torch.as_tensor(encoder.arguments["image_sizes"]).tolist()]

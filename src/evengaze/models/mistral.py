@@ -19,6 +19,7 @@ class Mistral3(Adapter):
 
     name = "Mistral 3"
     model_types = ("mistral3",)
+    padding = "none: what a batch is padded to is cut off again (`image_sizes`)"
 
     def layout(self, model: nn.Module, call: Call) -> VisualLayout | None:
         """Grids from `image_sizes`: what the batch was padded to never becomes a token."""

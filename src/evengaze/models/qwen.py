@@ -19,6 +19,8 @@ class Qwen2VL(Adapter):
 
     name = "Qwen2-VL / Qwen2.5-VL"
     model_types = ("qwen2_vl", "qwen2_5_vl")
+    padding = "none: pictures are resized to whole groups of patches"
+    limits = ("renumbered positions: three-axis rotary positions have no order without gaps; originals are kept",)
 
     def layout(self, model: nn.Module, call: Call) -> VisualLayout | None:
         """Grids from `image_grid_thw` and `video_grid_thw`; each temporal patch of a video is a frame."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from evengaze.errors import ConfigError, UnsupportedModelError
 from evengaze.layout import VisualLayout
-from evengaze.models.base import Adapter, Call, find_decoder
+from evengaze.models.base import Adapter, Call, VisionTower, find_decoder
 
 ENTRY_POINTS = "evengaze.adapters"
 
@@ -47,10 +47,16 @@ class BareDecoder(Adapter):
 
     name = "bare text decoder"
     model_types = ()
+    padding = "as the given layout says"
+    limits = ("finding visual tokens: say where they are, `pruner(model, layout=VisualLayout.from_spans(...))`",)
 
     def layout(self, model: nn.Module, call: Call) -> VisualLayout | None:
         """None: a text decoder cannot know which of its inputs are visual tokens."""
         return None
+
+    def vision_tower(self, model: nn.Module, kind: Literal["image", "video"] = "image") -> VisionTower:
+        """Refused: there is none."""
+        raise UnsupportedModelError(f"{self.name}: it has no vision tower")
 
 
 def register(adapter: Adapter | type[Adapter]) -> None:

@@ -77,6 +77,7 @@ class InternVL(Tiled):
 
     name = "InternVL"
     model_types = ("internvl",)
+    padding = "none: tiles are squashed"
 
     def shrink(self, config: Any) -> int:
         """Pixel shuffle by `downsample_ratio`."""
@@ -92,6 +93,7 @@ class Idefics3(Tiled):
 
     name = "Idefics3 / SmolVLM"
     model_types = ("idefics3", "smolvlm")
+    padding = "`pixel_attention_mask`; current processors squash tiles, so that it is full"
 
     def shrink(self, config: Any) -> int:
         """Pixel shuffle by `scale_factor`."""
@@ -113,6 +115,7 @@ class AyaVision(Tiled):
 
     name = "Aya Vision"
     model_types = ("aya_vision",)
+    padding = "none: tiles are squashed"
 
     def shrink(self, config: Any) -> int:
         """Pixel shuffle by `downsample_factor`."""

@@ -5,17 +5,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import argparse
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from evengaze.errors import DataError, UnsupportedModelError
 from evengaze.methods import get
 from evengaze.methods.base import Pruner
-from evengaze.testing.models import layout_of, tiny
+from evengaze.models import adapter_for
+from evengaze.testing.models import families, layout_of, tiny
 from evengaze.testing.oracle import replayed
+
+_BEGIN, _END = "<!-- matrix -->", "<!-- end of matrix -->"
 
 STEPS = 8
 TOLERANCE = 2e-4
@@ -104,10 +111,63 @@ def greedy(model: Any, inputs: dict[str, Tensor], steps: int = STEPS, **options:
     return out.sequences[:, -steps:], torch.stack(out.logits, 1)
 
 
-def cells(families: tuple[str, ...]) -> Iterator[tuple[str, str, str, int]]:
+def cells(names: Sequence[str]) -> Iterator[tuple[str, str, str, int]]:
     """(family, method, attention, batch) of the whole matrix."""
-    for family in families:
-        for method in METHODS:
-            for attention in ("sdpa", "eager"):
-                for batch in (1, 3):
-                    yield family, method, attention, batch
+    yield from product(names, METHODS, ("sdpa", "eager"), (1, 3))
+
+
+def table(names: Sequence[str]) -> str:
+    """Run everything and lay it out as a Markdown table, a row for each family."""
+    methods = list(METHODS)
+    lines = [
+        "| family | " + " | ".join(methods) + " | 2 images | text rows | video | tower cut |",
+        "|---|" + "---|" * (len(methods) + 4),
+    ]
+    for name in names:
+        found = [_mark(*(check(name, m, a, b) for a, b in product(("sdpa", "eager"), (1, 3)))) for m in methods]
+        found.append(_mark(check(name, "fastv", images=2)))
+        found.append(_mark(check(name, "fastv", batch=3, images=[2, 0, 1])))
+        video = name in families(video=True)
+        found.append(_mark(*(check(name, "fastv", batch=b, video=True) for b in (1, 3))) if video else "-")
+        found.append(_tower(name))
+        lines.append(f"| {name} | " + " | ".join(found) + " |")
+    return "\n".join(lines)
+
+
+def _mark(*results: Result) -> str:
+    """The largest distance if all passed."""
+    if all(r.passed for r in results):
+        return f"{max(r.distance for r in results):.0e}"
+    return "**fails**"
+
+
+def _tower(family: str) -> str:
+    """Whether patches can be dropped in the family's vision tower."""
+    model, _ = tiny(family)
+    try:
+        adapter_for(model).vision_tower(model)
+    except UnsupportedModelError:
+        return "no"
+    return "yes"
+
+
+def main() -> None:
+    """Print the table, or write it between the marks of a Markdown file."""
+    parser = argparse.ArgumentParser(prog="python -m evengaze.testing.matrix", description=__doc__)
+    parser.add_argument("families", nargs="*", default=list(families()), help="all of them if left out")
+    parser.add_argument("--write", type=Path, help=f"a file with a line {_BEGIN} and a line {_END}")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    text = table(options.families)
+    if options.write is None:
+        print(text)
+        return
+    before, _, rest = options.write.read_text().partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not end:
+        raise DataError(f"{options.write} has no lines {_BEGIN} and {_END}")
+    options.write.write_text(f"{before}{_BEGIN}\n{text}\n{_END}{after}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""`evengaze doctor`: does it work with my model?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from evengaze.models.inspect import Diagnosis
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("doctor")(doctor)
+
+
+def doctor(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_PATH", help="Hub id or local folder; only its config is read.")
+    ],
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Say which adapter serves a model, where its layers are, and what does not work.
+
+    Loads only the config. For a family without an adapter, prints the reason and an adapter to fill in, and ends with
+    exit status 1.
+    """
+    import json
+    from pathlib import Path
+
+    from transformers import AutoConfig
+
+    from evengaze.errors import ConfigError, UnsupportedModelError
+    from evengaze.models.inspect import diagnose, skeleton
+
+    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+        raise ConfigError(f"there is no folder {model}")
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no config could be read from {model!r}: {str(error).splitlines()[0]}") from error
+    try:
+        found = diagnose(config)
+    except UnsupportedModelError as error:
+        reason = str(error)
+        if as_json:
+            typer.echo(json.dumps({"model_type": config.model_type, "supported": False, "reason": reason}, indent=2))
+        else:
+            typer.secho(f"Not supported: {reason}", fg=typer.colors.RED)
+            if "no adapter" in reason:
+                typer.echo(f"\n# An adapter to fill in:\n\n{skeleton(config.model_type)}")
+        raise typer.Exit(1) from None
+    if as_json:
+        typer.echo(json.dumps(_as_dict(found), indent=2))
+        return
+    _show(found)
+
+
+def _as_dict(found: Diagnosis) -> dict[str, Any]:
+    return {
+        "model_type": found.model_type,
+        "supported": True,
+        "adapter": found.adapter.name,
+        "decoder_layers": found.layers,
+        "layers": found.depth,
+        "full_attention_layers": list(found.full),
+        "attention_implementations": list(found.attention),
+        "padding": found.adapter.padding,
+        "cannot": list(found.cannot),
+    }
+
+
+def _show(found: Diagnosis) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("model type", found.model_type)
+    table.add_row("adapter", found.adapter.name)
+    table.add_row("decoder layers", f"{found.layers} ({found.depth})")
+    if not found.full:
+        table.add_row("rank at", "no layer attends to the whole sequence: rankings see a sliding window only")
+    elif len(found.full) < found.depth:
+        after = ", ".join(str(i + 1) for i in found.full if i + 1 < found.depth)
+        table.add_row("rank at", f"layers {', '.join(map(str, found.full))} attend to everything: use layer={after}")
+    kept = ", ".join(found.attention) or "none: the model's attention does not go through transformers' interface"
+    table.add_row("attention", kept)
+    table.add_row("padding", found.adapter.padding)
+    for k, limit in enumerate(found.cannot):
+        table.add_row("" if k else "does not work", limit)
+    Console().print(table)
