@@ -43,10 +43,8 @@ def test_wrong_directory_names_it_and_what_it_should_hold(name: str, tmp_path: P
         list(benchmark.records(tmp_path / "nowhere"))
 
 
-@pytest.mark.parametrize("depth", ["", "playground", "playground/data", EVAL, f"{EVAL}/pope"])
+@pytest.mark.parametrize("depth", ["", "playground/data", EVAL, f"{EVAL}/pope"])
 def test_data_may_be_any_folder_on_the_way(golden: Path, depth: str) -> None:
-    if depth == "playground":
-        pytest.skip("LLaVA's layout starts at playground/data/eval, data/eval or eval")
     assert get_benchmark("pope").root(golden / depth).name == "pope"
 
 
@@ -150,6 +148,16 @@ def test_test_annotations_without_answers(data: Path) -> None:
     target.write_text(json.dumps(content))
     with pytest.raises(DataError, match="test annotations have no answers"):
         score_file("textvqa", data / EVAL / "textvqa/answers/gold.jsonl", data)
+
+
+def test_an_entry_without_a_field_is_no_traceback(data: Path) -> None:
+    target = data / EVAL / "gqa/data/testdev_balanced_questions.json"
+    content = json.loads(target.read_text())
+    del next(iter(content.values()))["types"]
+    target.write_text(json.dumps(content))
+    answers = next((data / EVAL / "gqa/answers").rglob("gold/merge.jsonl"))
+    with pytest.raises(DataError, match=r"testdev_balanced_questions\.json"):
+        score_file("gqa", answers, data)
 
 
 # -- predictions -------------------------------------------------------------------------------------------------------

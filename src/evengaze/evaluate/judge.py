@@ -131,12 +131,13 @@ class LocalJudge(Judge):
 
     Args:
         model: Model id or folder.
-        device_map: Where to put it, as in ``from_pretrained``.
+        device: Where to put it; None takes a GPU when there is one.
         dtype: Precision, as in ``from_pretrained``.
         max_tokens: Limit on the reply where the benchmark sets none.
     """
 
-    def __init__(self, model: str, device_map: Any = "auto", dtype: Any = "auto", max_tokens: int = 256) -> None:
+    def __init__(self, model: str, device: str | None = None, dtype: Any = "auto", max_tokens: int = 256) -> None:
+        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.model = model
@@ -144,12 +145,17 @@ class LocalJudge(Judge):
         self._tokenizer = AutoTokenizer.from_pretrained(model)
         if not self._tokenizer.chat_template:
             raise ConfigError(f"{model} has no chat template and cannot judge. Choose an instruction-tuned model.")
-        self._model = AutoModelForCausalLM.from_pretrained(model, device_map=device_map, dtype=dtype).eval()
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(place)
         self._lock = threading.Lock()
 
     def describe(self) -> dict[str, Any]:
         """Return kind, model and revision."""
-        return {"kind": "transformers", "model": self.model, "revision": self._model.config._commit_hash}
+        return {
+            "kind": "transformers",
+            "model": self.model,
+            "revision": getattr(self._model.config, "_commit_hash", None),
+        }
 
     def ask(
         self, messages: Sequence[Message], max_tokens: int | None, temperature: float | None, turn: str = ""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from evengaze.errors import ConfigError, DataError
+from evengaze.errors import ConfigError, DataError, EvengazeError
 from evengaze.evaluate.benchmarks.types import (
     DataFile,
     Joined,
@@ -195,7 +195,17 @@ class Benchmark(ABC):
         """
         if mode not in ("default", "official"):
             raise ConfigError(f"mode must be default or official, not {mode!r}.")
-        options = options or ScoreOptions()
+        try:
+            return self._score_file(answers, data, mode, options or ScoreOptions())
+        except EvengazeError:
+            raise
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise DataError(
+                f"the data of {self.name} below {data} has an entry that is not as expected ({error!r}): "
+                f"{', '.join(item.path for item in self.files if item.needed in ('score', 'both'))}. Fetch it again."
+            ) from error
+
+    def _score_file(self, answers: Path, data: Path, mode: Mode, options: ScoreOptions) -> Score:
         lines = self.read_answers(answers)
         if mode == "official":
             return self.score_official(lines, data, options)

@@ -55,9 +55,12 @@ class MME(Benchmark):
     def missing_files(self, data: Path | None, use: Any = None) -> list[DataFile]:
         """List absent files; the evaluation tool's own result files can stand in for the tree when scoring."""
         missing = super().missing_files(data, use)
-        if use == "score" and data is not None and (self.root(data) / RESULTS).is_dir():
-            missing = [item for item in missing if item.path != TREE]
-        return missing
+        if use != "score" or data is None or len(missing) != 1:
+            return missing
+        try:
+            return [] if (self.root(data) / RESULTS).is_dir() else missing
+        except DataError:
+            return missing
 
     def records(self, data: Path) -> Iterator[Record]:
         """Yield the questions; two consecutive ones ask about one image."""

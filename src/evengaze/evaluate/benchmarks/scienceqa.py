@@ -42,6 +42,9 @@ class ScienceQA(Benchmark):
         """Yield all test questions; those without an image are text only."""
         path, images = self.path(data, QUESTIONS), self.path(data, "images/test")
         rows = read_json(path, list, self.source(QUESTIONS))
+        for i, row in enumerate(rows):
+            if not isinstance(row, dict) or "id" not in row or not row.get("conversations"):
+                raise DataError(f"{path}: entry {i} has no id or conversations. {self.source(QUESTIONS)}")
         for key, row in zip(number_repeats(str(row["id"]) for row in rows), rows, strict=True):
             text = row["conversations"][0]["value"].replace("<image>", "").strip()
             image = images / row["image"] if "image" in row else None

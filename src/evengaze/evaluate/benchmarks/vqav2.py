@@ -96,7 +96,10 @@ class VQAv2Val(Benchmark):
     def records(self, data: Path) -> Iterator[Record]:
         """Yield the val questions with LLaVA's short-answer prompt."""
         path, images = self.path(data, VAL_QUESTIONS), self.path(data, "val2014")
-        for row in read_json(path, dict, self.source(VAL_QUESTIONS)).get("questions", []):
+        rows = read_json(path, dict, self.source(VAL_QUESTIONS)).get("questions")
+        if not isinstance(rows, list) or not rows or not {"question_id", "image_id", "question"} <= rows[0].keys():
+            raise DataError(f"{path} has no list of questions under 'questions'. {self.source(VAL_QUESTIONS)}")
+        for row in rows:
             image = images / f"COCO_val2014_{row['image_id']:012d}.jpg"
             yield Record(str(row["question_id"]), row["question_id"], f"{row['question']}\n{SHORT_ANSWER}", image)
 
