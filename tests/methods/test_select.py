@@ -1,0 +1,363 @@
+"""What methods choose, on views without a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fakes import FakeAttention, view
+from torch import Tensor
+
+from evengaze import methods
+from evengaze.debias import Debias, Exponential, PaddingMask
+from evengaze.errors import ScoreError
+from evengaze.layout import VisualLayout
+from evengaze.methods._template import Norm
+from evengaze.methods.base import Merge, Pruner, Selection, View, top
+from evengaze.methods.baselines import Pool, Random, Uniform, lattice
+from evengaze.methods.divprune import DivPrune
+from evengaze.methods.fastv import FastV
+from evengaze.methods.himap import HiMAP
+from evengaze.methods.illava import ILLaVA
+from evengaze.methods.pyramiddrop import PyramidDrop
+from evengaze.methods.sparsevlm import SparseVLM, density_peaks, raters, recycling
+from evengaze.methods.tokencarve import TokenCarve, contribution
+from evengaze.methods.tome import ToMe
+
+ATTENTION: list[Pruner] = [
+    FastV(5),
+    PyramidDrop((5, 3), (2, 4)),
+    SparseVLM((5, 3), (2, 4)),
+    HiMAP((5, 3)),
+    TokenCarve(5),
+    ILLaVA(5),
+]
+BLIND: list[Pruner] = [Random(5), Uniform(5), Pool(5), DivPrune(5), ToMe(5), Norm(5)]
+
+
+def ids(pruner: Any) -> str:
+    return pruner.name if isinstance(pruner, Pruner) else str(pruner)
+
+
+def used(selection: Selection) -> set[int]:
+    """All candidates that leave any trace."""
+    parts = [selection.keep]
+    if selection.recycled is not None:
+        parts.append(selection.recycled)
+    if selection.merge is not None:
+        parts += [selection.merge.source, selection.merge.target]
+    return set(torch.cat(parts).tolist())
+
+
+def merged(v: View, merge: Merge) -> Tensor:
+    out = v.features.clone()
+    out[merge.target] = 0
+    return out.index_add(0, merge.target, v.features[merge.source] * merge.weight.float()[:, None])
+
+
+@pytest.mark.parametrize("mode", ["corrected", "official"])
+@pytest.mark.parametrize("pruner", [*ATTENTION, *BLIND], ids=ids)
+def test_the_budget_is_met_in_raster_order(pruner: Pruner, mode: str) -> None:
+    pruner = pruner.replace(mode=mode)
+    selection = pruner.select(view())
+    assert selection.keep.tolist() == sorted(set(selection.keep.tolist()))
+    recycled = 0 if selection.recycled is None else len(selection.recycled)
+    assert len(selection.keep) == pruner.budget(0, 16, 16)
+    assert len(selection.keep) + recycled == pruner.size_after(0, 16, 16)
+
+
+@pytest.mark.parametrize("pruner", [*ATTENTION, *BLIND], ids=ids)
+def test_keeping_all_changes_nothing(pruner: Pruner) -> None:
+    keep = tuple(99 for _ in pruner.keep) if isinstance(pruner.keep, tuple) else 99  # type: ignore[attr-defined]
+    selection = pruner.replace(keep=keep, debias=Debias(PaddingMask())).select(view(size=(40, 10)))
+    assert selection.keep.tolist() == list(range(16))
+    assert selection.merge is None and selection.recycled is None
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("pruner", ATTENTION, ids=ids)
+def test_padding_is_neither_kept_nor_recycled_nor_merged(pruner: Pruner, stage: int) -> None:
+    if stage >= len(pruner.stages(32)):
+        pytest.skip("one stage only")
+    memory = {"raters": torch.arange(5)}
+    v = view(size=(40, 20), stage=stage, memory=memory)  # first and last row of four are padding
+    selection = pruner.replace(debias=Debias(PaddingMask())).select(v)
+    assert used(selection) <= set(range(4, 12))
+
+
+@pytest.mark.parametrize("pruner", ATTENTION, ids=ids)
+def test_the_budget_falls_to_the_valid_tokens(pruner: Pruner) -> None:
+    v = view(size=(40, 10))  # one row of four shows the picture, by halves
+    valid = Debias(PaddingMask()).valid(v.tokens)
+    keep = (12, 12) if isinstance(pruner.keep, tuple) else 12  # type: ignore[attr-defined]
+    selection = pruner.replace(keep=keep, debias=Debias(PaddingMask())).select(v)
+    assert selection.keep.tolist() == valid.nonzero().flatten().tolist()
+
+
+def test_a_picture_of_nothing_but_padding_is_ranked_without_the_mask() -> None:
+    v, debias = view(size=(2000, 10)), Debias(PaddingMask(formula="pad"))
+    assert torch.equal(FastV(5, debias=debias).select(v).keep, FastV(5).select(v).keep)
+    assert len(FastV(5, debias=debias, mode="official").select(v).keep) == 0
+
+
+def test_official_modes_fill_up_with_padding() -> None:
+    v = view(size=(40, 20))
+    official = HiMAP((12, 3), debias=Debias(PaddingMask()), mode="official").select(v)
+    assert len(official.keep) == 12
+    sparse = SparseVLM((5, 3), (2, 4), debias=Debias(PaddingMask()), mode="official").select(v)
+    assert sparse.merge is not None and not set(sparse.merge.source.tolist()) <= set(range(4, 12))
+
+
+def test_the_trend_is_divided_out_before_the_ranking() -> None:
+    v = view()
+    plain = v.attention(v.last)
+    weighted = plain * torch.exp(-2 * v.tokens.x).float()
+    assert FastV(5, debias=Debias(trend=Exponential(2.0))).select(v).keep.tolist() == top(weighted, 5).tolist()
+    assert torch.equal(v.memory["raw0"], plain)
+    assert torch.allclose(v.memory["score0"], weighted)
+
+
+def test_only_the_first_language_to_vision_ranking_is_debiased() -> None:
+    trend = Debias(trend=Exponential(50.0))
+    later = view(stage=1)
+    PyramidDrop((5, 3), (2, 4), debias=trend).select(later)
+    assert torch.equal(later.memory["raw1"], later.memory["score1"])
+    HiMAP((5, 3), debias=Debias(trend=Exponential(50.0), stages="all")).select(later := view(stage=1))
+    assert torch.equal(later.memory["raw1"], later.memory["score1"])
+    PyramidDrop((5, 3), (2, 4), debias=Debias(trend=Exponential(50.0), stages="all")).select(later := view(stage=1))
+    assert not torch.equal(later.memory["raw1"], later.memory["score1"])
+
+
+def test_ties_go_to_the_lower_index() -> None:
+    score = torch.tensor([1.0, 2.0, 2.0, 1.0, 2.0, 1.0])
+    assert top(score, 4).tolist() == [0, 1, 2, 4]
+    assert top(score, 2).tolist() == [1, 2]
+
+
+def test_scores_that_cannot_be_ranked_are_errors() -> None:
+    v = view()
+    v.states.map[:] = float("nan")  # type: ignore[union-attr]
+    with pytest.raises(ScoreError, match="NaN"):
+        FastV(5).select(v)
+
+    class Short(FastV):
+        def score(self, view: View) -> Tensor:
+            return torch.zeros(3)
+
+    with pytest.raises(ScoreError, match="scored"):
+        Short(5).select(view())
+
+
+# -- FastV, PyramidDrop, HiMAP ---------------------------------------------------------------------------------------
+def test_fastv_reads_the_last_real_row() -> None:
+    real = torch.ones(24, dtype=torch.bool)
+    real[-2:] = False
+    v = view(real=real)
+    assert v.last.tolist() == [21]
+    expected = v.states.map.mean(0)[21, 3:19]  # type: ignore[union-attr]
+    assert torch.equal(FastV(5).score(v), expected)
+
+
+def test_himap_sums_text_rows_and_later_visual_rows() -> None:
+    attention = FakeAttention(24).map.mean(0)
+    assert torch.allclose(HiMAP().score(view()), attention[19:, 3:19].sum(0))
+    assert torch.allclose(HiMAP().score(view(stage=1)), attention[3:19, 3:19].sum(0))
+
+
+def test_pyramid_budgets_are_rounded_down_from_the_original_number() -> None:
+    pruner = PyramidDrop()
+    assert [pruner.budget(i, 576, 576) for i in range(3)] == [184, 92, 46]
+    assert PyramidDrop((0.5, 0.25, 0.125)).budget(1, 3, 577) == 144
+    assert PyramidDrop(0.5).keep == (0.5, 0.25, 0.125)
+    assert PyramidDrop(100).keep == (100, 50, 25)
+
+
+@pytest.mark.parametrize("depth", [4, 6, 24, 28, 32, 40])
+def test_default_stages_fit_any_depth(depth: int) -> None:
+    for pruner in (PyramidDrop(), SparseVLM()):
+        layers = [s.layer for s in pruner.stages(depth)]
+        assert sorted(set(layers)) == layers and layers[0] > 0 and layers[-1] < depth
+    assert [s.layer for s in SparseVLM().stages(32)] == [3, 7, 16]
+    assert [s.layer for s in SparseVLM(mode="official").stages(40)] == [3, 7, 16]
+    assert [s.layer for s in PyramidDrop().stages(32)] == [2, 10, 20]
+
+
+# -- SparseVLM -------------------------------------------------------------------------------------------------------
+def test_raters_are_above_average_and_never_none() -> None:
+    visual, text = torch.eye(4), torch.eye(4)[:3]
+    assert raters(visual, text * 3).tolist() in ([0, 1, 2], [0], [1], [2], [0, 1])
+    assert raters(visual, torch.ones(1, 4)).tolist() == [0]
+    text[1] *= 9
+    assert raters(visual, text).tolist() == [1]
+
+
+def test_recycling_counts_of_the_published_table() -> None:
+    # (dropped, recycled, clusters) of the three tables, 576 tokens.
+    for dropped, members, clusters in [(276, 83, 9), (273, 82, 9), (510, 154, 16), (52, 16, 2), (15, 5, 1), (1, 1, 1)]:
+        assert recycling(dropped) == (members, clusters)
+
+
+def test_density_peaks_finds_separate_groups() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]])
+    x = (centres[:, None] + 0.1 * torch.randn(3, 6, 2, generator=generator)).reshape(-1, 2)
+    centre, label, _ = density_peaks(x, 3)
+    groups = label.reshape(3, 6)
+    assert bool((groups == groups[:, :1]).all()) and len(groups[:, 0].unique()) == 3
+    assert label[centre].tolist() == [0, 1, 2]
+
+
+def test_density_ties_are_broken_by_index() -> None:
+    x = torch.tensor([[0.0], [0.0], [5.0], [5.0]])
+    centre, label, _ = density_peaks(x, 2)
+    assert centre.tolist() == [0, 2] and label.tolist() == [0, 0, 1, 1]
+
+
+def test_clusters_hold_the_means_of_their_members() -> None:
+    v = view((8, 8))
+    selection = SparseVLM((20, 10, 5)).select(v)
+    merge, centres = selection.merge, selection.recycled
+    assert merge is not None and centres is not None
+    assert (len(merge.source), len(centres)) == recycling(44)
+    states = merged(v, merge)
+    for centre in centres:
+        members = merge.source[merge.target == centre]
+        assert torch.allclose(states[centre], v.features[members].mean(0), atol=1e-6)
+    assert not set(merge.source.tolist()) & set(selection.keep.tolist())
+
+
+def test_budgets_without_a_table_are_derived() -> None:
+    pruner = SparseVLM(0.25)
+    table = [pruner.budget(i, 10**6, 1000) for i in range(3)]
+    assert table[0] > table[1] > table[2]
+    assert SparseVLM(100).schedule(32, 576).average == pytest.approx(100, abs=1)
+    assert SparseVLM(128).budget(0, 64, 64) == 64  # an average of at least all
+    assert SparseVLM(128, mode="official").budget(0, 64, 64) == 63
+
+
+# -- TokenCarve ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20), (30, 30)])
+def test_the_gram_route_gives_the_contribution(shape: tuple[int, int]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(contribution(x), contribution(x, exact=True), rtol=1e-4)
+
+
+def test_contribution_of_rank_one_features() -> None:
+    x = torch.outer(torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.6, 0.8]))
+    assert torch.allclose(contribution(x), torch.tensor([1.0, 2.0, 3.0]), atol=1e-5)
+
+
+def test_tokencarve_ranks_merges_and_keeps_means() -> None:
+    v = view()
+    selection = TokenCarve(6).select(v)
+    rank, merge = v.memory["rank_sum"], selection.merge
+    assert merge is not None
+    best = torch.sort(rank, descending=True, stable=True).indices[:9]
+    moved = merge.source != merge.target
+    assert set(selection.keep.tolist()) | set(merge.source[moved].tolist()) == set(best.tolist())
+    assert set(merge.target.tolist()) <= set(best[:4].tolist())
+    assert int(moved.sum()) == 3
+    states = merged(v, merge)
+    for target in merge.target.unique():
+        group = merge.source[merge.target == target]
+        assert target in group
+        assert torch.allclose(states[target], v.features[group].mean(0), atol=1e-6)
+
+
+def test_tokencarve_can_keep_nearly_all() -> None:
+    assert len(TokenCarve(15).select(view()).keep) == 15
+
+
+# -- iLLaVA ----------------------------------------------------------------------------------------------------------
+def test_illava_weights_grow_towards_the_least_attended() -> None:
+    v = view()
+    selection = ILLaVA(12).select(v)
+    order = torch.sort(v.attention(v.last), descending=True, stable=True).indices
+    merge = selection.merge
+    assert merge is not None
+    assert merge.source.tolist() == order[11:].tolist()
+    assert set(merge.target.tolist()) == {int(order[11])}
+    assert torch.allclose(merge.weight, torch.arange(1, 6, dtype=torch.float64) / 15)
+
+
+def test_illava_rounds_the_dropped_share() -> None:
+    assert ILLaVA(0.7).budget(0, 576, 576) == 403
+    assert ILLaVA(0.5).budget(0, 5, 5) == 3  # round(2.5) is 2
+    with_tower = ILLaVA(0.5, 2, vision_layers=(5, 6, 7, 8), vision_drop=92)
+    assert with_tower.budget(0, 729, 729) == 361
+    assert with_tower.budget(1, 361, 729) == 181
+
+
+# -- baselines -------------------------------------------------------------------------------------------------------
+def test_random_depends_on_the_question_and_the_seed_only() -> None:
+    v = view()
+    first = Random(5).select(v).keep
+    assert torch.equal(first, Random(5).select(view(row=3, memory={"x": 1})).keep)
+    assert not torch.equal(first, Random(5, seed=1).select(v).keep)
+    other = v.embeddings.clone()
+    other[-1] += 1
+    assert not torch.equal(first, Random(5).select(view(embeddings=other)).keep)
+
+
+def test_a_quarter_of_the_tokens_is_two_by_two_pooling() -> None:
+    v = view((8, 8))
+    selection = Pool(16).select(v)
+    assert selection.merge is not None
+    states = merged(v, selection.merge)[selection.keep]
+    image = v.features.reshape(8, 8, -1).permute(2, 0, 1)
+    expected = torch.nn.functional.avg_pool2d(image, 2).flatten(1).T
+    assert torch.allclose(states, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64, 100, 128, 143, 575, 576])
+def test_the_lattice_is_even_in_both_directions(count: int) -> None:
+    tokens = VisualLayout.from_spans([(0, 576)], (24, 24)).rows[0]
+    group, middle = lattice(tokens, count)
+    sizes = torch.bincount(group, minlength=count)
+    assert len(middle.unique()) == count and int(sizes.max() - sizes.min()) <= 1
+    assert torch.equal(group[middle], torch.arange(count))
+    for quarter in (tokens.cell // 24 < 12, tokens.cell % 24 < 12):
+        kept = int(quarter[middle].sum())
+        assert abs(kept - count / 2) <= 1 + 0.1 * count
+
+
+def test_the_lattice_shares_tokens_among_pictures_by_size() -> None:
+    tokens = VisualLayout.from_spans([[(0, 64), (70, 102)]], [(4, 4), (4, 8)]).rows[0]  # four frames, one image
+    group, middle = lattice(tokens, 12)
+    assert torch.bincount(tokens.image[middle]).tolist() == [8, 4]
+    group, middle = lattice(tokens, 3)
+    assert len(middle) == 3 and int((group < 0).sum()) > 0
+
+
+def test_divprune_is_the_greedy_max_min_choice() -> None:
+    v = view()
+    unit = torch.nn.functional.normalize(v.features, dim=-1)
+    distance = 1 - unit @ unit.T
+    apart = distance.clone().fill_diagonal_(float("inf"))
+    chosen = [int(apart.min(1).values.argmax())]
+    while len(chosen) < 5:
+        nearest = distance[:, chosen].min(1).values
+        nearest[chosen] = -1
+        chosen.append(int(nearest.argmax()))
+    assert DivPrune(5).select(v).keep.tolist() == sorted(chosen)
+
+
+def test_tome_groups_hold_plain_means_and_duplicates_go_first() -> None:
+    v = view()
+    v.hidden[4], v.hidden[8] = v.hidden[3], v.hidden[5]  # candidates 1 and 5 repeat 0 and 2
+    selection = ToMe(14).select(v)
+    assert selection.merge is not None
+    assert set(range(16)) - set(selection.keep.tolist()) == {0, 2}
+    states = merged(v, ToMe(4).select(v).merge)  # type: ignore[arg-type]
+    merge = ToMe(4).select(v).merge
+    assert merge is not None and len(merge.target.unique()) == 4
+    for target in merge.target.unique():
+        assert torch.allclose(states[target], v.features[merge.source[merge.target == target]].mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["random", "uniform", "pool", "divprune", "tome"])
+def test_blind_methods_ignore_debiasing(name: str) -> None:
+    debias = Debias(PaddingMask(), Exponential(9.0))
+    one, two = methods.get(name)(keep=5), methods.get(name)(keep=5, debias=debias)
+    assert torch.equal(one.select(view(size=(40, 20))).keep, two.select(view(size=(40, 20))).keep)
