@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -197,33 +197,40 @@ class Predictor:
         for kind, members in groups.items():
             chosen = [records[index] for index, _ in members]
             texts = [self.prompt(record, template) for record in chosen]
-            answers = self._generate(texts, kind, [media for _, media in members], pruner, max_new_tokens)
+            pictures = {} if kind == "text" else {kind: [media for _, media in members]}
+            answers = self.generate(texts, pictures, pruner, max_new_tokens=max_new_tokens)
             for (index, _), record, (text, trace) in zip(members, chosen, answers, strict=True):
                 done[index] = Prediction(record, text, trace)
         return [done[index] for index in range(len(records))]
 
     @torch.inference_mode()
-    def _generate(
-        self, texts: list[str], kind: str, media: list[Any], pruner: Pruner, max_new_tokens: int
+    def generate(
+        self, texts: Sequence[str], media: Mapping[str, Sequence[Any]], pruner: Pruner, **generation: Any
     ) -> list[tuple[str, dict[str, float]]]:
+        """Continue prompts, greedily unless said otherwise.
+
+        Args:
+            texts: prompts with the model's image markers.
+            media: "images" and "videos" as the processor takes them: one a prompt, or a list for each prompt.
+            pruner: the method.
+            generation: arguments of the model's `generate`.
+
+        Returns:
+            The new text, stripped, and what a `Prediction` says of the trace, for each prompt.
+
+        Raises:
+            ConfigError: memory ran out.
+        """
         tokenizer = self.processor.tokenizer
         begins = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
-        options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "add_special_tokens": not begins}
-        if kind != "text":
-            options[kind] = media
-        inputs = self.processor(text=texts, **options).to(self.model.device, self.model.dtype)
+        options = {"return_tensors": "pt", "padding": True, "add_special_tokens": not begins, **media}
+        inputs = self.processor(text=list(texts), **options).to(self.model.device, self.model.dtype)
         length = inputs["input_ids"].shape[1]
+        greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
         try:
             with pruner(self.model) as run:
                 output = self.model.generate(
-                    **inputs,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                    pad_token_id=tokenizer.pad_token_id,
+                    **inputs, **{**greedy, "pad_token_id": tokenizer.pad_token_id, **generation}
                 )
         except torch.OutOfMemoryError as error:
             raise ConfigError(
