@@ -134,10 +134,16 @@ def test_broken_base64_image_names_the_row(data: Path) -> None:
         list(get_benchmark("mmbench").records(data))
 
 
-def test_label_folder_with_a_stranger(data: Path) -> None:
+def test_strangers_beside_the_data_do_not_matter(data: Path) -> None:
     (data / EVAL / "pope/coco/.DS_Store").write_text("")
-    with pytest.raises(DataError, match=r"\.DS_Store"):
-        score_file("pope", data / EVAL / "pope/answers/gold.jsonl", data)
+    assert score_file("pope", data / EVAL / "pope/answers/gold.jsonl", data).complete
+
+
+def test_mme_question_file_with_a_broken_line_names_it(data: Path) -> None:
+    target = data / EVAL / "MME/MME_Benchmark_release_version/color/0001.txt"
+    target.write_text("Is it red? Please answer yes or no. Yes\n")
+    with pytest.raises(DataError, match=r"0001\.txt line 1 has 1 tab-separated"):
+        score_file("mme", data / EVAL / "MME/answers/gold.jsonl", data)
 
 
 def test_test_annotations_without_answers(data: Path) -> None:

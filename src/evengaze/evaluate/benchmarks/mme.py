@@ -92,6 +92,8 @@ class MME(Benchmark):
             for path in sorted((inner if inner.is_dir() else folder).glob("*.txt")):
                 for number, line in enumerate(_lines(path), 1):
                     parts = line.strip().split("\t")
+                    if parts == [""]:
+                        continue
                     if len(parts) != 2:
                         raise DataError(
                             f"{path} line {number} has {len(parts)} tab-separated columns, question and answer were "
