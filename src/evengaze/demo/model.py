@@ -1,0 +1,120 @@
+"""Loads the embedded model and its processor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load as load_safetensors
+
+from evengaze.errors import DataError
+
+FOLDER = Path(__file__).parent / "weights"
+SCALE = ".scale"
+
+
+def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Load the embedded vision-language model; no network, about a second.
+
+    Args:
+        dtype: of the model's parameters; the file holds 8-bit integers.
+
+    Returns:
+        The model, a `LlavaForConditionalGeneration` in evaluation mode, and its processor, a `LlavaProcessor`.
+
+    Raises:
+        DataError: the weights are missing or are not the ones that belong to this release.
+    """
+    return load_model(FOLDER, dtype), load_processor(FOLDER)
+
+
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a model from a folder with `config.json`, `model.safetensors` and `model.safetensors.sha256`.
+
+    Raises:
+        DataError: a file is missing, or the weights do not have the recorded SHA-256.
+    """
+    folder = Path(folder)
+    try:
+        raw = (folder / "model.safetensors").read_bytes()
+        expected = (folder / "model.safetensors.sha256").read_text(encoding="utf-8").split()[0]
+        config = transformers.LlavaConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except OSError as error:
+        raise DataError(f"the embedded model is incomplete: {error}") from error
+    found = hashlib.sha256(raw).hexdigest()
+    if found != expected:
+        raise DataError(
+            f"{folder / 'model.safetensors'} is damaged or not the file of this release: its SHA-256 is {found}, "
+            f"expected {expected}; reinstall evengaze"
+        )
+    with torch.device("meta"):
+        model = transformers.LlavaForConditionalGeneration(config)
+    weights = dequantise(load_safetensors(raw), dtype)
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise DataError(f"the weights do not fit the model: missing {missing}, unexpected {unexpected}")
+    _restore_buffers(model)
+    model.generation_config = transformers.GenerationConfig(
+        bos_token_id=config.text_config.bos_token_id,
+        eos_token_id=config.text_config.eos_token_id,
+        pad_token_id=config.text_config.pad_token_id,
+        do_sample=False,
+        max_new_tokens=8,
+    )
+    return model.eval()
+
+
+def load_processor(folder: str | Path) -> Any:
+    """Load the processor of a folder with its two configuration files and the tokenizer's.
+
+    The image processor is the one that needs no torchvision.
+    """
+    folder = Path(folder)
+    settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    # Releases before the PIL backend call the same image processor by the plain name.
+    image_processor = getattr(transformers, "LlavaImageProcessorPil", None) or transformers.LlavaImageProcessor
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    more = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+    return transformers.LlavaProcessor(image_processor=image_processor(**settings), tokenizer=tokenizer, **more)
+
+
+def quantise(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Matrices as 8-bit integers with one float16 scale a row (named `<name>.scale`), everything else as float16."""
+    stored: dict[str, torch.Tensor] = {}
+    for name, value in weights.items():
+        if value.ndim < 2:
+            stored[name] = value.half()
+            continue
+        rows = value.float().flatten(1)
+        scale = (rows.abs().amax(1).clamp(min=1e-7) / 127).half()
+        integers = (rows / scale.float()[:, None]).round().clamp(-127, 127)
+        stored[name] = integers.to(torch.int8).view(value.shape)
+        stored[name + SCALE] = scale
+    return stored
+
+
+def dequantise(stored: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Undo `quantise`."""
+    weights = {}
+    for name, value in stored.items():
+        if name.endswith(SCALE):
+            continue
+        scale = stored.get(name + SCALE)
+        if scale is not None:
+            value = value.float() * scale.float().view(-1, *[1] * (value.ndim - 1))
+        weights[name] = value.to(dtype)
+    return weights
+
+
+def _restore_buffers(model: Any) -> None:
+    """Compute the buffers that no file holds, because the model was made without memory of its own."""
+    vision = model.model.vision_tower
+    embeddings = getattr(vision, "vision_model", vision).embeddings
+    embeddings.position_ids = torch.arange(embeddings.num_positions).expand((1, -1))
+    text = model.model.language_model
+    text.rotary_emb = type(text.rotary_emb)(config=text.config)
