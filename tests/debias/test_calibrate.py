@@ -181,9 +181,9 @@ def test_validation_tells_over_from_under_correction() -> None:
     found = state(stats)
     assert judge(found.measures(1), found.measures(1, after=True)) == "even"
     assert judge(found.measures(1), found.measures(1)) == "under-corrects"
-    low = Measure(0.3, 0.28, 0.32, 0.5, 40)
+    low = Measure(0.3, 0.28, 0.32, 0.5, 40, True)
     assert judge(found.measures(1), {"kept_index": low}) == "over-corrects"
-    even = {"kept_index": Measure(0.5, 0.48, 0.52, 0.5, 40)}
+    even = {"kept_index": Measure(0.5, 0.48, 0.52, 0.5, 40, False)}
     assert judge(even, even) == "no bias"
     assert judge(even, {"kept_index": low}) == "over-corrects"
 

@@ -88,14 +88,31 @@ def tight(found: Observations, tolerance: float, batch_size: int = 1, **options:
 
 
 def to_curve(
-    found: Observations, layer: int, *, family: Family = "auto", fit: Fit | None = None, origin: Origin | None = None
+    found: Observations,
+    layer: int,
+    *,
+    family: Family = "auto",
+    fit: Fit | None = None,
+    origin: Origin | None = None,
+    beside: bool = True,
 ) -> Curve:
-    """The curve of observations: fitted at `layer`, with the trends of all other observed layers beside it."""
+    """The curve of observations.
+
+    Args:
+        found: the observations.
+        layer: where to fit; the first observed layer if it was not observed.
+        family: see `fit_curve`.
+        fit: see `fit_curve`.
+        origin: what is known of the model and data.
+        beside: fit the other observed layers, too, and put their trends into the curve.
+    """
     main = layer if layer in found.layers else next(iter(found.layers), layer)
     stats = found.stats(main)
     fitted = fit_curve(stats.profile(), family=family, fit=fit)
     others: dict[int, Fitted] = {
-        k: fit_curve(v.profile(), family=family, fit=fit, bootstraps=2) for k, v in found.layers.items() if k != main
+        k: fit_curve(v.profile(), family=family, fit=fit, bootstraps=2)
+        for k, v in found.layers.items()
+        if beside and k != main
     }
     filled = replace(
         origin or Origin(),

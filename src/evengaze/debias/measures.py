@@ -32,6 +32,7 @@ class Measure:
         high: upper bound.
         even: mean of what no bias would give.
         samples: number of samples that have the measure.
+        biased: whether the interval of the difference to even, sample by sample, excludes 0.
     """
 
     value: float
@@ -39,11 +40,7 @@ class Measure:
     high: float
     even: float
     samples: int
-
-    @property
-    def biased(self) -> bool:
-        """Whether the interval excludes the unbiased value."""
-        return bool(self.low > self.even or self.high < self.even)
+    biased: bool
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (even {self.even:.3f})"
@@ -91,18 +88,26 @@ def sample_measures(
 
 
 def summarise(samples: Sequence[Mapping[str, tuple[float, float]]], level: float = LEVEL) -> dict[str, Measure]:
-    """Means over samples, with Student intervals of the difference from even (moved to the mean)."""
+    """Means over samples with Student intervals."""
     result = {}
     for name in NAMES:
         pairs = np.array([s[name] for s in samples if name in s], dtype=np.float64).reshape(-1, 2)
         if not len(pairs):
             continue
         value, even = pairs.mean(0)
-        half = float("nan")
+        half = gap = float("nan")
         if len(pairs) > 1:
-            spread = (pairs[:, 0] - pairs[:, 1]).std(ddof=1)
-            half = student(level, len(pairs) - 1) * float(spread) / np.sqrt(len(pairs))
-        result[name] = Measure(float(value), float(value - half), float(value + half), float(even), len(pairs))
+            factor = student(level, len(pairs) - 1) / np.sqrt(len(pairs))
+            half = float(factor * pairs[:, 0].std(ddof=1))
+            gap = float(factor * (pairs[:, 0] - pairs[:, 1]).std(ddof=1))
+        result[name] = Measure(
+            float(value),
+            float(value - half),
+            float(value + half),
+            float(even),
+            len(pairs),
+            bool(abs(value - even) > gap),
+        )
     return result
 
 
@@ -131,7 +136,9 @@ def padding_ratio(content: Profile, padding: Profile, level: float = LEVEL) -> M
     half = float("nan")
     if len(parts) > 1:
         half = student(level, len(parts) - 1) * float(np.sqrt(len(parts) - 1) * np.std(parts))
-    return Measure(whole, whole * float(np.exp(-half)), whole * float(np.exp(half)), 1.0, content.samples)
+    biased = abs(np.log(whole)) > half if whole > 0 else False
+    low, high = (whole * float(np.exp(sign * half)) for sign in (-1, 1))
+    return Measure(whole, low, high, 1.0, content.samples, bool(biased))
 
 
 def _ratio(content: Profile, padding: Profile, weight: Array) -> float | None:

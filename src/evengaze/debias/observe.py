@@ -127,7 +127,7 @@ def observe(
     *,
     layers: Sequence[int] | Literal["all"] | None = None,
     target: Literal["attention", "frequency"] = "attention",
-    debias: Debias | None = None,
+    debias: Debias | Mapping[int, Debias] | None = None,
     batch_size: int = 4,
     encode: Encode | None = None,
     state: Observations | None = None,
@@ -144,7 +144,7 @@ def observe(
         method: the method whose scores are collected; its own debiasing is not applied.
         layers: 0-based layers whose attention is ranked by; the method's own first one if None.
         target: "attention" averages the scores, "frequency" how often the method would keep each token.
-        debias: measure the ranking with this, too.
+        debias: measure the ranking with this, too; one for all layers or one for each.
         batch_size: samples a forward call.
         encode: from the processor and a batch to the model's inputs; `processor(images, text)` if None.
         state: go on from here; the samples must be the same ones and start from the first.
@@ -168,9 +168,10 @@ def observe(
     done = state
 
     def sink(number: int, view: View, score: Tensor) -> None:
+        one = debias.get(chosen[number]) if isinstance(debias, Mapping) else debias
         stats = done.layers.setdefault(chosen[number], LayerStats(view.tokens.images[0].grid))
         budget = min(len(view), resolve_keep(plain.budget(0, len(view), view.original), view.original))
-        stats.add(done.samples + view.row, view.tokens, score, budget, target=target, debias=debias)
+        stats.add(done.samples + view.row, view.tokens, score, budget, target=target, debias=one)
 
     rest = iter(samples)
     for expected in done.digests:
