@@ -62,7 +62,7 @@ def plot_comparison(
     canvas = Canvas.of(first.trace.layout.rows[row].to("cpu"), image, picture)
     panels: list[list[Panel | None]] = []
     for line in range(len(runs[0])):
-        lead = Panel(canvas, "as the model saw it", _short(f"all tokens: {dense}") if dense else "")
+        lead = Panel(canvas, "as the model saw it", _short(f"all tokens: {dense!r}") if dense else "")
         cells: list[Panel | None] = [lead if line == 0 else None]
         for column in runs:
             run = column[line]
@@ -77,7 +77,7 @@ def _panel(canvas: Canvas, run: Compared, row: int, stage: int) -> Panel:
     decision = run.trace.stages[stage].rows[row]
     kept = decision.kept.cpu()
     recycled = None if decision.recycled is None else decision.recycled.cpu()
-    detail = canvas.describe(kept) + (f": {run.answer}" if run.answer else "")
+    detail = canvas.describe(kept) + (f": {run.answer!r}" if run.answer else "")
     return Panel(canvas, run.label, _short(detail), kept, recycled)
 
 

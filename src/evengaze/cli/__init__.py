@@ -1,0 +1,81 @@
+"""The command line. Importing it must stay cheap: commands import torch when they run, not before."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated
+
+import typer
+
+from evengaze.errors import EvengazeError
+
+__all__ = ["ERROR", "build", "main"]
+
+ERROR = 2
+"""Exit status of a command that ended with an error of ours."""
+
+_COMMANDS = ("demo", "run", "calibrate", "evaluate", "profile", "doctor")
+_LISTING = ("listing", "score")
+"""Modules that add a command to `evengaze list` as well."""
+
+
+def build() -> typer.Typer:
+    """The app with all commands; every module in this package has a `register`."""
+    app = typer.Typer(
+        name="evengaze",
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    listing = typer.Typer(no_args_is_help=True)
+    for name in _COMMANDS:
+        if find_spec(f"evengaze.cli.{name}") is None:
+            continue
+        import_module(f"evengaze.cli.{name}").register(app)
+    for name in _LISTING:
+        import_module(f"evengaze.cli.{name}").register(app, listing)
+    app.add_typer(listing, name="list", help="List methods, models, presets and benchmarks.")
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; an `EvengazeError` becomes one red line and exit status 2."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [a for a in given if a != "--debug"]
+    _quiet()
+    try:
+        build()(given, prog_name="evengaze")
+    except EvengazeError as error:
+        if debug:
+            raise
+        text = f"Error: {' '.join(str(error).split())}"
+        typer.secho(text, fg=typer.colors.RED, bold=True, err=True)
+        sys.exit(ERROR)
+
+
+def _quiet() -> None:
+    """Keep advice of other libraries out of the output, unless the user has asked for it."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from evengaze import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; works anywhere.")] = False,
+) -> None:
+    """Drop most of a vision-language model's image tokens, chosen without position and padding bias."""
