@@ -184,7 +184,11 @@ def mme(report: Report, data: Path, entry: Any) -> None:
         report.check(f"mme {text!r}", read_label(f"{text}\n"), label)
     for name, item in entry["scores"].items():
         answers = answers_of(data, "MME", name)
-        texts = benchmark.convert(benchmark.read_answers(answers), data)
+        try:
+            texts = benchmark.convert(benchmark.read_answers(answers), data)
+        except OfficialError as error:
+            report.check(f"mme {name} converter error", error.official, item.get("error"))
+            continue
         recorded = {p.stem: p.read_bytes().decode("utf-8") for p in sorted((data / item["converted"]).glob("*.txt"))}
         report.check(f"mme {name} converted", texts, recorded)
         score, error = outcome(benchmark, answers, data)

@@ -158,6 +158,9 @@ def test_mmbench_scores_its_own_submission_without_the_table(golden: Path, tmp_p
     score_file("mmbench_cn", answers, golden, submission=out)
     assert score_file("mmbench_cn", out, tmp_path).value == wanted.value
     assert score_file("mmbench_cn", out, golden).value == wanted.value
+    upload = tmp_path / "mmbench_cn/answers_upload/mmbench_dev_cn_20231003/run.xlsx"
+    score_file("mmbench_cn", answers, golden, submission=upload)
+    assert score_file("mmbench_cn", answers, tmp_path).value == wanted.value
     (tmp_path / "bad.xlsx").write_text("no spreadsheet")
     with pytest.raises(DataError, match=r"bad\.xlsx is not a readable xlsx"):
         score_file("mmbench_cn", tmp_path / "bad.xlsx", tmp_path)

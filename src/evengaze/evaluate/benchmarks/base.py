@@ -81,7 +81,7 @@ class Benchmark(ABC):
         """
         if not data.is_dir():
             raise DataError(f"{data} is not a directory. Give --data the folder that holds {self.location}.")
-        above = ("eval/GPT_Zero_Shot_QA", "GPT_Zero_Shot_QA", "") if self.layout == "video-llava" else _LLAVA_ROOTS
+        above = ("eval/GPT_Zero_Shot_QA", "GPT_Zero_Shot_QA", "") if self.layout == "video-llava" else LLAVA_ROOTS
         candidates = [data / part / folder for part in above for folder in self.folders]
         marks = [item.path for item in self.files if item.kind == "file" and item.needed != "optional"]
         for candidate in [*candidates, data]:
@@ -322,7 +322,7 @@ class Benchmark(ABC):
         raise ConfigError(f"{self.name} has no submission format: its predictions are scored from the answer file.")
 
 
-_LLAVA_ROOTS = ("playground/data/eval", "data/eval", "eval", "")
+LLAVA_ROOTS = ("playground/data/eval", "data/eval", "eval", "")
 
 
 def _some(items: Sequence[str], limit: int = 5) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from evengaze.errors import ConfigError, DataError
-from evengaze.evaluate.benchmarks.base import Benchmark, number_repeats
+from evengaze.evaluate.benchmarks.base import LLAVA_ROOTS, Benchmark, number_repeats
 from evengaze.evaluate.benchmarks.types import DataFile, Mode, Problems, Record, Score, ScoreOptions
 from evengaze.evaluate.benchmarks.xlsx import read_xlsx, write_xlsx
 from evengaze.evaluate.files import Answer, Lines, read_bytes
@@ -68,6 +68,10 @@ def read_tsv(path: Path, hint: str = "") -> list[Row]:
     if not rows:
         raise DataError(f"{path} has no rows. {hint}")
     return rows
+
+
+def _uploads(folder: Path) -> list[Path]:
+    return sorted(folder.glob("answers_upload/*/*.xlsx"))
 
 
 def is_none(value: str | None) -> bool:
@@ -177,20 +181,28 @@ class MMBench(Benchmark):
         return Lines(answers, tuple(found))
 
     def _truth(self, answers: Lines, data: Path) -> dict[int, Row]:
-        """Return the table's rows; a submission xlsx carries them itself when the table is not there."""
+        """Return the rows of the table; without it those of a submission xlsx, which carries the answers as well."""
         try:
             rows = self._rows(data)
         except DataError:
-            if answers.path.suffix.lower() != ".xlsx":
+            sheet = self._submitted(answers, data)
+            if sheet is None:
                 raise
-            cells = read_xlsx(answers.path, ("index", "answer", "A", "B"))
+            cells = read_xlsx(sheet, ("index", "answer", "A", "B"))
             rows = {int(row["index"]): {k: None if v is None else str(v) for k, v in row.items()} for row in cells}
         if any(row.get("answer") is None for row in rows.values()):
             raise DataError(
-                f"{self.path(data, self.table)} has rows without an answer: it is not the dev table. Test answers are "
+                f"{self.table} below {data} has rows without an answer: it is not the dev table. Test answers are "
                 f"scored at {self.server}. {self.source(self.table)}"
             )
         return rows
+
+    def _submitted(self, answers: Lines, data: Path) -> Path | None:
+        """Find a submission xlsx: the predictions themselves, or one where LLaVA's converter puts them."""
+        if answers.path.suffix.lower() == ".xlsx":
+            return answers.path
+        found = (path for root in LLAVA_ROOTS for folder in self.folders for path in _uploads(data / root / folder))
+        return next((path for path in found if path.parent.name == Path(self.table).stem), None)
 
     def score_default(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
         """Score the questions whose every rotation has a prediction."""
