@@ -1,0 +1,276 @@
+"""Stages 3 and 4: the projector learns to speak the word embeddings' language, then everything is tuned together."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from evengaze.demo.scenes import COLORS, GRID, KINDS, POSITIONS, Question, Scene, ask
+
+from . import data, language, vision
+
+TOKENS = GRID**2
+QUESTIONS = {"color": 2, "shape": 2, "digit": 2, "exists": 3, "count": 1, "position": 2}  # at most, per image
+WEIGHTS = {"color": 1.0, "shape": 1.0, "digit": 1.2, "exists": 1.0, "count": 1.0, "position": 1.5}
+END_WEIGHT = 0.2  # the end-of-answer token is learnt in no time
+KEPT_TOKENS = 72  # visual tokens fed in the first part of the tuning, for speed
+KEPT_THING = 0.85  # probability that a patch that shows something is among them
+FIRST_PART = 0.65
+
+
+def make_model(work: Path, seed: int) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast]:
+    """A LLaVA from the trained tower, a fresh projector and the truncated language model."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
+    text = torch.load(work / "language.pt", weights_only=True)
+    config = LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **vision.CONFIG},
+        text_config={"model_type": "llama", **text["config"]},
+        image_token_index=tokenizer.convert_tokens_to_ids(language.IMAGE_TOKEN),
+        image_seq_length=TOKENS,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(config)
+    tower = torch.load(work / "vision.pt", weights_only=True)["model"]
+    model.model.vision_tower.load_state_dict({k[2:]: v for k, v in tower.items() if k.startswith("0.")})
+    model.model.language_model.load_state_dict(text["weights"])
+    projector, words = model.model.multi_modal_projector, text["weights"]["embed_tokens.weight"]
+    for layer, size in ((projector.linear_1, 1.0), (projector.linear_2, float(words.std()))):
+        nn.init.normal_(layer.weight, std=size * layer.in_features**-0.5)
+        nn.init.zeros_(layer.bias)
+    model.tie_weights()
+    vision.speed_up(model.model.vision_tower)
+    model.model.language_model.set_attn_implementation("eager")  # its backward pass is the faster one on a CPU
+    return model, tokenizer
+
+
+class Alignment(nn.Module):
+    """Draws a patch's projection towards the word embeddings of what it shows.
+
+    A patch that shows a thing should look like the words for its colour and kind and, at half weight, for where the
+    thing is; background like a line break, at a low weight. Padding is left alone.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, width: int):
+        super().__init__()
+        self.heads = vision.PatchHeads(width)
+        self.kinds, self.colors, self.positions = (
+            [tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in words]
+            for words in (KINDS, COLORS, POSITIONS)
+        )
+        self.newline = tokenizer.encode("\n", add_special_tokens=False)[0]
+
+    def forward(self, projected: torch.Tensor, words: torch.Tensor, labels: data.Labels) -> torch.Tensor:
+        shown = labels.on_thing
+        words = words.detach().float()
+        target = words[self.kinds][labels.kind[shown] - 1] + words[self.colors][labels.color[shown] - 1]
+        position = labels.position[shown]
+        known = (position >= 0)[:, None] * 0.5
+        target = (target + known * words[self.positions][position.clamp(min=0)]) / (2 + known)
+        scale = words.var()
+        on_thing = (projected[shown].float() - target).square().mean() / scale
+        background = projected[labels.kind == data.BACKGROUND].float()
+        on_background = (background - words[self.newline]).square().mean() / scale
+        return on_thing + 0.15 * on_background + self.heads.loss(projected, labels)
+
+
+def questions_of(scene: Scene, *seed: int) -> list[Question]:
+    """Some of the scene's questions, of every type."""
+    chosen: list[Question] = []
+    for question in ask(scene, *seed):
+        if sum(other.type == question.type for other in chosen) < QUESTIONS[question.type]:
+            chosen.append(question)
+    return chosen
+
+
+def keep_some(labels: data.Labels, random: np.random.RandomState) -> torch.Tensor:
+    """Indices of the visual tokens to feed, ascending, shape (batch, `KEPT_TOKENS`)."""
+    shown = labels.on_thing.numpy()
+    priority = random.random_sample(shown.shape) + (shown & (random.random_sample(shown.shape) < KEPT_THING))
+    return torch.from_numpy(np.sort(np.argsort(-priority, axis=1)[:, :KEPT_TOKENS], axis=1))
+
+
+class Packer:
+    """Packs many questions behind one image so that none sees another, each at its own true position."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+        self.prefix = self.encode(language.PREFIX)
+        self.pad = tokenizer.pad_token_id
+
+    def __call__(self, batch: list[list[Question]], kept: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Pack.
+
+        Args:
+            batch: the questions of each image.
+            kept: ascending raster indices of the visual tokens that are fed, shape (images, n).
+
+        Returns:
+            input_ids of the text (images, s) with the visual tokens' places padded, position_ids (images, s), mask
+            (images, 1, s, s), and for every supervised token rows, columns (of the state that predicts it), targets and
+            weights.
+        """
+        head = len(self.prefix) + kept.shape[1]
+        first = len(self.prefix) + TOKENS
+        rows = []
+        for questions in batch:
+            ids, positions, segments, supervised = [], [], [], []
+            for number, question in enumerate(questions, start=1):
+                asked, answer = (
+                    self.encode(language.prompt(question.text)),
+                    self.encode(f" {question.answer}<|im_end|>"),
+                )
+                start = head + len(ids) + len(asked) - 1
+                weight = WEIGHTS[question.type]
+                supervised += [(start, answer[0], weight), (start + 1, answer[1], weight * END_WEIGHT)]
+                segment = asked + answer[:-1]
+                ids += segment
+                positions += range(first, first + len(segment))
+                segments += [number] * len(segment)
+            rows.append((ids, positions, segments, supervised))
+        length = head + max(len(row[0]) for row in rows)
+        input_ids = torch.full((len(rows), length), self.pad)
+        input_ids[:, : len(self.prefix)] = torch.tensor(self.prefix)
+        position_ids = torch.zeros(len(rows), length, dtype=torch.long)
+        position_ids[:, : len(self.prefix)] = torch.arange(len(self.prefix))
+        position_ids[:, len(self.prefix) : head] = len(self.prefix) + kept
+        segment_ids = torch.full((len(rows), length), -1)
+        segment_ids[:, :head] = 0
+        for row, (ids, positions, segments, _) in enumerate(rows):
+            input_ids[row, head : head + len(ids)] = torch.tensor(ids)
+            position_ids[row, head : head + len(ids)] = torch.tensor(positions)
+            segment_ids[row, head : head + len(ids)] = torch.tensor(segments)
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        seen = causal & (same | (segment_ids[:, None, :] == 0))
+        mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.bfloat16).min)
+        where = [(row, *entry) for row, parts in enumerate(rows) for entry in parts[3]]
+        row_index, column, target, weight = zip(*where, strict=True)
+        return {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "mask": mask[:, None],
+            "rows": torch.tensor(row_index),
+            "columns": torch.tensor(column),
+            "targets": torch.tensor(target),
+            "weights": torch.tensor(weight),
+        }
+
+
+def logits_of(
+    model: LlavaForConditionalGeneration,
+    visual: torch.Tensor,
+    kept: torch.Tensor,
+    packed: dict[str, torch.Tensor],
+    prefix: int,
+) -> torch.Tensor:
+    """Logits at the supervised places, from all projected visual tokens and the indices of those to feed."""
+    chosen = visual.gather(1, kept[..., None].expand(-1, -1, visual.shape[-1]))
+    text = model.get_input_embeddings()(packed["input_ids"]).to(visual.dtype)
+    embeddings = torch.cat([text[:, :prefix], chosen, text[:, prefix + kept.shape[1] :]], 1)
+    hidden = model.model.language_model(
+        inputs_embeds=embeddings, attention_mask=packed["mask"], position_ids=packed["position_ids"], use_cache=False
+    ).last_hidden_state
+    return model.lm_head(hidden[packed["rows"], packed["columns"]]).float()
+
+
+def align(args: argparse.Namespace) -> None:
+    """Stage 3: train the projector alone; writes `aligned.pt`."""
+    work = Path(args.work)
+    model, tokenizer = make_model(work, args.seed)
+    alignment = Alignment(tokenizer, model.config.text_config.hidden_size)
+    projector, tower = model.model.multi_modal_projector, model.model.vision_tower
+    parameters = [*projector.parameters(), *alignment.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.rate, weight_decay=0.0, fused=True)
+    for step in range(args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = args.rate * vision.cosine(step, args.steps, 20)
+        batch = data.scenes(*[(data.TRAIN, 1, args.seed, step * args.batch + row) for row in range(args.batch)])
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                features = tower(data.pixel_values(batch)).last_hidden_state[:, 1:]
+            loss = alignment(projector(features), model.get_input_embeddings().weight, data.labels(batch))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 10 == 0 or step + 1 == args.steps:
+            print(f"step {step} loss {loss.item():.3f}", flush=True)
+    torch.save({"projector": projector.state_dict(), "alignment": alignment.state_dict()}, work / "aligned.pt")
+
+
+def tune(args: argparse.Namespace) -> None:
+    """Stage 4: train everything on questions; resumes from `joint.pt`, which it leaves in `args.work`."""
+    work = Path(args.work)
+    model, tokenizer = make_model(work, args.seed)
+    heads = vision.PatchHeads(vision.CONFIG["hidden_size"])
+    alignment = Alignment(tokenizer, model.config.text_config.hidden_size)
+    saved = torch.load(work / "aligned.pt", weights_only=True)
+    model.model.multi_modal_projector.load_state_dict(saved["projector"])
+    alignment.load_state_dict(saved["alignment"])
+    tower = torch.load(work / "vision.pt", weights_only=True)["model"]
+    heads.load_state_dict({k[2:]: v for k, v in tower.items() if k.startswith("1.")})
+    everything = nn.ModuleList([model, heads, alignment])
+    inner = model.model
+    rates = [
+        (inner.language_model, args.rate),
+        (inner.multi_modal_projector, 5e-4),
+        (inner.vision_tower, 2e-4),
+        (heads, 5e-4),
+        (alignment, 5e-4),
+    ]
+    groups = [{"params": list(module.parameters()), "lr": rate, "rate": rate} for module, rate in rates]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
+    path, first = work / "joint.pt", 0
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        everything.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first = saved["step"]
+    packer = Packer(tokenizer)
+    start, right, asked = time.monotonic(), dict.fromkeys(WEIGHTS, 0), dict.fromkeys(WEIGHTS, 0)
+    for step in range(first, args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * vision.trapezoid(step, args.steps, 30)
+        seeds = [(data.TRAIN, 2, args.seed, step * args.batch + row) for row in range(args.batch)]
+        batch = data.scenes(*seeds)
+        labels = data.labels(batch)
+        questions = [questions_of(scene, *seed) for scene, seed in zip(batch, seeds, strict=True)]
+        kept = torch.arange(TOKENS).expand(len(batch), -1)
+        if step < FIRST_PART * args.steps:
+            kept = keep_some(labels, np.random.RandomState([data.TRAIN, 3, args.seed, step]))
+        packed = packer(questions, kept)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = inner.vision_tower(data.pixel_values(batch)).last_hidden_state[:, 1:]
+            visual = inner.multi_modal_projector(features)
+            logits = logits_of(model, visual, kept, packed, len(packer.prefix))
+            answers = F.cross_entropy(logits, packed["targets"], reduction="none")
+            loss = (answers * packed["weights"]).sum() / packed["weights"].sum()
+            total = loss + 0.3 * heads.loss(features, labels)
+            total = total + 0.1 * alignment(visual, model.get_input_embeddings().weight, labels)
+        optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(everything.parameters(), 1.0)
+        optimizer.step()
+        hits = (logits.argmax(-1) == packed["targets"])[::2].tolist()
+        for question, hit in zip((one for some in questions for one in some), hits, strict=True):
+            right[question.type] += hit
+            asked[question.type] += 1
+        if (step + 1) % 20 == 0 or step == first:
+            scores = ", ".join(f"{name} {right[name] / max(asked[name], 1):.2f}" for name in right)
+            pace = (time.monotonic() - start) / (step - first + 1)
+            print(
+                f"step {step + 1} loss {loss.item():.3f} total {total.item():.3f} {pace:.2f} s/step; {scores}",
+                flush=True,
+            )
+            right, asked = dict.fromkeys(WEIGHTS, 0), dict.fromkeys(WEIGHTS, 0)
+        if (step + 1) % 100 == 0 or step + 1 == args.steps:
+            torch.save({"model": everything.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, path)
