@@ -277,3 +277,14 @@ def test_full_disk_is_a_clear_error() -> None:
 def test_a_benchmark_without_server_has_no_submission(golden: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no submission format"):
         score_file("textvqa", golden / EVAL / "textvqa/answers/gold.jsonl", golden, submission=tmp_path / "out.json")
+
+
+def test_gqa_predictions_without_a_balanced_question(data: Path, tmp_path: Path) -> None:
+    target = data / EVAL / "gqa/data/testdev_balanced_questions.json"
+    content = json.loads(target.read_text())
+    for question in content.values():
+        question["isBalanced"] = False
+    target.write_text(json.dumps(content))
+    answers = next((data / EVAL / "gqa/answers").rglob("gold/merge.jsonl"))
+    with pytest.raises(DataError, match="no balanced question"):
+        score_file("gqa", answers, data)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from evengaze.errors import DataError
 from evengaze.evaluate.benchmarks.base import Benchmark, clean_or_stop, question_rows, write_text
 from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, OfficialError, Record, Score, ScoreOptions
 from evengaze.evaluate.files import Lines, read_json
@@ -56,6 +57,8 @@ class GQA(Benchmark):
         if not options.consistency:
             joined.problems.missing = [key for key in joined.problems.missing if questions[key]["isBalanced"]]
         predictions = {key: gqa.clean_prediction(answer["text"]) for key, answer in joined.by_key.items()}
+        if not any(questions[key]["isBalanced"] for key in predictions):
+            raise DataError(f"{answers.path} answers no balanced question of {self.path(data, ANNOTATIONS)}.")
         score = self._score(questions, predictions, choices, options)
         score.problems = joined.problems
         if choices is None:
