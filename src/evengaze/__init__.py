@@ -35,11 +35,35 @@ _EXPORTS = {
     "Merge": "evengaze.methods",
     "parse": "evengaze.methods",
     "FastV": "evengaze.methods.fastv",
+    "PyramidDrop": "evengaze.methods.pyramiddrop",
+    "SparseVLM": "evengaze.methods.sparsevlm",
+    "HiMAP": "evengaze.methods.himap",
+    "TokenCarve": "evengaze.methods.tokencarve",
+    "ILLaVA": "evengaze.methods.illava",
+    "VisionZip": "evengaze.methods.visionzip",
+    "DivPrune": "evengaze.methods.divprune",
+    "ToMe": "evengaze.methods.tome",
+    "Dense": "evengaze.methods.baselines",
+    "Random": "evengaze.methods.baselines",
+    "Uniform": "evengaze.methods.baselines",
+    "Pool": "evengaze.methods.baselines",
+    "PyramidDrop": "evengaze.methods.pyramiddrop",
+    "SparseVLM": "evengaze.methods.sparsevlm",
+    "HiMAP": "evengaze.methods.himap",
+    "TokenCarve": "evengaze.methods.tokencarve",
+    "ILLaVA": "evengaze.methods.illava",
+    "Random": "evengaze.methods.baselines",
+    "Uniform": "evengaze.methods.baselines",
+    "Pool": "evengaze.methods.baselines",
+    "Dense": "evengaze.methods.baselines",
+    "DivPrune": "evengaze.methods.divprune",
+    "VisionZip": "evengaze.methods.visionzip",
+    "ToMe": "evengaze.methods.tome",
     "llava_processor": "evengaze.models",
 }
 _MODULES = ("demo", "errors", "methods", "models", "testing")
 
-__all__ = [*_EXPORTS, *_MODULES, "__version__"]  # noqa: PLE0604
+__all__ = [*_EXPORTS, *_MODULES, "__version__"]
 
 if TYPE_CHECKING:
     from evengaze import demo, errors, methods, models, testing
@@ -47,7 +71,25 @@ if TYPE_CHECKING:
     from evengaze.engine import Handle, attach
     from evengaze.layout import ImageInfo, VisualLayout, VisualTokens
     from evengaze.methods import Merge, Pruner, Selection, Stage, View, parse
+    from evengaze.methods.baselines import Dense, Pool, Random, Uniform
+    from evengaze.methods.divprune import DivPrune
+    from evengaze.methods.baselines import Dense, Pool, Random, Uniform
+    from evengaze.methods.divprune import DivPrune
     from evengaze.methods.fastv import FastV
+    from evengaze.methods.himap import HiMAP
+    from evengaze.methods.illava import ILLaVA
+    from evengaze.methods.pyramiddrop import PyramidDrop
+    from evengaze.methods.sparsevlm import SparseVLM
+    from evengaze.methods.tokencarve import TokenCarve
+    from evengaze.methods.tome import ToMe
+    from evengaze.methods.visionzip import VisionZip
+    from evengaze.methods.himap import HiMAP
+    from evengaze.methods.illava import ILLaVA
+    from evengaze.methods.pyramiddrop import PyramidDrop
+    from evengaze.methods.sparsevlm import SparseVLM
+    from evengaze.methods.tokencarve import TokenCarve
+    from evengaze.methods.tome import ToMe
+    from evengaze.methods.visionzip import VisionZip
     from evengaze.models import llava_processor
     from evengaze.schedule import Schedule, solve_for_budget
     from evengaze.trace import Trace
