@@ -47,18 +47,6 @@ _EXPORTS = {
     "Random": "evengaze.methods.baselines",
     "Uniform": "evengaze.methods.baselines",
     "Pool": "evengaze.methods.baselines",
-    "PyramidDrop": "evengaze.methods.pyramiddrop",
-    "SparseVLM": "evengaze.methods.sparsevlm",
-    "HiMAP": "evengaze.methods.himap",
-    "TokenCarve": "evengaze.methods.tokencarve",
-    "ILLaVA": "evengaze.methods.illava",
-    "Random": "evengaze.methods.baselines",
-    "Uniform": "evengaze.methods.baselines",
-    "Pool": "evengaze.methods.baselines",
-    "Dense": "evengaze.methods.baselines",
-    "DivPrune": "evengaze.methods.divprune",
-    "VisionZip": "evengaze.methods.visionzip",
-    "ToMe": "evengaze.methods.tome",
     "llava_processor": "evengaze.models",
 }
 _MODULES = ("demo", "errors", "methods", "models", "testing")
@@ -73,16 +61,7 @@ if TYPE_CHECKING:
     from evengaze.methods import Merge, Pruner, Selection, Stage, View, parse
     from evengaze.methods.baselines import Dense, Pool, Random, Uniform
     from evengaze.methods.divprune import DivPrune
-    from evengaze.methods.baselines import Dense, Pool, Random, Uniform
-    from evengaze.methods.divprune import DivPrune
     from evengaze.methods.fastv import FastV
-    from evengaze.methods.himap import HiMAP
-    from evengaze.methods.illava import ILLaVA
-    from evengaze.methods.pyramiddrop import PyramidDrop
-    from evengaze.methods.sparsevlm import SparseVLM
-    from evengaze.methods.tokencarve import TokenCarve
-    from evengaze.methods.tome import ToMe
-    from evengaze.methods.visionzip import VisionZip
     from evengaze.methods.himap import HiMAP
     from evengaze.methods.illava import ILLaVA
     from evengaze.methods.pyramiddrop import PyramidDrop
