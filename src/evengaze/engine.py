@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from evengaze import cache as kv
 from evengaze.attention import attention_module, hidden_attention, implementation_of, probe, tap, untap
+from evengaze.debias.curve import architecture_of
 from evengaze.errors import AttachError, ConfigError, LayoutError, NothingPrunedError, UnsupportedModelError
 from evengaze.layout import VisualLayout
 from evengaze.methods.base import Pruner, Stage
@@ -91,6 +92,7 @@ class Handle:
         self._refuse_second()
         stages = list(pruner.stages(len(self._layers)))
         self._check(stages)
+        self._check_curve(stages)
         self._stages = {stage.layer: (number, stage) for number, stage in enumerate(stages)}
         self._taps = {s.layer - 1 for s in stages if s.attention == "previous"}
         self._rotary = Rotary()
@@ -157,6 +159,13 @@ class Handle:
                 )
             if stage.attention is not None:
                 implementation_of(attention_module(self._layers[stage.layer - (stage.attention == "previous")]))
+
+    def _check_curve(self, stages: Sequence[Stage]) -> None:
+        """Warn if the trend was calibrated for another model, method or layer."""
+        if self.pruner.debias is not None and stages:
+            read = stages[0].layer - (stages[0].attention == "previous")
+            architecture = architecture_of(self.model.config)
+            self.pruner.debias.check(architecture=architecture, method=self.pruner.name, layer=read)
 
     def _install(self) -> None:
         keep = self._undo.append

@@ -39,7 +39,7 @@ class Norm(Pruner):
 
     def score(self, view: View) -> Tensor:
         """One number a token, larger means keep; `view.attention(view.last)` would be FastV's."""
-        return view.features.float().norm(dim=-1)
+        return view.features.float().square().sum(-1)
 
     def budget(self, stage: int, current: int, original: int) -> int:
         """How many of `current` tokens stay, of `original` at the start."""
