@@ -88,7 +88,5 @@ def last_row_attention(model: Any, layer: int, inputs: dict[str, Tensor]) -> Ten
 def generate(model: Any, inputs: dict[str, Tensor], steps: int = 6, **options: Any) -> tuple[Tensor, Tensor, Any]:
     """Greedy tokens (B, steps), logits (B, steps, V) and the cache."""
     options = {"do_sample": False, **options}
-    out = model.generate(
-        **inputs, max_new_tokens=steps, output_logits=True, return_dict_in_generate=True, **options
-    )
+    out = model.generate(**inputs, max_new_tokens=steps, output_logits=True, return_dict_in_generate=True, **options)
     return out.sequences[:, -steps:], torch.stack(out.logits, 1), out.past_key_values
