@@ -60,7 +60,7 @@ def test_score_writes_submission_and_result(golden: Path, tmp_path: Path) -> Non
 def test_list_benchmarks(golden: Path, tmp_path: Path) -> None:
     code, out, _ = call("list", "benchmarks", "--data", golden, "--json")
     items = {item["name"]: item for item in json.loads(out)}
-    assert code == 0 and len(items) == 15 and items["gqa"]["can_run"] and items["gqa"]["missing"] == []
+    assert code == 0 and len(items) == 16 and items["gqa"]["can_run"] and items["gqa"]["missing"] == []
     assert items["vqav2_val"]["missing"] and items["msvd_qa"]["missing_media"] == 1
     code, out, _ = call("list", "benchmarks")
     assert code == 0 and "textvqa" in out and "TextVQA_0.5.1_val.json" in out

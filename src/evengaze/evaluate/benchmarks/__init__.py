@@ -12,6 +12,7 @@ from evengaze.evaluate.benchmarks.mmvet import MMVet
 from evengaze.evaluate.benchmarks.msrvtt_qa import MSRVTTQA
 from evengaze.evaluate.benchmarks.msvd_qa import MSVDQA
 from evengaze.evaluate.benchmarks.pope import POPE
+from evengaze.evaluate.benchmarks.questions import Questions
 from evengaze.evaluate.benchmarks.scienceqa import ScienceQA
 from evengaze.evaluate.benchmarks.textvqa import TextVQA
 from evengaze.evaluate.benchmarks.tgif_qa import TGIFQA
@@ -49,6 +50,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         TGIFQA(),
         MSVDQA(),
         MSRVTTQA(),
+        Questions(),
     )
 }
 

@@ -1,0 +1,93 @@
+"""One's own questions, and those of the embedded model: pictures, questions and answers in one folder."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from evengaze.errors import DataError
+from evengaze.evaluate.benchmarks.base import Benchmark, question_rows
+from evengaze.evaluate.benchmarks.types import DataFile, Record, Score, ScoreOptions
+from evengaze.evaluate.files import Lines, read_jsonl, require_clean
+from evengaze.evaluate.metrics.normalize import evalai_normalize
+
+QUESTIONS, ANSWERS, IMAGES = "questions.jsonl", "answers.jsonl", "images"
+_SOURCE = "your own data; `evengaze.demo.write_dataset(DIR)` writes the embedded model's"
+
+
+class Questions(Benchmark):
+    """Any questions with known short answers: the share whose normalised answer is one of the accepted ones.
+
+    ``questions.jsonl`` is a question file in LLaVA's format; ``answers.jsonl`` holds ``{"question_id", "answer"}``,
+    the answer being a string or a list of accepted ones. A ``category`` in the question file gives a breakdown.
+    """
+
+    name = "questions"
+    title = "Questions"
+    split = "all"
+    metric = "accuracy (%)"
+    folders = ("questions",)
+    files = (
+        DataFile(QUESTIONS, _SOURCE),
+        DataFile(ANSWERS, _SOURCE, needed="score"),
+        DataFile(IMAGES, _SOURCE, "dir", needed="run"),
+    )
+
+    def records(self, data: Path) -> Iterator[Record]:
+        """Yield the questions of the question file; one without an image is a text-only question."""
+        images = self.path(data, IMAGES)
+        for key, row in question_rows(self, data, QUESTIONS).items():
+            yield Record(key, row["question_id"], row["text"], images / row["image"] if row["image"] else None)
+
+    def _truth(self, data: Path) -> dict[str, set[str]]:
+        path = self.path(data, ANSWERS)
+        found: dict[str, set[str]] = {}
+        for row in require_clean(read_jsonl(path, ("question_id", "answer"), self.source(ANSWERS))):
+            accepted = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+            if not accepted or not all(isinstance(answer, str) for answer in accepted):
+                raise DataError(f"{path}: the answer to {row['question_id']} must be a string or a list of strings")
+            found[str(row["question_id"])] = {evalai_normalize(answer) for answer in accepted}
+        return found
+
+    def score_default(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
+        """Score every question that has a prediction."""
+        truth = self._truth(data)
+        rows = question_rows(self, data, QUESTIONS)
+        joined = self.join(list(truth), answers)
+        texts = {key: str(row["text"]) for key, row in rows.items()}
+        notes = self.check_prompts(joined, {key: texts.get(key, "") for key in truth})
+        credit = {
+            key: float(evalai_normalize(str(answer["text"])) in truth[key]) for key, answer in joined.by_key.items()
+        }
+        groups: dict[str, list[float]] = defaultdict(list)
+        for key, value in credit.items():
+            groups[str(rows.get(key, {}).get("category", "all"))].append(value)
+        accuracy = sum(credit.values()) / len(credit)
+        metrics: dict[str, Any] = {
+            "accuracy": accuracy,
+            "categories": {
+                name: {"accuracy": sum(values) / len(values), "samples": len(values)}
+                for name, values in sorted(groups.items())
+            },
+        }
+        return Score(
+            self.name,
+            self.split,
+            "default",
+            self.metric,
+            100 * accuracy,
+            metrics,
+            n_records=len(truth),
+            n_scored=len(credit),
+            problems=joined.problems,
+            per_record=credit,
+            notes=notes,
+        )
+
+    def score_official(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
+        """There is no official scorer to reproduce: the same as by default."""
+        score = self.score_default(answers, data, options)
+        score.mode = "official"
+        return score
