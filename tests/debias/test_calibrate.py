@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import evengaze as eg
-from evengaze.debias import Curve, CurveWarning, Debias, Exponential, Origin
+from evengaze.debias import Curve, CurveWarning, Debias, Exponential, Origin, RowsColumns
 from evengaze.debias.calibrate import calibrate, tight, to_curve
 from evengaze.debias.measures import Measure
-from evengaze.debias.observe import Observations, Sample, image_digest, observe
+from evengaze.debias.observe import Observations, Sample, image_digest, observe, priors
 from evengaze.debias.profile import GROUPS
 from evengaze.debias.stats import LayerStats
 from evengaze.debias.validate import judge, validate
@@ -233,3 +233,25 @@ def test_digests_are_of_pixels() -> None:
     picture = Image.new("L", (4, 6), 7)
     assert image_digest(picture) == image_digest(picture.convert("RGB")) != image_digest(Image.new("L", (6, 4), 7))
     assert image_digest([picture, picture]) != image_digest(picture)
+
+
+def test_a_state_from_a_file_is_known_again_for_methods_with_lists_of_parameters() -> None:
+    method = parse("pyramiddrop")
+    back = Observations.from_dict(json.loads(json.dumps(run(method, samples=SAMPLES[:2]).to_dict())))
+    assert run(method, state=back, batch_size=2).samples == 6
+
+
+def test_rows_and_columns_can_be_calibrated() -> None:
+    curve = calibrate(MODEL, None, SAMPLES, FastV(keep=4), family="rows-columns", encode=encode)
+    assert isinstance(curve.trend, RowsColumns) and len(curve.trend.rows) == 4
+    assert Debias.of(curve).trend is curve.trend and curve.band.x
+
+
+def test_priors_are_the_scores_of_the_same_pictures_without_a_question() -> None:
+    found = priors(MODEL, INPUTS, FastV(keep=4))
+    with FastV(keep=4)(MODEL) as handle, torch.inference_mode():
+        MODEL(**INPUTS)
+    raw = handle.trace.stages[0].rows[3].raw
+    np.testing.assert_allclose(found[3].values, raw, rtol=1e-5)
+    flat, _ = Debias(trend=found[3])(raw, handle.trace.layout.rows[3])
+    assert len(found) == 6 and float(flat.std() / flat.mean()) < 1e-5

@@ -274,7 +274,7 @@ def _check(target: str, family: str, fit: str | None) -> None:
 
     for name, value, known in (
         ("--target", target, ("attention", "frequency")),
-        ("--family", family, get_args(Family)),
+        ("--family", family, (*get_args(Family), "rows-columns")),
         ("--fit", fit or "log", get_args(Fit)),
     ):
         if value not in known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from evengaze.debias.beyond import Prior, RowsColumns, SampleTrend
 from evengaze.debias.curve import Curve, CurveWarning, Origin
 from evengaze.debias.padding import PaddingMask
 from evengaze.debias.presets import preset, preset_names
@@ -26,7 +27,10 @@ __all__ = [
     "Origin",
     "PaddingMask",
     "Polynomial",
+    "Prior",
     "ReciprocalPolynomial",
+    "RowsColumns",
+    "SampleTrend",
     "Table",
     "TrendCurve",
     "preset",

@@ -11,12 +11,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 from torch import nn
 
+from evengaze.debias.beyond import fit_rows_columns
 from evengaze.debias.curve import Curve, Origin, hash_data
 from evengaze.debias.fit import Family, Fit, Fitted, fit_curve
 from evengaze.debias.observe import Encode, Observations, Sample, observe
 from evengaze.debias.observer import attended_layer, first_stage
+from evengaze.debias.stats import LayerStats
+from evengaze.errors import CurveError
 from evengaze.methods.base import Pruner
 from evengaze.models import adapter_for
 
@@ -29,7 +33,7 @@ def calibrate(
     *,
     layers: Sequence[int] | Literal["all"] | None = None,
     target: Literal["attention", "frequency"] = "attention",
-    family: Family = "auto",
+    family: Family | Literal["rows-columns"] = "auto",
     fit: Fit | None = None,
     batch_size: int = 4,
     tolerance: float | None = None,
@@ -42,7 +46,7 @@ def calibrate(
 
     Args:
         model, processor, samples, method, layers, target, batch_size, encode, state, after_batch: see `observe`.
-        family: see `evengaze.debias.fit.fit_curve`.
+        family: see `evengaze.debias.fit.fit_curve`; or "rows-columns", see `evengaze.debias.beyond`.
         fit: see there.
         tolerance: stop as soon as the confidence band's bounds are within this fraction of the trend everywhere.
         origin: what is known of the model and data in words; the rest is filled in.
@@ -72,7 +76,14 @@ def calibrate(
     return to_curve(found, own, family=family, fit=fit, origin=origin or Origin(model=name_of(model)))
 
 
-def tight(found: Observations, tolerance: float, batch_size: int = 1, **options: Any) -> bool:
+def tight(
+    found: Observations,
+    tolerance: float,
+    batch_size: int = 1,
+    *,
+    family: Family | Literal["rows-columns"] = "auto",
+    fit: Fit | None = None,
+) -> bool:
     """Whether every layer's confidence band is within a fraction `tolerance` of its trend.
 
     Looked at whenever the samples have grown by a quarter, so that an interrupted run stops where a whole one does.
@@ -83,7 +94,7 @@ def tight(found: Observations, tolerance: float, batch_size: int = 1, **options:
         steps.add(mark)
     if not any(found.samples - batch_size < s <= found.samples for s in steps):
         return False
-    fits = (fit_curve(s.profile(), bootstraps=60, **options) for s in found.layers.values())
+    fits = (_fit(s, family, fit, bootstraps=60) for s in found.layers.values())
     return bool(found.layers) and all(f.band.width <= (1 + tolerance) ** 2 for f in fits)
 
 
@@ -91,7 +102,7 @@ def to_curve(
     found: Observations,
     layer: int,
     *,
-    family: Family = "auto",
+    family: Family | Literal["rows-columns"] = "auto",
     fit: Fit | None = None,
     origin: Origin | None = None,
     beside: bool = True,
@@ -108,12 +119,8 @@ def to_curve(
     """
     main = layer if layer in found.layers else next(iter(found.layers), layer)
     stats = found.stats(main)
-    fitted = fit_curve(stats.profile(), family=family, fit=fit)
-    others: dict[int, Fitted] = {
-        k: fit_curve(v.profile(), family=family, fit=fit, bootstraps=2)
-        for k, v in found.layers.items()
-        if beside and k != main
-    }
+    fitted = _fit(stats, family, fit)
+    others = {k: _fit(v, family, fit, bootstraps=2).trend for k, v in found.layers.items() if beside and k != main}
     filled = replace(
         origin or Origin(),
         architecture=found.architecture,
@@ -132,9 +139,19 @@ def to_curve(
         summary=summary,
         samples=fitted.samples,
         band=fitted.band,
-        layers={k: f.trend for k, f in sorted(others.items())},
+        layers=dict(sorted(others.items())),
         images=tuple(sorted(set(found.digests))),
     )
+
+
+def _fit(stats: LayerStats, family: Family | Literal["rows-columns"], fit: Fit | None, **options: Any) -> Fitted:
+    if family != "rows-columns":
+        return fit_curve(stats.profile(), family=family, fit=fit, **options)
+    _, count, logs = stats.map
+    if not stats.profile().positive:
+        raise CurveError("a rows-columns trend is fitted to mean logs, but some scores are not positive")
+    fitted = fit_curve(stats.profile(), fit="geometric", **options)  # its band says how sure the trend over x is
+    return replace(fitted, trend=fit_rows_columns(logs / np.maximum(count, 1), count), family=family)
 
 
 def name_of(model: nn.Module) -> str:

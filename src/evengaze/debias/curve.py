@@ -242,13 +242,13 @@ class Curve:
         origin = Origin.from_dict(values["origin"])
         try:
             result = cls(
-                trend=trend_from_dict(values["trend"]),
+                trend=_curve(values["trend"]),
                 origin=origin,
                 fit=str(values.get("fit", "")),
                 summary={str(k): float(v) for k, v in values.get("summary", {}).items()},
                 samples=Samples(**{k: tuple(v) for k, v in values.get("samples", {}).items()}),
                 band=_band(values.get("band", {})),
-                layers={int(k): trend_from_dict(v) for k, v in values.get("layers", {}).items()},
+                layers={int(k): _curve(v) for k, v in values.get("layers", {}).items()},
                 images=tuple(str(i) for i in values.get("images", ())),
             )
         except (TypeError, ValueError, AttributeError) as error:
@@ -315,6 +315,13 @@ def hash_data(items: Sequence[bytes | str]) -> str:
     """SHA-256 of images and prompts, whatever their order."""
     digests = sorted(hashlib.sha256(i.encode() if isinstance(i, str) else i).hexdigest() for i in items)
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _curve(values: dict[str, Any]) -> TrendCurve:
+    trend = trend_from_dict(values)
+    if not isinstance(trend, TrendCurve):
+        raise CurveError(f"a {trend.family} trend belongs to single samples and is no calibrated curve")
+    return trend
 
 
 def _band(values: dict[str, Any]) -> Band:

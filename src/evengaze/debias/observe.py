@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
@@ -12,9 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from evengaze.debias.beyond import Prior
 from evengaze.debias.curve import architecture_of
 from evengaze.debias.measures import Measure, padding_ratio, summarise
-from evengaze.debias.observer import Observer, attended_layer, first_stage
+from evengaze.debias.observer import Observer, Sink, attended_layer, first_stage
 from evengaze.debias.stats import LayerStats
 from evengaze.debias.steps import Debias
 from evengaze.errors import ConfigError, CurveError
@@ -153,16 +155,14 @@ def observe(
     Raises:
         ConfigError: the method ranks without text, a layer does not exist, or the state is of another run.
     """
-    decoder: Any = adapter_for(model).decoder(model)
-    depth = len(decoder.layers)
     plain = method.replace(debias=None, mode="corrected")
-    first = first_stage(plain, depth)
-    chosen = _layers(layers, attended_layer(first), depth - (first.attention == "previous"))
-    what = {"method": plain.to_dict(), "architecture": architecture_of(model.config), "target": target}
+    chosen = observed_layers(model, plain, layers)
+    parameters = json.loads(json.dumps(plain.to_dict()))  # as a state that was written to a file has them
+    what = {"method": parameters, "architecture": architecture_of(model.config), "target": target}
     if target not in ("attention", "frequency"):
         raise ConfigError(f"target must be 'attention' or 'frequency', not {target!r}")
     if state is None:
-        state = Observations(**what)  # type: ignore[arg-type]
+        state = Observations(**what)
     elif {k: getattr(state, k) for k in what} != what or (state.layers and tuple(state.layers) != chosen):
         raise ConfigError("the calibration state is of another model, method, target or layers; delete it")
     done = state
@@ -177,19 +177,69 @@ def observe(
     for expected in done.digests:
         if next(rest, Sample(None, "")).digest != expected:
             raise ConfigError("the samples are not those that the calibration state was made from; delete it")
-    observer = Observer(inner=plain, layers=chosen, sink=sink)
-    last = decoder.layers[chosen[-1] + (first.attention == "previous")]
-    with observer(model):
+    with watching(model, plain, chosen, sink) as forward:
+        for batch in _batches(rest, batch_size):
+            forward((encode or _encode)(processor, batch))
+            done.digests.extend(s.digest for s in batch)
+            if after_batch is not None and after_batch(done):
+                break
+    return done
+
+
+def observed_layers(
+    model: nn.Module, method: Pruner, layers: Sequence[int] | Literal["all"] | None = None
+) -> tuple[int, ...]:
+    """The 0-based layers whose attention a method can rank by: its own first one, all, or those that are asked for.
+
+    Raises:
+        ConfigError: the method ranks without text, or a layer does not exist.
+    """
+    decoder: Any = adapter_for(model).decoder(model)
+    first = first_stage(method, len(decoder.layers))
+    if layers is None:
+        return (attended_layer(first),)
+    depth = len(decoder.layers) - (first.attention == "previous")
+    chosen = tuple(range(depth)) if layers == "all" else tuple(sorted({int(k) for k in layers}))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
+        raise ConfigError(f"layers={layers!r}: the attention of layers 0 to {depth - 1} can be ranked by")
+    return chosen
+
+
+@contextmanager
+def watching(
+    model: nn.Module, method: Pruner, layers: tuple[int, ...], sink: Sink
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Attach an `Observer`; yields a function that runs the model on inputs up to the last observed layer."""
+    decoder: Any = adapter_for(model).decoder(model)
+    first = first_stage(method, len(decoder.layers))
+    last = decoder.layers[layers[-1] + (first.attention == "previous")]
+    with Observer(inner=method, layers=layers, sink=sink)(model):
         leave = last.register_forward_pre_hook(_leave)  # behind the observer's hook on the same layer
         try:
-            for batch in _batches(rest, batch_size):
-                _forward(model, (encode or _encode)(processor, batch))
-                done.digests.extend(s.digest for s in batch)
-                if after_batch is not None and after_batch(done):
-                    break
+            yield lambda inputs: _forward(model, inputs)
         finally:
             leave.remove()
-    return done
+
+
+def priors(model: nn.Module, inputs: Mapping[str, Any], method: Pruner, *, strength: float = 1.0) -> list[Prior]:
+    """What a method's scores are without a question: a prior for each row of a batch.
+
+    Args:
+        model: the model.
+        inputs: the same pictures as in the call that is to be pruned, with a content-free text (an empty question), or
+            content-free pictures (for a prior by cell).
+        method: the method that will prune.
+        strength: see `Prior`.
+    """
+    found: dict[int, Prior] = {}
+    plain = method.replace(debias=None, mode="corrected")
+
+    def sink(number: int, view: View, score: Tensor) -> None:
+        found[view.row] = Prior.of(score.detach().float().cpu(), strength)
+
+    with watching(model, plain, observed_layers(model, plain), sink) as forward:
+        forward(inputs)
+    return [found[row] for row in sorted(found)]
 
 
 def image_digest(image: Any) -> str:
@@ -240,12 +290,3 @@ def _encode(processor: Any, batch: Sequence[Sample]) -> Mapping[str, Any]:
 def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
     while batch := list(islice(samples, max(1, size))):
         yield batch
-
-
-def _layers(layers: Sequence[int] | Literal["all"] | None, own: int, depth: int) -> tuple[int, ...]:
-    if layers is None:
-        return (own,)
-    chosen = tuple(range(depth)) if layers == "all" else tuple(sorted({int(k) for k in layers}))
-    if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
-        raise ConfigError(f"layers={layers!r}: the attention of layers 0 to {depth - 1} can be ranked by")
-    return chosen

@@ -38,7 +38,7 @@ class LayerStats:
         self.grid, self.samples, self.floored = grid, 0, 0
         self.positions = min(MAX_POSITIONS, grid[0] * grid[1])
         self.sums = {name: np.zeros((GROUPS, self.positions)) for name in self._SUMS}
-        self.map = np.zeros((2, *grid))  # sums and counts, padding left out
+        self.map = np.zeros((3, *grid))  # sums of scores, of ones and of logs, padding left out
         self.frames = np.zeros((2, 0))  # the same over frames
         self.before: list[dict[str, tuple[float, float]]] = []
         self.after: list[dict[str, tuple[float, float]]] = []
@@ -92,6 +92,8 @@ class LayerStats:
         row, column = row * self.grid[0] // grids[:, 0], column * self.grid[1] // grids[:, 1]
         np.add.at(self.map[0], (row[content], column[content]), values[content])
         np.add.at(self.map[1], (row[content], column[content]), 1)
+        if content.any():
+            np.add.at(self.map[2], (row[content], column[content]), floored_log(values[content])[0])
         frame = tokens.frame.numpy()
         missing = int(frame.max()) + 1 - self.frames.shape[1]
         if missing > 0:
@@ -144,7 +146,7 @@ class LayerStats:
                 setattr(stats, name, [{k: (v[0], v[1]) for k, v in m.items()} for m in values[name]])
             arrays = {k: _unpack(v) for k, v in values["arrays"].items()}
             stats.sums = {name: arrays[name].reshape(GROUPS, stats.positions) for name in cls._SUMS}
-            stats.map = arrays["map"].reshape(2, *stats.grid)
+            stats.map = arrays["map"].reshape(3, *stats.grid)
             stats.frames = arrays["frames"].reshape(2, -1)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise CurveError(f"malformed calibration state ({error!r}); delete it and start again") from None

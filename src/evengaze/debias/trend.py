@@ -8,7 +8,7 @@ is debiased by the weight w(x) = f(0) / f(x). Being functions of x, curves apply
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -86,7 +86,7 @@ class Exponential(TrendCurve):
     family: ClassVar[str] = "exponential"
 
     def __post_init__(self) -> None:
-        _numbers(self.family, [self.sigma, self.mu])
+        numbers(self.family, [self.sigma, self.mu])
         self._check()
 
     @classmethod
@@ -110,7 +110,7 @@ class ExponentialFloor(TrendCurve):
     family: ClassVar[str] = "exponential-floor"
 
     def __post_init__(self) -> None:
-        _numbers(self.family, [self.a, self.b, self.c])
+        numbers(self.family, [self.a, self.b, self.c])
         self._check()
 
     def f(self, x: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class Polynomial(TrendCurve):
     family: ClassVar[str] = "polynomial"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "coefficients", _numbers(self.family, self.coefficients))
+        object.__setattr__(self, "coefficients", numbers(self.family, self.coefficients))
         self._check()
 
     def f(self, x: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class ReciprocalPolynomial(TrendCurve):
     family: ClassVar[str] = "reciprocal-polynomial"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "coefficients", _numbers(self.family, self.coefficients))
+        object.__setattr__(self, "coefficients", numbers(self.family, self.coefficients))
         self._check()
 
     def f(self, x: Tensor) -> Tensor:
@@ -170,8 +170,8 @@ class Isotonic(TrendCurve):
     family: ClassVar[str] = "isotonic"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "x", _numbers(self.family, self.x))
-        object.__setattr__(self, "y", _numbers(self.family, self.y))
+        object.__setattr__(self, "x", numbers(self.family, self.x))
+        object.__setattr__(self, "y", numbers(self.family, self.y))
         if len(self.x) != len(self.y):
             raise CurveError(f"the isotonic curve has {len(self.x)} positions but {len(self.y)} values")
         if any(a >= b for a, b in zip(self.x, self.x[1:], strict=False)):
@@ -183,7 +183,7 @@ class Isotonic(TrendCurve):
 
     def f(self, x: Tensor) -> Tensor:
         """See `TrendCurve.f`."""
-        return _interpolate(self.x, self.y, x)
+        return interpolate(self.x, self.y, x)
 
 
 @dataclass(frozen=True)
@@ -199,14 +199,14 @@ class Table(TrendCurve):
     family: ClassVar[str] = "table"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "values", _numbers(self.family, self.values))
+        object.__setattr__(self, "values", numbers(self.family, self.values))
         if any(v <= 0 for v in self.values):
             raise CurveError("the table's weights must be positive")
 
     def f(self, x: Tensor) -> Tensor:
         """1 / weight, linear between the tokens' positions."""
         count = len(self.values)
-        return _interpolate([i / count for i in range(count)], [1 / v for v in self.values], x)
+        return interpolate([i / count for i in range(count)], [1 / v for v in self.values], x)
 
     def weights(self, tokens: VisualTokens, score: Tensor | None = None) -> Tensor:
         """(n,) float64 weights of the tokens.
@@ -223,13 +223,13 @@ class Table(TrendCurve):
         return torch.tensor(self.values, dtype=torch.float64, device=tokens.cell.device)[tokens.cell]
 
 
-FAMILIES: dict[str, type[TrendCurve]] = {
+FAMILIES: dict[str, Callable[..., Trend]] = {
     c.family: c for c in (Exponential, ExponentialFloor, Polynomial, ReciprocalPolynomial, Isotonic, Table)
 }
 
 
-def trend_from_dict(values: dict[str, Any]) -> TrendCurve:
-    """The inverse of `TrendCurve.to_dict`.
+def trend_from_dict(values: dict[str, Any]) -> Trend:
+    """The inverse of a trend's `to_dict`.
 
     Raises:
         CurveError: the family is unknown or its parameters are missing, too many or no numbers.
@@ -243,7 +243,7 @@ def trend_from_dict(values: dict[str, Any]) -> TrendCurve:
     try:
         return family(**parameters)
     except TypeError as error:
-        raise CurveError(f"wrong parameters for the {family.family} curve: {error}") from None
+        raise CurveError(f"wrong parameters for the {values['family']} trend: {error}") from None
 
 
 def max_log_ratio(one: TrendCurve, other: TrendCurve, points: int = _CHECKED_POINTS) -> float:
@@ -252,7 +252,7 @@ def max_log_ratio(one: TrendCurve, other: TrendCurve, points: int = _CHECKED_POI
     return float((one.weight(x).log() - other.weight(x).log()).abs().max())
 
 
-def _numbers(family: str, values: Any) -> tuple[float, ...]:
+def numbers(family: str, values: Any) -> tuple[float, ...]:
     """A non-empty sequence of finite numbers as floats."""
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         raise CurveError(f"the {family} curve needs a list of numbers, not {values!r:.80}")
@@ -271,7 +271,7 @@ def _horner(coefficients: Sequence[float], x: Tensor) -> Tensor:
     return result
 
 
-def _interpolate(xs: Sequence[float], ys: Sequence[float], x: Tensor) -> Tensor:
+def interpolate(xs: Sequence[float], ys: Sequence[float], x: Tensor) -> Tensor:
     """Linear interpolation, constant outside."""
     knots = torch.tensor(xs, dtype=torch.float64, device=x.device)
     values = torch.tensor(ys, dtype=torch.float64, device=x.device)

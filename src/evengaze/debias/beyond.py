@@ -1,0 +1,201 @@
+"""Other ways of removing bias than the paper's, behind the same protocol. None of them is a default.
+
+* `RowsColumns`: a trend over the rows times one over the columns, in place of one over the raster index.
+* `SampleTrend`: a trend estimated robustly from the very scores that are ranked; needs no calibration.
+* `Prior`: what the model attends to in the same picture when it is asked nothing, or in a picture without content.
+
+All go into `Debias(trend=...)`. docs/debiasing.md compares them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evengaze.debias.padding import PaddingMask
+from evengaze.debias.profile import FLOOR, Array
+from evengaze.debias.trend import FAMILIES, TrendCurve, interpolate, numbers
+from evengaze.errors import ConfigError, CurveError
+from evengaze.layout import VisualTokens
+
+
+@dataclass(frozen=True)
+class RowsColumns(TrendCurve):
+    """f = r(row) c(column), both given at evenly spaced places from the first to the last row or column.
+
+    As a function of x alone it is the trend over the rows.
+
+    Attributes:
+        rows: the trend over the rows, top to bottom.
+        columns: the trend over the columns, left to right.
+    """
+
+    rows: tuple[float, ...]
+    columns: tuple[float, ...]
+
+    family: ClassVar[str] = "rows-columns"
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "columns"):
+            values = numbers(self.family, getattr(self, name))
+            if min(values) <= 0:
+                raise CurveError(f"the {name} of a rows-columns trend must be positive")
+            object.__setattr__(self, name, values)
+
+    def f(self, x: Tensor) -> Tensor:
+        """See `TrendCurve.f`."""
+        return interpolate(_even(len(self.rows)), self.rows, x)
+
+    def weights(self, tokens: VisualTokens, score: Tensor | None = None) -> Tensor:
+        """(n,) float64 weights of the tokens, by row and column."""
+        grids = torch.tensor([i.grid for i in tokens.images], device=tokens.cell.device)[tokens.image]
+        row, column = tokens.cell // grids[:, 1], tokens.cell % grids[:, 1]
+        down = interpolate(_even(len(self.rows)), self.rows, row / (grids[:, 0] - 1).clamp(min=1))
+        across = interpolate(_even(len(self.columns)), self.columns, column / (grids[:, 1] - 1).clamp(min=1))
+        return self.rows[0] * self.columns[0] / (down * across)
+
+
+def fit_rows_columns(logs: Array, count: Array, *, smoothing: float = 1.0) -> RowsColumns:
+    """Fit a row and a column effect to the mean logs of the scores of each cell.
+
+    Args:
+        logs: (rows, columns) mean log scores; anything where the count is 0.
+        count: (rows, columns) how many scores each averages.
+        smoothing: weight of the squared differences between neighbouring rows and columns, relative to the mean count
+            of a row or column.
+
+    Raises:
+        CurveError: fewer than two rows or columns have data.
+    """
+    height, width = logs.shape
+    if (count.sum(1) > 0).sum() < 2 or (count.sum(0) > 0).sum() < 2:
+        raise CurveError("a rows-columns trend needs content in at least two rows and two columns")
+    y = np.where(count > 0, logs, 0.0)
+    row, column = np.zeros(height), np.zeros(width)
+    for _ in range(50):
+        row = _smooth((count * (y - column)).sum(1), count.sum(1), smoothing)
+        column = _smooth((count * (y - row[:, None])).sum(0), count.sum(0), smoothing)
+        column -= column.mean()
+    return RowsColumns(tuple(np.exp(row).tolist()), tuple(np.exp(column).tolist()))
+
+
+def _smooth(total: Array, count: Array, smoothing: float) -> Array:
+    """Weighted means with a penalty on the differences between neighbours; places without data are bridged."""
+    size = len(total)
+    steps = np.diff(np.eye(size), axis=0)
+    matrix = np.diag(count) + (smoothing * count.mean() / size) * steps.T @ steps
+    return np.asarray(np.linalg.solve(matrix, total))
+
+
+def _even(count: int) -> list[float]:
+    return [i / max(1, count - 1) for i in range(count)]
+
+
+@dataclass(frozen=True)
+class SampleTrend:
+    """The trend of one sample's own scores: medians of their logs in stretches of the raster, linear in between.
+
+    Medians are not moved by the few tokens that the question is about, but the picture's layout (sky above, things
+    below) counts as trend, which a calibrated curve would not take for one.
+
+    Attributes:
+        stretches: number of stretches, each with the same number of tokens.
+        strength: how much of the trend is removed, in (0, 1].
+    """
+
+    stretches: int = 4
+    strength: float = 1.0
+
+    family: ClassVar[str] = "sample"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.stretches, int) or isinstance(self.stretches, bool) or self.stretches < 2:
+            raise ConfigError(f"stretches={self.stretches!r} must be a whole number of at least 2")
+        if not 0 < self.strength <= 1:
+            raise ConfigError(f"strength={self.strength!r} must be in (0, 1]")
+
+    def weights(self, tokens: VisualTokens, score: Tensor | None = None) -> Tensor:
+        """(n,) float64 weights; 1 if fewer than four tokens a stretch are no padding."""
+        if score is None:
+            raise ConfigError("a sample's trend is in its scores: give them to Debias.weight")
+        ones = torch.ones(len(tokens), dtype=torch.float64, device=score.device)
+        content = PaddingMask().valid(tokens).to(score.device)
+        if int(content.sum()) < 4 * self.stretches:
+            return ones
+        x, value = tokens.x.to(score.device), score.double()
+        floor = FLOOR * value[content].mean()
+        if float(floor) <= 0:
+            return ones
+        logs = value.clamp(min=float(floor)).log()
+        order = x[content].argsort(stable=True)
+        xs, ys = x[content][order].tensor_split(self.stretches), logs[content][order].tensor_split(self.stretches)
+        centres, medians = [float(p.mean()) for p in xs], [float(p.median()) for p in ys]
+        if any(a >= b for a, b in itertools.pairwise(centres)):  # many frames of few cells
+            return ones
+        # The outer stretches' slopes go on to the edges, where the trend is strongest.
+        first = medians[0] - centres[0] * (medians[1] - medians[0]) / (centres[1] - centres[0])
+        last = medians[-1] + (1 - centres[-1]) * (medians[-1] - medians[-2]) / (centres[-1] - centres[-2])
+        trend = interpolate([0.0, *centres, 1.0], [first, *medians, last], x)
+        return (-self.strength * (trend - first)).exp()
+
+    def to_dict(self) -> dict[str, Any]:
+        """`family` and the parameters as JSON-able values."""
+        return {"family": self.family, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Scores of the same tokens without the question or without the picture; ranking goes by the ratio to them.
+
+    Attributes:
+        values: a score for each cell of a frame (content-free picture), or for each visual token of one prompt (the
+            same picture with a content-free question).
+        strength: power of the prior, in (0, 1].
+    """
+
+    values: tuple[float, ...]
+    strength: float = 1.0
+
+    family: ClassVar[str] = "prior"
+
+    def __post_init__(self) -> None:
+        values = numbers(self.family, self.values)
+        if min(values) < 0 or max(values) == 0:
+            raise CurveError("a prior's values must not be negative, and not all 0")
+        object.__setattr__(self, "values", values)
+        if not 0 < self.strength <= 1:
+            raise ConfigError(f"strength={self.strength!r} must be in (0, 1]")
+
+    @classmethod
+    def of(cls, scores: Tensor | NDArray[Any], strength: float = 1.0) -> Prior:
+        """From a vector of scores."""
+        return cls(tuple(np.asarray(scores, dtype=np.float64).tolist()), strength)
+
+    def weights(self, tokens: VisualTokens, score: Tensor | None = None) -> Tensor:
+        """(n,) float64 weights, 1 on average in the log.
+
+        Raises:
+            CurveError: the prior has neither one value a cell nor one a token.
+        """
+        value = torch.tensor(self.values, dtype=torch.float64, device=tokens.cell.device)
+        logs = value.clamp(min=FLOOR * float(value.mean())).log()
+        logs = self.strength * (logs - logs.mean())
+        if {i.cells for i in tokens.images} == {len(value)}:
+            return (-logs)[tokens.cell].exp()
+        if len(tokens) == len(value):
+            return (-logs).exp()
+        cells = sorted({i.cells for i in tokens.images})
+        raise CurveError(f"the prior has {len(value)} values, but the prompt {len(tokens)} tokens in frames of {cells}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """`family` and the parameters as JSON-able values."""
+        return {"family": self.family, "values": list(self.values), "strength": self.strength}
+
+
+FAMILIES.update({c.family: c for c in (RowsColumns, SampleTrend, Prior)})
