@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from evengaze.debias import Curve, Debias, Prior, RowsColumns, SampleTrend
+from evengaze.debias import Curve, Debias, PaddingMask, Prior, RowsColumns, SampleTrend, SinkMask
 from evengaze.debias.beyond import fit_rows_columns
 from evengaze.debias.trend import trend_from_dict
 from evengaze.errors import ConfigError, CurveError
@@ -110,3 +110,22 @@ def test_they_work_as_a_debias_and_survive_json(trend: SampleTrend | Prior | Row
 def test_bad_parameters(make: object, error: type[Exception]) -> None:
     with pytest.raises(error):
         make()  # type: ignore[operator]
+
+
+def test_registers_are_left_out_unless_nothing_else_is_there() -> None:
+    features = torch.randn(196, 8, generator=torch.Generator().manual_seed(0))
+    features[[3, 77]] *= 40
+    debias = Debias(sinks=SinkMask())
+    _, allowed = debias(torch.ones(196), row(), features=features)
+    assert (~allowed).nonzero().flatten().tolist() == [3, 77]
+    _, allowed = debias(torch.ones(196), row(), features=features, official=True)
+    assert allowed.all()
+    _, allowed = debias(torch.ones(196), row())
+    assert allowed.all()
+    padded = row(size=(140, 112))
+    both = Debias(PaddingMask(), sinks=SinkMask())
+    assert not both(torch.ones(196), padded, features=features)[1][77]
+    assert not both(torch.ones(196), padded, features=features)[1][0]
+    with pytest.raises(ConfigError, match="above 1"):
+        SinkMask(1.0)
+    assert Debias.from_dict(json.loads(json.dumps(both.to_dict()))) == both

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evengaze.debias.beyond import Prior, RowsColumns, SampleTrend
+from evengaze.debias.beyond import Prior, RowsColumns, SampleTrend, SinkMask
 from evengaze.debias.curve import Curve, CurveWarning, Origin
 from evengaze.debias.padding import PaddingMask
 from evengaze.debias.presets import preset, preset_names
@@ -31,6 +31,7 @@ __all__ = [
     "ReciprocalPolynomial",
     "RowsColumns",
     "SampleTrend",
+    "SinkMask",
     "Table",
     "TrendCurve",
     "preset",

@@ -3,8 +3,9 @@
 * `RowsColumns`: a trend over the rows times one over the columns, in place of one over the raster index.
 * `SampleTrend`: a trend estimated robustly from the very scores that are ranked; needs no calibration.
 * `Prior`: what the model attends to in the same picture when it is asked nothing, or in a picture without content.
+* `SinkMask`: registers, tokens with massive activations, are left out as padding is.
 
-All go into `Debias(trend=...)`. docs/debiasing.md compares them.
+The first three go into `Debias(trend=...)`, the last into `Debias(sinks=...)`. docs/debiasing.md compares them.
 """
 
 from __future__ import annotations
@@ -196,6 +197,35 @@ class Prior:
     def to_dict(self) -> dict[str, Any]:
         """`family` and the parameters as JSON-able values."""
         return {"family": self.family, "values": list(self.values), "strength": self.strength}
+
+
+@dataclass(frozen=True)
+class SinkMask:
+    """Marks tokens that draw attention as registers, whatever they show.
+
+    Vision transformers and decoders keep global state in a few tokens of low-information patches; their hidden states
+    have norms far above all others ("Vision Transformers Need Registers", arXiv 2309.16588; "Massive Activations",
+    arXiv 2402.17762).
+
+    Attributes:
+        ratio: a token whose norm is more than this times the median norm of the candidates is a register.
+    """
+
+    ratio: float = 5.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not self.ratio > 1:
+            raise ConfigError(f"ratio={self.ratio!r} must be a number above 1")
+
+    def valid(self, features: Tensor) -> Tensor:
+        """(n,) bool, False for registers among candidates with hidden states `features` (n, d)."""
+        norm = features.float().norm(dim=-1)
+        usual: Tensor = norm <= self.ratio * norm.median()
+        return usual
+
+    def to_dict(self) -> dict[str, Any]:
+        """The parameters as JSON-able values."""
+        return asdict(self)
 
 
 FAMILIES.update({c.family: c for c in (RowsColumns, SampleTrend, Prior)})

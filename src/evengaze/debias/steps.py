@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from evengaze.debias.beyond import SinkMask
 from evengaze.debias.curve import Curve, Origin, warn_if_foreign
 from evengaze.debias.padding import PaddingMask
 from evengaze.debias.presets import preset
@@ -26,6 +27,7 @@ class Debias:
     Attributes:
         padding: which tokens are padding; None leaves padding in the ranking.
         trend: the trend to divide out; None leaves it in.
+        sinks: which tokens are registers; None leaves them in the ranking.
         stages: apply at the "first" stage of a method only, as published, or at "all" that rank by text.
         origin: what the trend was calibrated on, if it was read from a file or a preset.
     """
@@ -34,6 +36,7 @@ class Debias:
     trend: Trend | None = None
     stages: Stages = "first"
     origin: Origin | None = None
+    sinks: SinkMask | None = None
 
     def __post_init__(self) -> None:
         if self.stages not in get_args(Stages):
@@ -59,7 +62,9 @@ class Debias:
             return torch.ones(len(tokens), dtype=torch.float64, device=tokens.x.device)
         return self.trend.weights(tokens, score)
 
-    def __call__(self, score: Tensor, tokens: VisualTokens, *, official: bool = False) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, score: Tensor, tokens: VisualTokens, *, official: bool = False, features: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Debias the scores of one prompt's visual tokens.
 
         Args:
@@ -67,6 +72,7 @@ class Debias:
             tokens: the n tokens that they belong to.
             official: do as the published patches: padding's score becomes 0 and may still be chosen when too few other
                 tokens are there.
+            features: (n, d) hidden states of the tokens; only `sinks` looks at them.
 
         Returns:
             (n,) float32 scores, and (n,) bool: which tokens may be chosen.
@@ -75,6 +81,9 @@ class Debias:
         valid = self.valid(tokens, official=official).to(score.device)
         if official:
             return (score * valid) * weight, torch.ones_like(valid)
+        if self.sinks is not None and features is not None:
+            without = valid & self.sinks.valid(features).to(valid.device)
+            valid = without if bool(without.any()) else valid
         return score * weight, valid
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,13 +92,14 @@ class Debias:
             "padding": None if self.padding is None else self.padding.to_dict(),
             "trend": None if self.trend is None else self.trend.to_dict(),
             "stages": self.stages,
+            "sinks": None if self.sinks is None else self.sinks.to_dict(),
             "origin": None if self.origin is None else asdict(self.origin),
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Debias:
         """The inverse of `to_dict`."""
-        unknown = set(values) - {"padding", "trend", "stages", "origin"}
+        unknown = set(values) - {"padding", "trend", "stages", "origin", "sinks"}
         if unknown:
             raise ConfigError(f"Debias has no parameter {', '.join(sorted(unknown))}")
         padding, trend, origin = values.get("padding"), values.get("trend"), values.get("origin")
@@ -98,6 +108,7 @@ class Debias:
             trend=None if trend is None else trend_from_dict(trend),
             stages=values.get("stages", "first"),
             origin=None if origin is None else Origin.from_dict(origin),
+            sinks=None if values.get("sinks") is None else SinkMask(**values["sinks"]),
         )
 
     @classmethod
