@@ -27,7 +27,8 @@ RUN = [sys.executable, "-c", "from evengaze.cli import main; main()"]
 def start(options: argparse.Namespace, out: Path) -> subprocess.Popen[bytes]:
     command = [*RUN, "evaluate", "--model", options.model, "--benchmarks", options.benchmark]
     command += ["--data", str(options.data), "--out", str(out), "--methods", options.method, "--baselines", ""]
-    command += ["--batch-size", str(options.batch_size), "--limit", str(options.limit), "--device", "cpu"]
+    command += ["--batch-size", str(options.batch_size), "--limit", str(options.limit)]
+    command += ["--max-new-tokens", str(options.max_new_tokens), "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
 
@@ -67,11 +68,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--data", type=Path, help="default: the embedded evaluation set")
-    parser.add_argument("--benchmark", default="textvqa")
+    parser.add_argument("--benchmark", default="questions")
     parser.add_argument("--method", default="fastv:keep=49,layer=2")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--limit", type=int, default=300, help="questions")
     parser.add_argument("--batch-size", type=int, default=3)
+    parser.add_argument("--max-new-tokens", type=int, default=8)
     parser.add_argument("--spread", type=float, default=0.5, help="seconds to wait at most after enough answers")
     parser.add_argument("--start", type=float, default=15.0, help="seconds within which attempts die early")
     parser.add_argument("--seed", type=int, default=0)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from evengaze.debias import CurveWarning
 from evengaze.errors import AttachError, ConfigError, EvengazeError, LayoutError, NothingPrunedError, ScoreError
 from evengaze.evaluate.benchmarks import Benchmark, Record, Score, ScoreOptions
 from evengaze.evaluate.files import Answer
@@ -83,7 +85,9 @@ class LocalBackend:
 def answer_work(predictor: Predictor, work: Work) -> Answered:
     """Answer one batch; that the method does not fit the model is an answer, too."""
     try:
-        return predictor.answer(work.batch, work.pruner, template=work.template, max_new_tokens=work.max_new_tokens)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CurveWarning)  # each result says it, once
+            return predictor.answer(work.batch, work.pruner, template=work.template, max_new_tokens=work.max_new_tokens)
     except (ConfigError, ScoreError, LayoutError, AttachError, NothingPrunedError) as error:
         return str(error)
 
