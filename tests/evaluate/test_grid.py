@@ -236,7 +236,7 @@ def test_a_folder_without_results_or_with_broken_ones(tmp_path: Path) -> None:
     assert "result schema None" in str(call("report", str(tmp_path)).exception)
 
 
-# -- the report, on made-up results --------------------------------------------------------------------------------------
+# -- the report, on made-up results ------------------------------------------------------------------------------------
 
 
 def made_up(folder: Path, benchmark: str, method: str, debias: str, value: float, role: str = "method") -> None:
