@@ -4,43 +4,22 @@ It keeps the tokens with the largest hidden states, a signal that needs no atten
 (paper, equation, upstream file) belongs here.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from evengaze.methods.base import Pruner, Stage, View, check_keep, check_layer, resolve_keep
+from evengaze.methods.base import View
+from evengaze.methods.stages import OneStage
 
 
 @dataclass(frozen=True)
-class Norm(Pruner):
-    """Keep the visual tokens whose hidden states have the largest norm.
-
-    Attributes:
-        keep: visual tokens to keep: a number, or a fraction in (0, 1].
-        layer: first decoder layer that runs without the others.
-    """
-
-    keep: float = 128
-    layer: int = 2
+class Norm(OneStage):
+    """Keep the visual tokens whose hidden states have the largest norm."""
 
     name: ClassVar[str] = "norm"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_keep(self.keep)
-        check_layer(self.layer)
-
-    def stages(self, layers: int) -> Sequence[Stage]:
-        """Before which layers tokens leave, and whose attention `score` reads there: "previous", "own" or none."""
-        check_layer(self.layer, layers)
-        return [Stage(self.layer, attention=None)]
+    attention = None  # "previous" or "own" to rank by attention
 
     def score(self, view: View) -> Tensor:
         """One number a token, larger means keep; `view.attention(view.last)` would be FastV's."""
         return view.features.float().square().sum(-1)
-
-    def budget(self, stage: int, current: int, original: int) -> int:
-        """How many of `current` tokens stay, of `original` at the start."""
-        return resolve_keep(self.keep, original)

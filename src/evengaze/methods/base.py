@@ -17,7 +17,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -166,72 +165,6 @@ def resolve_keep(keep: float, tokens: int) -> int:
     if isinstance(keep, float) and keep <= 1.0:
         return max(1, round(keep * tokens))
     return min(int(keep), tokens)
-
-
-def check_keep(keep: float, name: str = "keep") -> None:
-    """Raise a ConfigError unless `keep` is a positive number of tokens or a fraction in (0, 1]."""
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
-        raise ConfigError(f"{name} must be a number of tokens or a fraction in (0, 1], not {keep!r}")
-    if keep <= 0:
-        raise ConfigError(f"{name}={keep} would drop every visual token; give at least 1 token or a fraction in (0, 1]")
-    if isinstance(keep, float) and keep > 1 and not keep.is_integer():
-        raise ConfigError(f"{name}={keep} is neither a whole number of tokens nor a fraction in (0, 1]")
-
-
-def per_stage(keep: float | tuple[float, ...], stages: int, factor: float) -> tuple[float, ...]:
-    """Budgets of all stages, each a number of tokens or a fraction of the original ones.
-
-    Args:
-        keep: one budget a stage, or the first stage's, of which later stages keep `factor` each time.
-        stages: number of stages.
-        factor: in (0, 1].
-
-    Raises:
-        ConfigError: not one budget a stage, or one is out of range.
-    """
-    if isinstance(keep, tuple):
-        if len(keep) != stages:
-            raise ConfigError(f"keep has {len(keep)} entries for {stages} stages; give one a stage, or a single number")
-    elif isinstance(keep, float) and keep <= 1:
-        keep = tuple(keep * factor**i for i in range(stages))
-    else:
-        check_keep(keep)
-        keep = tuple(max(1, round(keep * factor**i)) for i in range(stages))
-    for value in keep:
-        check_keep(value)
-    return keep
-
-
-def check_layers(layers: tuple[int, ...], depth: int | None = None, *, reads_previous: bool = False) -> None:
-    """`check_layer` for every stage; the layers must ascend."""
-    if not isinstance(layers, tuple) or not layers:
-        raise ConfigError(f"layers must be a sequence of decoder layers, not {layers!r}")
-    for layer in layers:
-        check_layer(layer, depth, reads_previous=reads_previous, name="layers")
-    if any(a >= b for a, b in pairwise(layers)):
-        raise ConfigError(f"layers={layers} must ascend")
-
-
-def scale_layers(published: tuple[int, ...], depth: int, *, of: int = 32, first: int = 1) -> tuple[int, ...]:
-    """Stage layers published for a decoder of `of` layers, at the same relative depth; distinct, `first` or later."""
-    return tuple(max(i, round(layer * depth / of)) for i, layer in enumerate(published, start=first))
-
-
-def check_layer(layer: int, layers: int | None = None, *, reads_previous: bool = False, name: str = "layer") -> None:
-    """Raise a ConfigError unless `layer` is a decoder layer at which a stage can act.
-
-    Args:
-        layer: 0-based.
-        layers: depth of the decoder, where it is known.
-        reads_previous: the stage needs the attention of the layer before.
-        name: the parameter's name, for the message.
-    """
-    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-        raise ConfigError(f"{name} must be the 0-based index of a decoder layer, not {layer!r}")
-    if reads_previous and layer == 0:
-        raise ConfigError(f"{name}=0: no layer has run yet whose attention could rank the tokens; use {name} >= 1")
-    if layers is not None and layer >= layers:
-        raise ConfigError(f"{name}={layer} is outside the model: its decoder has layers 0 to {layers - 1}")
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from evengaze.layout import VisualTokens
-from evengaze.methods.base import Merge, Pruner, Selection, Stage, View, check_keep, check_layer, resolve_keep
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from evengaze.methods.base import Merge, Pruner, Selection, Stage, View
+from evengaze.methods.stages import OneStage, Source
 
 
 @dataclass(frozen=True)
@@ -37,42 +35,7 @@ class Dense(Pruner):
 
 
 @dataclass(frozen=True)
-class _Blind(Pruner):
-    """What the baselines share: one stage that reads no attention.
-
-    Attributes:
-        keep: visual tokens left: a number, or a fraction in (0, 1].
-        layer: first layer that runs without the others.
-    """
-
-    keep: float = 128
-    layer: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_keep(self.keep)
-        check_layer(self.layer)
-
-    def stages(self, layers: int) -> Sequence[Stage]:
-        """One, without attention."""
-        check_layer(self.layer, layers)
-        return [Stage(self.layer, None)]
-
-    def language_to_vision(self, stage: int) -> bool:
-        """Text takes no part, so there is nothing to debias."""
-        return False
-
-    def budget(self, stage: int, current: int, original: int) -> int:
-        """`keep`, as a number of tokens."""
-        return resolve_keep(self.keep, original)
-
-    def with_keep(self, tokens: int, visual: int) -> Self:
-        """The same with another `keep`."""
-        return self.replace(keep=tokens)
-
-
-@dataclass(frozen=True)
-class Random(_Blind):
+class Random(OneStage):
     """Random tokens. The same prompt gets the same ones in every run, batch and place in the batch.
 
     Attributes:
@@ -84,6 +47,7 @@ class Random(_Blind):
     seed: int = 0
 
     name: ClassVar[str] = "random"
+    attention: ClassVar[Source] = None
 
     def score(self, view: View) -> Tensor:
         """Uniform noise, seeded by `seed` and by the embeddings of the question (table look-ups, hence exact)."""
@@ -93,7 +57,7 @@ class Random(_Blind):
 
 
 @dataclass(frozen=True)
-class Uniform(_Blind):
+class Uniform(OneStage):
     """A regular lattice on each image or frame: bands of rows, each cut into equal segments, the middles of which stay.
 
     Attributes:
@@ -102,6 +66,7 @@ class Uniform(_Blind):
     """
 
     name: ClassVar[str] = "uniform"
+    attention: ClassVar[Source] = None
 
     def score(self, view: View) -> Tensor:
         """1 for the lattice, 0 for the rest."""
@@ -110,7 +75,7 @@ class Uniform(_Blind):
 
 
 @dataclass(frozen=True)
-class Pool(_Blind):
+class Pool(OneStage):
     """Average pooling over the cells of the lattice of `Uniform`: a quarter of the tokens is 2 x 2 pooling.
 
     Attributes:
@@ -121,6 +86,7 @@ class Pool(_Blind):
     layer: int = 0
 
     name: ClassVar[str] = "pool"
+    attention: ClassVar[Source] = None
 
     def score(self, view: View) -> Tensor:
         """All equal; `choose` groups them."""

@@ -6,24 +6,21 @@ the max-min diversity problem, solved greedily. Written from the paper's formula
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from evengaze.methods.base import Pruner, Stage, View, check_keep, check_layer, resolve_keep
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from evengaze.methods.base import View
+from evengaze.methods.stages import OneStage, Source
 
 _CHUNK = 256
 
 
 @dataclass(frozen=True)
-class DivPrune(Pruner):
+class DivPrune(OneStage):
     """Greedily pick the token whose nearest picked token is farthest away, by cosine distance.
 
     The first pick is the token that is farthest from its nearest neighbour.
@@ -33,24 +30,10 @@ class DivPrune(Pruner):
         layer: where they are dropped; 0 is before the decoder, as in the paper.
     """
 
-    keep: float = 128
     layer: int = 0
 
     name: ClassVar[str] = "divprune"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_keep(self.keep)
-        check_layer(self.layer)
-
-    def stages(self, layers: int) -> Sequence[Stage]:
-        """One, without attention."""
-        check_layer(self.layer, layers)
-        return [Stage(self.layer, None)]
-
-    def language_to_vision(self, stage: int) -> bool:
-        """Text takes no part."""
-        return False
+    attention: ClassVar[Source] = None
 
     def score(self, view: View) -> Tensor:
         """Picked tokens by order of picking, the first highest; 0 for the others."""
@@ -65,14 +48,6 @@ class DivPrune(Pruner):
             nearest = distance if place == 0 else torch.minimum(nearest, distance)
             nearest = nearest.masked_fill(score > 0, float("-inf"))
         return score
-
-    def budget(self, stage: int, current: int, original: int) -> int:
-        """`keep`, as a number of tokens."""
-        return resolve_keep(self.keep, original)
-
-    def with_keep(self, tokens: int, visual: int) -> Self:
-        """The same with another `keep`."""
-        return self.replace(keep=tokens)
 
 
 def _nearest(unit: Tensor, start: int) -> Tensor:

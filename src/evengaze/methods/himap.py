@@ -5,23 +5,21 @@ Paper: Yin et al., "Lifting the Veil on Visual Information Flow in MLLMs" (arXiv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from evengaze.methods.base import Pruner, Stage, View, check_layers, per_stage, resolve_keep
+from evengaze.methods.base import View
+from evengaze.methods.stages import ManyStages
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from evengaze.debias import Debias
 
 
 @dataclass(frozen=True)
-class HiMAP(Pruner):
+class HiMAP(ManyStages):
     """Two stages, ranked by the layer before each; survivors keep their original positions.
 
         stage 1: s_j = sum over text tokens t of mean over heads of A[h, t, j]
@@ -32,24 +30,16 @@ class HiMAP(Pruner):
 
     Attributes:
         keep: tokens left after each stage, numbers or fractions of the original number; a single value is the first
-            stage's, and the second keeps a quarter of it (the published 288 and 72). One entry: stage 1 only.
-        layers: the stage layers.
+            stage's, and the second keeps a quarter of it (the published 288 and 72).
+        layers: the stage layers; a single one gives stage 1 only.
     """
 
     keep: float | tuple[float, ...] = (288, 72)
-    layers: tuple[int, ...] = (2, 8)
+    layers: tuple[int, ...] | None = (2, 8)
 
     name: ClassVar[str] = "himap"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_layers(self.layers, reads_previous=True)
-        object.__setattr__(self, "keep", per_stage(self.keep, len(self.layers), 0.25))
-
-    def stages(self, layers: int) -> Sequence[Stage]:
-        """Ranked by the layer before each."""
-        check_layers(self.layers, layers, reads_previous=True)
-        return [Stage(layer, "previous") for layer in self.layers]
+    published: ClassVar[tuple[int, ...]] = (2, 8)
+    shrink: ClassVar[float] = 0.25
 
     def language_to_vision(self, stage: int) -> bool:
         """Only the first stage ranks by text."""
@@ -58,17 +48,6 @@ class HiMAP(Pruner):
     def score(self, view: View) -> Tensor:
         """Attention from the text, later from the visual tokens that are left."""
         return view.attention(view.text if view.stage == 0 else view.tokens.position, "sum")
-
-    def budget(self, stage: int, current: int, original: int) -> int:
-        """The stage's `keep`."""
-        assert isinstance(self.keep, tuple)
-        return resolve_keep(self.keep[stage], original)
-
-    def with_keep(self, tokens: int, visual: int) -> Self:
-        """`tokens` after the first stage, the second in proportion."""
-        assert isinstance(self.keep, tuple)
-        shares = [resolve_keep(keep, visual) / resolve_keep(self.keep[0], visual) for keep in self.keep]
-        return self.replace(keep=tuple(max(1, round(tokens * share)) for share in shares))
 
     def debiased(self, debias: Debias, score: Tensor, view: View) -> tuple[Tensor, Tensor]:
         """The official patch stores the trend's weights in float16, whatever the model computes in."""

@@ -14,17 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from evengaze.errors import ConfigError
-from evengaze.methods.base import Merge, Pruner, Selection, Stage, View, check_keep, check_layer, resolve_keep
+from evengaze.methods.base import Merge, Selection, Stage, View, resolve_keep
+from evengaze.methods.stages import OneStage
 from evengaze.methods.vision import shorten
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from evengaze.models.base import Adapter
 
 
 @dataclass(frozen=True)
-class ILLaVA(Pruner):
+class ILLaVA(OneStage):
     """Rank by the last prompt token's attention in layer `layer - 1`; the worst survivor takes in the dropped tokens.
 
         h_target <- sum_m c_m h_m / sum_m c_m,  c = 1 for the target, 2 for the best dropped one, ... r + 1 for the last
@@ -43,7 +42,6 @@ class ILLaVA(Pruner):
     """
 
     keep: float = 0.7
-    layer: int = 2
     vision_layers: tuple[int, ...] = ()
     vision_drop: float = 0.15
 
@@ -51,16 +49,13 @@ class ILLaVA(Pruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_keep(self.keep)
-        check_layer(self.layer, reads_previous=True)
         if not self.vision_drop > 0 or (self.vision_drop > 1 and not float(self.vision_drop).is_integer()):
             raise ConfigError(f"vision_drop={self.vision_drop} must be a number of patches or a fraction in (0, 1)")
 
     def stages(self, layers: int) -> Sequence[Stage]:
         """One, ranked by the layer before it; before that, where the tower dropped patches, these leave."""
-        check_layer(self.layer, layers)
         tower = [Stage(0, None)] if self.vision_layers else []
-        return [*tower, Stage(self.layer, "previous")]
+        return [*tower, *super().stages(layers)]
 
     def language_to_vision(self, stage: int) -> bool:
         """Not where the tower decided."""
@@ -88,10 +83,6 @@ class ILLaVA(Pruner):
         if isinstance(self.keep, float) and self.keep <= 1:
             return max(1, current - round(current * (1 - self.keep)))
         return resolve_keep(self.keep, current)
-
-    def with_keep(self, tokens: int, visual: int) -> Self:
-        """The decoder's stage with another `keep`; the tower's stays as it is."""
-        return self.replace(keep=tokens)
 
     def choose(self, view: View, count: int) -> Selection:
         """Keep the best and recycle the rest; padding is neither kept nor recycled."""

@@ -14,19 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from evengaze.methods.base import (
-    Merge,
-    Positions,
-    Pruner,
-    Selection,
-    Stage,
-    View,
-    check_layers,
-    per_stage,
-    resolve_keep,
-    scale_layers,
-    top_allowed,
-)
+from evengaze.methods.base import Merge, Positions, Pruner, Selection, Stage, View, resolve_keep, top_allowed
+from evengaze.methods.stages import check_layers, per_stage, scale_layers
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -5,22 +5,19 @@ Paper: Tan et al., "TokenCarve" (arXiv 2503.10501); code: modeling_llama.py of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from evengaze.errors import ConfigError
-from evengaze.methods.base import Merge, Pruner, Selection, Stage, View, check_keep, check_layer, resolve_keep
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from evengaze.methods.base import Merge, Selection, View
+from evengaze.methods.stages import OneStage
 
 
 @dataclass(frozen=True)
-class TokenCarve(Pruner):
+class TokenCarve(OneStage):
     """One stage that reaches back: the caches of the layers below lose the dropped tokens as well.
 
     Of n tokens, M = 1.5 `keep` pass the ranking
@@ -38,7 +35,6 @@ class TokenCarve(Pruner):
     """
 
     keep: float = 64
-    layer: int = 2
     balance: float = 0.5
 
     name: ClassVar[str] = "tokencarve"
@@ -46,27 +42,12 @@ class TokenCarve(Pruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_keep(self.keep)
-        check_layer(self.layer, reads_previous=True)
         if not 0 <= self.balance <= 1:
             raise ConfigError(f"balance={self.balance} must be in [0, 1]")
-
-    def stages(self, layers: int) -> Sequence[Stage]:
-        """One, ranked by the layer before it."""
-        check_layer(self.layer, layers)
-        return [Stage(self.layer, "previous")]
 
     def score(self, view: View) -> Tensor:
         """Attention from the last prompt token; the contribution enters in `choose`."""
         return view.attention(view.last)
-
-    def budget(self, stage: int, current: int, original: int) -> int:
-        """`keep`, as a number of tokens."""
-        return resolve_keep(self.keep, original)
-
-    def with_keep(self, tokens: int, visual: int) -> Self:
-        """The same stage with another `keep`."""
-        return self.replace(keep=tokens)
 
     def choose(self, view: View, count: int) -> Selection:
         """Rank, split, merge. Padding takes no part in any of it, the decomposition included."""

@@ -6,22 +6,19 @@ Written from the paper's description.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from evengaze.methods.base import Merge, Pruner, Selection, Stage, View, check_keep, check_layer, resolve_keep
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from evengaze.methods.base import Merge, Selection, View
+from evengaze.methods.stages import OneStage, Source
 
 
 @dataclass(frozen=True)
-class ToMe(Pruner):
+class ToMe(OneStage):
     """Repeat: split the tokens alternately into A and B, link each of A to its most similar of B, merge the closest.
 
     Every pass merges at most half of the tokens. Means are weighted by the number of tokens that went into them, as in
@@ -32,36 +29,14 @@ class ToMe(Pruner):
         layer: where they are merged; 0 is before the decoder.
     """
 
-    keep: float = 128
     layer: int = 0
 
     name: ClassVar[str] = "tome"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_keep(self.keep)
-        check_layer(self.layer)
-
-    def stages(self, layers: int) -> Sequence[Stage]:
-        """One, without attention."""
-        check_layer(self.layer, layers)
-        return [Stage(self.layer, None)]
-
-    def language_to_vision(self, stage: int) -> bool:
-        """Text takes no part."""
-        return False
+    attention: ClassVar[Source] = None
 
     def score(self, view: View) -> Tensor:
         """No token is better than another; `choose` groups them."""
         return torch.zeros(len(view), device=view.hidden.device)
-
-    def budget(self, stage: int, current: int, original: int) -> int:
-        """`keep`, as a number of tokens."""
-        return resolve_keep(self.keep, original)
-
-    def with_keep(self, tokens: int, visual: int) -> Self:
-        """The same with another `keep`."""
-        return self.replace(keep=tokens)
 
     def choose(self, view: View, count: int) -> Selection:
         """Group by repeated bipartite matching; a group stands at the place of its last target."""

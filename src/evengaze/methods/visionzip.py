@@ -6,23 +6,22 @@ The paper also merges the others into a few contextual tokens before the project
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from evengaze.methods.base import Pruner, Stage, View, check_keep, check_layer, resolve_keep
+from evengaze.methods.base import View
+from evengaze.methods.stages import OneStage, Source
 from evengaze.methods.vision import watch
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from evengaze.models.base import Adapter
 
 
 @dataclass(frozen=True)
-class VisionZip(Pruner):
+class VisionZip(OneStage):
     """Rank by the tower's own attention, in the layer whose output becomes the features.
 
         s_j = mean over heads of A[h, class token, j], or of A[h, i, j] over all patches i without a class token
@@ -32,24 +31,10 @@ class VisionZip(Pruner):
         layer: decoder layer before which the others leave.
     """
 
-    keep: float = 128
     layer: int = 0
 
     name: ClassVar[str] = "visionzip"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_keep(self.keep)
-        check_layer(self.layer)
-
-    def stages(self, layers: int) -> Sequence[Stage]:
-        """One, without the decoder's attention."""
-        check_layer(self.layer, layers)
-        return [Stage(self.layer, None)]
-
-    def language_to_vision(self, stage: int) -> bool:
-        """Text takes no part."""
-        return False
+    attention: ClassVar[Source] = None  # of the decoder
 
     def prepare(self, model: nn.Module, adapter: Adapter | None, shared: dict[str, Any]) -> Callable[[], None]:
         """Listen to the tower."""
@@ -59,11 +44,3 @@ class VisionZip(Pruner):
         """Attention received in the tower."""
         scores: Tensor = view.shared["patches"].of(view)
         return scores
-
-    def budget(self, stage: int, current: int, original: int) -> int:
-        """`keep`, as a number of tokens."""
-        return resolve_keep(self.keep, original)
-
-    def with_keep(self, tokens: int, visual: int) -> Self:
-        """The same with another `keep`."""
-        return self.replace(keep=tokens)

@@ -1,0 +1,166 @@
+"""What methods have in common: one stage with a budget, or several; and the checks of their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from evengaze.errors import ConfigError
+from evengaze.methods.base import Pruner, Stage, resolve_keep
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Source = Literal["previous", "own"] | None
+
+
+@dataclass(frozen=True)
+class OneStage(Pruner):
+    """A method that drops tokens once. It only has to say `score`.
+
+    Attributes:
+        keep: visual tokens left: a number, or a fraction in (0, 1].
+        layer: the first decoder layer that runs without the others.
+    """
+
+    keep: float = 128
+    layer: int = 2
+
+    attention: ClassVar[Source] = "previous"
+    """Whose attention `score` reads, as in `Stage`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_keep(self.keep)
+        check_layer(self.layer, reads_previous=self.attention == "previous")
+
+    def stages(self, layers: int) -> Sequence[Stage]:
+        """One."""
+        check_layer(self.layer, layers)
+        return [Stage(self.layer, self.attention)]
+
+    def language_to_vision(self, stage: int) -> bool:
+        """If attention is read at all."""
+        return self.attention is not None
+
+    def budget(self, stage: int, current: int, original: int) -> int:
+        """`keep`, as a number of tokens."""
+        return resolve_keep(self.keep, original)
+
+    def with_keep(self, tokens: int, visual: int) -> Self:
+        """Another `keep`."""
+        return self.replace(keep=tokens)
+
+
+@dataclass(frozen=True)
+class ManyStages(Pruner):
+    """A method that drops tokens in several steps; subclasses give `keep` its default.
+
+    Attributes:
+        keep: tokens left after each stage, numbers or fractions of the original number; a single value is the first
+            stage's, and later ones keep `shrink` each.
+        layers: the stage layers; None takes the published ones, scaled to the decoder's depth.
+    """
+
+    keep: float | tuple[float, ...]
+    layers: tuple[int, ...] | None = None
+
+    attention: ClassVar[Source] = "previous"
+    published: ClassVar[tuple[int, ...]]
+    """Stage layers for a decoder of 32 layers."""
+    shrink: ClassVar[float]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        layers = self.published if self.layers is None else self.layers
+        check_layers(layers, reads_previous=self.attention == "previous")
+        object.__setattr__(self, "keep", per_stage(self.keep, len(layers), self.shrink))
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """`keep`, one entry a stage."""
+        assert isinstance(self.keep, tuple)
+        return self.keep
+
+    def stages(self, layers: int) -> Sequence[Stage]:
+        """One for each of `layers`."""
+        chosen = scale_layers(self.published, layers) if self.layers is None else self.layers
+        check_layers(chosen, layers)
+        return [Stage(layer, self.attention) for layer in chosen]
+
+    def budget(self, stage: int, current: int, original: int) -> int:
+        """The stage's `keep`, as a number of tokens."""
+        return resolve_keep(self.budgets[stage], original)
+
+    def with_keep(self, tokens: int, visual: int) -> Self:
+        """`tokens` after the first stage, the others in proportion."""
+        first, *_ = sizes = [resolve_keep(keep, visual) for keep in self.budgets]
+        return self.replace(keep=tuple(max(1, round(tokens * size / first)) for size in sizes))
+
+
+def check_keep(keep: float, name: str = "keep") -> None:
+    """Raise a ConfigError unless `keep` is a positive number of tokens or a fraction in (0, 1]."""
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+        raise ConfigError(f"{name} must be a number of tokens or a fraction in (0, 1], not {keep!r}")
+    if keep <= 0:
+        raise ConfigError(f"{name}={keep} would drop every visual token; give at least 1 token or a fraction in (0, 1]")
+    if isinstance(keep, float) and keep > 1 and not keep.is_integer():
+        raise ConfigError(f"{name}={keep} is neither a whole number of tokens nor a fraction in (0, 1]")
+
+
+def per_stage(keep: float | tuple[float, ...], stages: int, factor: float) -> tuple[float, ...]:
+    """Budgets of all stages, each a number of tokens or a fraction of the original ones.
+
+    Args:
+        keep: one budget a stage, or the first stage's, of which later stages keep `factor` each time.
+        stages: number of stages.
+        factor: in (0, 1].
+
+    Raises:
+        ConfigError: not one budget a stage, or one is out of range.
+    """
+    if isinstance(keep, tuple):
+        if len(keep) != stages:
+            raise ConfigError(f"keep has {len(keep)} entries for {stages} stages; give one a stage, or a single number")
+    elif isinstance(keep, float) and keep <= 1:
+        keep = tuple(keep * factor**i for i in range(stages))
+    else:
+        check_keep(keep)
+        keep = tuple(max(1, round(keep * factor**i)) for i in range(stages))
+    for value in keep:
+        check_keep(value)
+    return keep
+
+
+def check_layer(layer: int, layers: int | None = None, *, reads_previous: bool = False, name: str = "layer") -> None:
+    """Raise a ConfigError unless `layer` is a decoder layer at which a stage can act.
+
+    Args:
+        layer: 0-based.
+        layers: depth of the decoder, where it is known.
+        reads_previous: the stage needs the attention of the layer before.
+        name: the parameter's name, for the message.
+    """
+    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+        raise ConfigError(f"{name} must be the 0-based index of a decoder layer, not {layer!r}")
+    if reads_previous and layer == 0:
+        raise ConfigError(f"{name}=0: no layer has run yet whose attention could rank the tokens; use {name} >= 1")
+    if layers is not None and layer >= layers:
+        raise ConfigError(f"{name}={layer} is outside the model: its decoder has layers 0 to {layers - 1}")
+
+
+def check_layers(layers: tuple[int, ...], depth: int | None = None, *, reads_previous: bool = False) -> None:
+    """`check_layer` for every stage; the layers must ascend."""
+    if not isinstance(layers, tuple) or not layers:
+        raise ConfigError(f"layers must be a sequence of decoder layers, not {layers!r}")
+    for layer in layers:
+        check_layer(layer, depth, reads_previous=reads_previous, name="layers")
+    if any(a >= b for a, b in pairwise(layers)):
+        raise ConfigError(f"layers={layers} must ascend")
+
+
+def scale_layers(published: tuple[int, ...], depth: int, *, of: int = 32, first: int = 1) -> tuple[int, ...]:
+    """Stage layers published for a decoder of `of` layers, at the same relative depth; distinct, `first` or later."""
+    return tuple(max(i, round(layer * depth / of)) for i, layer in enumerate(published, start=first))
