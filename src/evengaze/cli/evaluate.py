@@ -64,6 +64,9 @@ def evaluate(
     recipe: Annotated[
         str | None, typer.Option(help="YAML file, or the name of a shipped one, with any of these options.")
     ] = None,
+    judge: Annotated[str | None, typer.Option(help="MM-Vet, video: model that judges (through an API).")] = None,
+    judge_url: Annotated[str | None, typer.Option(help="Base URL of the judge's OpenAI-compatible server.")] = None,
+    judge_local: Annotated[str | None, typer.Option(help="Judge with a model run here through transformers.")] = None,
     ray: Annotated[str | None, typer.Option(help="Run on Ray: 'local', 'auto' or a cluster's address.")] = None,
     ray_actors: Annotated[int, typer.Option(min=1, help="Copies of the model on Ray.")] = 1,
     ray_gpus: Annotated[float | None, typer.Option(help="GPUs a copy (default: 1 if the cluster has any).")] = None,
@@ -74,6 +77,8 @@ def evaluate(
     Killed or interrupted runs go on where they stopped when the same command is given again. Exit status: 0; 2 for an
     error; 3 if records could not be read or a cell failed (the rest is there); 130 after Ctrl-C.
     """
+    from evengaze.cli.score import make_judge
+    from evengaze.evaluate.benchmarks import ScoreOptions
     from evengaze.evaluate.recipes import Recipe
 
     given = {
@@ -99,6 +104,7 @@ def evaluate(
     missing += [f"--{name}" for name in ("model", "benchmarks") if not getattr(settings, name)]
     if data is None or out is None or missing:
         raise ConfigError(f"evaluate needs {', '.join(missing)}; see `evengaze evaluate --help`")
+    options = ScoreOptions(judge=make_judge(judge, judge_url, judge_local), cache=out / "judge.jsonl")
     if ray is None:
         from evengaze.evaluate.predictor import Predictor
         from evengaze.evaluate.runner import LocalBackend
@@ -108,16 +114,24 @@ def evaluate(
         from evengaze.evaluate.ray_runner import RayBackend
 
         backend = RayBackend(settings.model_spec, ray, actors=ray_actors, gpus=ray_gpus, cpus=ray_cpus)
-    raise typer.Exit(_run(settings, data, out, backend))
+    raise typer.Exit(_run(settings, data, out, backend, options))
 
 
-def _run(settings: Any, data: Path, out: Path, backend: Any) -> int:
+def _run(settings: Any, data: Path, out: Path, backend: Any, options: Any) -> int:
     """Run all benchmarks; returns the exit status."""
     from evengaze.evaluate.benchmarks import get_benchmark
     from evengaze.evaluate.grid import Setting, prepare, run_grid
     from evengaze.evaluate.runner import place
 
-    setting = Setting(data, out, settings.limit, settings.shuffle_seed, settings.batch_size, settings.max_new_tokens)
+    setting = Setting(
+        data,
+        out,
+        settings.limit,
+        settings.shuffle_seed,
+        settings.batch_size,
+        settings.max_new_tokens,
+        options,
+    )
     chosen = [get_benchmark(name) for name in settings.benchmarks]
     try:
         tasks = prepare(settings.plan, chosen, setting, backend)

@@ -49,7 +49,7 @@ def score(
         options = ScoreOptions(
             rule=rule,
             consistency=consistency,
-            judge=_make_judge(judge, judge_url, judge_local),
+            judge=make_judge(judge, judge_url, judge_local),
             judged=judged,
             cache=judge_cache,
             runs=runs,
@@ -105,7 +105,12 @@ def register(app: typer.Typer, listing: typer.Typer | None = None) -> None:
     listing.command("benchmarks")(list_benchmarks)
 
 
-def _make_judge(model: str | None, url: str | None, local: str | None) -> Judge | None:
+def make_judge(model: str | None, url: str | None, local: str | None) -> Judge | None:
+    """The judge that the options of `score` and `evaluate` name, or None.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
     from evengaze.evaluate.judge import LocalJudge, OpenAIJudge
 
     if model and local:
