@@ -22,7 +22,7 @@ DPI = 150
 
 def new_figure(width: float, height: float) -> Figure:
     """A white figure of a size in inches whose layout arranges itself."""
-    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.14)
     return Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
 
 

@@ -1,0 +1,106 @@
+"""`evengaze demo`: the whole product in about two minutes, offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from evengaze.demo.experiment import Result
+
+_QUESTIONS = 200
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("demo")(demo)
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report.html and the pictures.")] = Path(
+        "evengaze-demo"
+    ),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help=f"Ask so many questions (default {_QUESTIONS}).")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Ask all questions of the evaluation set.")] = False,
+) -> None:
+    """Prune the embedded model with and without debiasing, and report accuracy, tokens and time.
+
+    Calibrates the trend on pictures of its own, then asks the same questions of the dense model and of FastV at
+    three budgets, plain and debiased, beside random and uniform baselines.
+    """
+    import json
+    from time import perf_counter
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from evengaze.cli.session import output
+    from evengaze.errors import ConfigError
+
+    if full and limit is not None:
+        raise ConfigError("--full asks all questions; give it or --limit, not both")
+    output(json_file)
+    start = perf_counter()
+    from evengaze.demo import load, make_dataset, report
+    from evengaze.demo.experiment import calibrate, run, settings
+
+    console = Console()
+    model, processor = load()
+    pictures = make_dataset("eval")
+    number = sum(len(p.questions) for p in pictures)
+    count = number if full else min(limit or _QUESTIONS, number)
+    console.print(
+        f"Embedded model: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters; {count} questions, "
+        f"{len(settings())} settings and the dense model",
+        highlight=False,
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("calibrating", total=None)
+        calibration = calibrate(model, processor, make_dataset("calibration"))
+        progress.reset(task, description="answers", total=count * (1 + len(settings())))
+        result = run(model, processor, pictures, calibration, limit=count, advance=lambda n: progress.advance(task, n))
+    console.print(
+        f"Calibrated on {calibration.samples} other pictures in {calibration.seconds:.0f} s: "
+        f"{calibration.curve.trend.family} trend at layer {calibration.curve.origin.layer}",
+        highlight=False,
+    )
+    console.print(_table(result))
+    seconds = perf_counter() - start
+    page = report.write(result, out, seconds)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.to_dict(result, seconds), indent=1) + "\n", encoding="utf-8")
+    console.print(report.headline(result), highlight=False)
+    console.print(f"{perf_counter() - start:.0f} s in all.", highlight=False)
+    typer.echo(f"Report: {page}")
+
+
+def _table(result: Result) -> Table:
+    from rich.table import Table
+
+    from evengaze.demo.report import difference, points, rows
+
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    for head in ("kept", "setting", "right %", "against dense", "against plain", "tokens", "s"):
+        table.add_column(head, justify="left" if head == "setting" else "right", no_wrap=True)
+    last = None
+    for row in rows(result):
+        keep = None if row.cell is None else row.cell.keep
+        if keep != last:
+            table.add_row()
+        table.add_row(
+            ("all" if keep is None else f"{100 * keep:g} %") if keep != last or keep is None else "",
+            "dense" if row.cell is None else row.cell.label,
+            points(row.accuracy),
+            difference(row.against_dense),
+            difference(row.against_plain),
+            f"{row.average_tokens:.1f}",
+            f"{row.seconds:.0f}",
+        )
+        last = keep
+    return table

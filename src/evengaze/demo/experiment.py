@@ -1,0 +1,288 @@
+"""The demo's experiment: the same questions to the dense model and to every pruned one, on the real engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from evengaze.debias import Debias, PaddingMask
+from evengaze.debias.calibrate import to_curve
+from evengaze.debias.curve import Curve, Origin
+from evengaze.debias.fit import fit_curve
+from evengaze.debias.observe import Observations, Sample, observe
+from evengaze.demo.dataset import DemoImage, DemoQuestion
+from evengaze.layout import VisualLayout
+from evengaze.methods import get
+from evengaze.methods.base import Pruner
+from evengaze.methods.baselines import Random, Uniform
+from evengaze.methods.fastv import FastV
+from evengaze.models.padding import MEAN_COLOUR, padding_share
+
+if TYPE_CHECKING:
+    from evengaze.trace import Trace
+
+LAYER = 2
+"""Tokens leave before this layer, as in FastV's paper."""
+
+KEEPS = (0.25, 0.125, 0.06)
+DEBIAS = ("none", "trend", "padding", "both")
+BASELINES = (Random.name, Uniform.name)
+EXAMPLES = 6
+BATCH = 8
+LONGEST = 4
+"""Tokens of an answer; all answers are one word."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting.
+
+    Attributes:
+        keep: share of the visual tokens that goes on.
+        debias: "none", "trend", "padding" or "both".
+        baseline: "random" or "uniform" in place of FastV, or None.
+    """
+
+    keep: float
+    debias: str = "none"
+    baseline: str | None = None
+
+    @property
+    def method(self) -> str:
+        """Name of the pruning method."""
+        return self.baseline or FastV.name
+
+    @property
+    def label(self) -> str:
+        """For tables: what tells the settings of one budget apart."""
+        return self.baseline or {"none": "plain", "trend": "+ trend", "padding": "+ padding"}.get(self.debias, "both")
+
+    def pruner(self, curve: Curve) -> Pruner:
+        """The method with its debiasing."""
+        steps = None
+        if self.debias != "none":
+            padding = PaddingMask() if self.debias in ("padding", "both") else None
+            trend = curve.trend if self.debias in ("trend", "both") else None
+            steps = Debias(padding=padding, trend=trend, origin=curve.origin if trend else None)
+        return get(self.method)(keep=self.keep, layer=LAYER, debias=steps)  # type: ignore[call-arg]
+
+
+@dataclass
+class Outcome:
+    """Answers of one setting.
+
+    Attributes:
+        answers: by `question_id`.
+        average_tokens: visual tokens that enter a layer, averaged over layers; one entry a question.
+        seconds: time in `generate`, vision tower left out.
+    """
+
+    answers: dict[int, str] = field(default_factory=dict)
+    average_tokens: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def credits(self, questions: Sequence[DemoQuestion]) -> dict[str, float]:
+        """1 for a right answer, 0 for a wrong one, by question."""
+        return {str(q.question_id): float(self.answers[q.question_id] == q.answer) for q in questions}
+
+    def accuracy(self, questions: Sequence[DemoQuestion]) -> float:
+        """Share of right answers."""
+        return sum(self.credits(questions).values()) / len(questions)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question whose traces are kept for the figure.
+
+    Attributes:
+        picture: the picture.
+        question: the question.
+        plain: of the plain ranking.
+        both: with both debias steps.
+        row: of the traces.
+    """
+
+    picture: DemoImage
+    question: DemoQuestion
+    plain: Trace
+    both: Trace
+    row: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the model's attention looks like before anything is removed.
+
+    Attributes:
+        curve: the trend at the ranking layer.
+        bias: one entry a layer: sigma and r2 of the exponential summary, Spearman correlation, shares of kept tokens.
+        samples: pictures looked at.
+        seconds: how long it took.
+    """
+
+    curve: Curve
+    bias: list[dict[str, float]]
+    samples: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """The whole experiment."""
+
+    questions: list[DemoQuestion]
+    dense: Outcome
+    cells: list[tuple[Cell, Outcome]]
+    calibration: Calibration
+    examples: list[Example]
+
+    def outcome(self, keep: float, label: str) -> Outcome:
+        """The outcome of the setting with that budget and label."""
+        return next(o for c, o in self.cells if c.keep == keep and c.label == label)
+
+
+def settings() -> list[Cell]:
+    """All cells: every budget plain, with each step, with both, and the two baselines."""
+    return [
+        cell
+        for keep in KEEPS
+        for cell in (*(Cell(keep, d) for d in DEBIAS), *(Cell(keep, baseline=b) for b in BASELINES))
+    ]
+
+
+def calibrate(model: Any, processor: Any, pictures: Sequence[DemoImage]) -> Calibration:
+    """Fit the trend at the ranking layer and measure all layers' bias, in one pass over one question a picture."""
+    start = perf_counter()
+    samples = [Sample(p.image, p.questions[0].prompt) for p in pictures]
+    keep = KEEPS[1]
+    found = observe(model, processor, samples, FastV(keep=keep, layer=LAYER), layers="all", batch_size=BATCH)
+    origin = Origin(model="evengaze demo", data="calibration set of the embedded model")
+    curve = to_curve(found, LAYER - 1, origin=origin)
+    bias = [_bias(found, layer) for layer in found.layers]
+    return Calibration(curve, bias, len(samples), perf_counter() - start)
+
+
+def _bias(found: Observations, layer: int) -> dict[str, float]:
+    summary = fit_curve(found.stats(layer).profile(), family="exponential", bootstraps=2).summary
+    measures = {name: m.value for name, m in found.measures(layer).items()}
+    return {"layer": layer, "sigma": summary["sigma"], "r2": summary["r2"], **measures}
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A batch that is ready for the decoder: what enters it, and where its visual tokens are."""
+
+    questions: list[DemoQuestion]
+    embeds: Tensor
+    mask: Tensor
+    layout: VisualLayout
+
+
+@torch.inference_mode()
+def encode(
+    model: Any, processor: Any, pictures: Sequence[DemoImage], questions: Sequence[DemoQuestion]
+) -> Iterator[_Encoded]:
+    """Batches of questions about pictures; the vision tower sees each picture once.
+
+    Questions of like length share a batch, so that hardly any padding is needed.
+    """
+    named = {q.image_index: p for p in pictures for q in p.questions}
+    wanted = sorted({q.image_index for q in questions})
+    features: dict[int, Tensor] = {}
+    shares: dict[int, Tensor] = {}
+    patch = model.config.vision_config.patch_size
+    for start in range(0, len(wanted), BATCH):
+        part = wanted[start : start + BATCH]
+        pixels = processor.image_processor([named[i].image for i in part], return_tensors="pt")["pixel_values"]
+        grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+        seen = model.get_image_features(pixel_values=pixels.to(model.device, model.dtype))
+        features.update(zip(part, getattr(seen, "pooler_output", seen), strict=True))
+        shares.update(zip(part, padding_share(pixels, grid, MEAN_COLOUR).flatten(1), strict=True))
+
+    tokenizer, image = processor.tokenizer, processor.image_token
+    count = grid[0] * grid[1]
+    texts = {q.question_id: q.prompt.replace(image, image * count) for q in questions}
+    order = sorted(questions, key=lambda q: len(tokenizer(texts[q.question_id])["input_ids"]))
+    for start in range(0, len(order), BATCH):
+        batch = order[start : start + BATCH]
+        inputs = tokenizer(
+            [texts[q.question_id] for q in batch], return_tensors="pt", padding=True, padding_side="left"
+        ).to(model.device)
+        ids = inputs["input_ids"]
+        embeds = model.get_input_embeddings()(ids)
+        first = (ids == model.config.image_token_id).int().argmax(1).tolist()
+        for row, (question, at) in enumerate(zip(batch, first, strict=True)):
+            embeds[row, at : at + count] = features[question.image_index].to(embeds)
+        layout = VisualLayout.from_spans(
+            [(at, at + count) for at in first], grid, padding=[shares[q.image_index] for q in batch]
+        )
+        yield _Encoded(batch, embeds, inputs["attention_mask"], layout)
+
+
+def run(
+    model: Any,
+    processor: Any,
+    pictures: Sequence[DemoImage],
+    calibration: Calibration,
+    *,
+    limit: int | None = 200,
+    advance: Callable[[int], None] = lambda answered: None,
+) -> Result:
+    """Ask everything.
+
+    Args:
+        model: the embedded model.
+        processor: its processor.
+        pictures: the evaluation set.
+        calibration: gives the trend; from other pictures.
+        limit: ask the first so many questions; None asks all.
+        advance: told how many answers have come in.
+    """
+    questions = [q for p in pictures for q in p.questions][:limit]
+    dense = Outcome()
+    cells = [(cell, Outcome()) for cell in settings()]
+    pruners = [cell.pruner(calibration.curve) for cell, _ in cells]
+    wanted = {p.questions[0].question_id: p for p in pictures[:EXAMPLES] if p.questions[0] in questions}
+    traces: dict[tuple[int, str], tuple[Trace, int]] = {}
+    for batch in encode(model, processor, pictures, questions):
+        _answer(model, processor, batch, get("dense")(), dense)
+        advance(len(batch.questions))
+        for (cell, outcome), pruner in zip(cells, pruners, strict=True):
+            trace = _answer(model, processor, batch, pruner, outcome)
+            advance(len(batch.questions))
+            if cell.keep == KEEPS[1] and cell.label in ("plain", "both"):
+                for row, question in enumerate(batch.questions):
+                    if question.question_id in wanted:
+                        traces[question.question_id, cell.label] = (trace, row)
+    examples = [
+        Example(picture, picture.questions[0], traces[number, "plain"][0], *traces[number, "both"])
+        for number, picture in wanted.items()
+    ]
+    return Result(questions, dense, cells, calibration, examples)
+
+
+@torch.inference_mode()
+def _answer(model: Any, processor: Any, batch: _Encoded, pruner: Pruner, outcome: Outcome) -> Trace:
+    """Answer one batch with one method, in an unmodified `generate`."""
+    tokenizer = processor.tokenizer
+    start = perf_counter()
+    with pruner(model, layout=batch.layout) as run:
+        out = model.generate(
+            inputs_embeds=batch.embeds,
+            attention_mask=batch.mask,
+            max_new_tokens=LONGEST,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    outcome.seconds += perf_counter() - start
+    for row, (question, text) in enumerate(
+        zip(batch.questions, tokenizer.batch_decode(out, skip_special_tokens=True), strict=True)
+    ):
+        outcome.answers[question.question_id] = " ".join(text.split()).lower()
+        outcome.average_tokens.append(run.trace.average_tokens(row))  # type: ignore[union-attr]
+    return run.trace  # type: ignore[return-value]
