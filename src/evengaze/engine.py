@@ -249,6 +249,9 @@ class Handle:
         self._encoded.clear()
         if layout is None or layout.total == 0:
             return None
+        if self._adapter is not None:
+            reads = [s.layer - (s.attention == "previous") for _, s in self._stages.values() if s.attention]
+            self._adapter.check_windows(self.model, reads, past + length)
         rows = tuple(row.to(states.device) for row in layout.expand(states.shape[0]).rows)
         return Prefill(
             layout=VisualLayout(rows),

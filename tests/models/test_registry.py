@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import warnings
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MllamaConfig, T5Config
 
 from evengaze.errors import ConfigError, UnsupportedModelError
 from evengaze.layout import VisualLayout
+from evengaze.methods import get
 from evengaze.models import BUILT_IN, Adapter, BareDecoder, Call, adapter_for, adapter_for_type, register, registry
 from evengaze.testing import families, tiny
 
@@ -105,6 +107,28 @@ def test_bare_decoder_has_no_layout_of_its_own() -> None:
     config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
     model = LlamaForCausalLM(config)
     assert adapter_for(model).layout(model, Call(None, None, 0, [])) is None
+
+
+def test_layers_with_a_narrow_window() -> None:
+    """Layer 2 of the tiny Gemma 3 sees 12 tokens; the prompt has more."""
+    model, inputs = tiny("gemma3")
+    with pytest.warns(UserWarning, match=r"layers \[2\], which see only the last 12 of 28 tokens.*layers 1, 3, 5"):
+        greedy_once(model, inputs, layer=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        greedy_once(model, inputs, layer=2)
+
+
+def test_window_of_all_layers() -> None:
+    model, inputs = tiny("llava_next", sliding_window=20)
+    assert adapter_for(model).full_attention_layers(model) == ()
+    with pytest.warns(UserWarning, match="no layer of this model sees more"):
+        greedy_once(model, inputs, layer=2)
+
+
+def greedy_once(model: Any, inputs: dict[str, torch.Tensor], layer: int) -> None:
+    with torch.no_grad(), get("fastv")(keep=5, layer=layer)(model):
+        model(**inputs)
 
 
 TOWERS = ("llava", "video_llava", "paligemma")

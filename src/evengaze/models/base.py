@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -112,8 +113,25 @@ class Adapter:
         """Decoder layers that attend to the whole sequence. A layer with a sliding window gives tokens outside of it
         exactly 0, so it cannot rank them."""
         decoder: Any = self.decoder(model)
-        types = getattr(decoder.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
+        window = getattr(decoder.config, "sliding_window", None)
+        types = getattr(decoder.config, "layer_types", None)
+        if types is None:  # one kind for all layers
+            types = ["full_attention" if window is None else "sliding_attention"] * len(decoder.layers)
         return tuple(i for i, kind in enumerate(types) if kind == "full_attention")
+
+    def check_windows(self, model: nn.Module, layers: Iterable[int], length: int) -> None:
+        """Warn if a layer whose attention ranks tokens cannot see the whole of a sequence of `length` tokens."""
+        decoder: Any = self.decoder(model)
+        window = getattr(decoder.config, "sliding_window", None)
+        full = self.full_attention_layers(model)
+        narrow = sorted(set(layers) - set(full))
+        if window is not None and length > window and narrow:
+            advice = f"rank by layers {', '.join(map(str, full))}" if full else "no layer of this model sees more"
+            warnings.warn(
+                f"tokens are ranked by the attention of layers {narrow}, which see only the last {window} of {length} "
+                f"tokens: all tokens before them score 0; {advice}.",
+                stacklevel=2,
+            )
 
     def vision_tower(self, model: nn.Module, kind: Literal["image", "video"] = "image") -> VisionTower:
         """The tower, for methods that drop patches in it.
