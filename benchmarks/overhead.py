@@ -16,7 +16,7 @@ import argparse
 import functools
 import json
 import platform
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import process_time
 
@@ -38,24 +38,44 @@ NAMES = ["fastv", "pyramiddrop", "sparsevlm", "himap", "tokencarve", "illava"]
 NAMES += ["random", "uniform", "pool", "divprune", "tome"]
 
 
-@contextmanager
-def clocked(owner, name, log):
-    """Add the processor time of every call of a method to `log`."""
-    original = getattr(owner, name)
+class Clock:
+    """Processor time spent in chosen functions, by the name of the call in progress."""
 
-    @functools.wraps(original)
-    def timed(*args, **kwargs):
-        start = process_time()
+    def __init__(self):
+        self.name, self.calls = "", {}
+
+    def call(self, name, function):
+        """`function`, of which every call gets an entry under `name`."""
+
+        def run():
+            self.name = name
+            self.calls.setdefault(name, []).append({"choosing": 0.0, "stage": 0.0})
+            return function()
+
+        return run
+
+    @contextmanager
+    def watching(self, kind, owner, attribute):
+        """Add the time of each call of a method of a class to the entry."""
+        original = getattr(owner, attribute)
+
+        @functools.wraps(original)
+        def timed(*args, **kwargs):
+            start = process_time()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.calls[self.name][-1][kind] += process_time() - start
+
+        setattr(owner, attribute, timed)
         try:
-            return original(*args, **kwargs)
+            yield
         finally:
-            log.append(process_time() - start)
+            setattr(owner, attribute, original)
 
-    setattr(owner, name, timed)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
+    def least(self, name, kind):
+        """The call that other work on the machine disturbed least; the first is a warm-up."""
+        return min(entry[kind] for entry in self.calls[name][1:])
 
 
 def build(options):
@@ -97,22 +117,17 @@ def overhead(options):
         pruner = methods.get(name)(debias=debias)
         pruners[name] = solve_for_budget(pruner, options.average * visual, layers=options.layers, visual=visual)
     calls = {"dense": prefill} | {n: functools.partial(prefill, p) for n, p in pruners.items()}
-    times = interleave(calls, rounds=options.rounds)
+    clock = Clock()
+    with ExitStack() as stack:
+        for kind in {type(pruner) for pruner in pruners.values()}:
+            stack.enter_context(clock.watching("choosing", kind, "select"))
+        stack.enter_context(clock.watching("stage", Prefill, "prune"))
+        stack.enter_context(clock.watching("stage", Handle, "_read"))
+        times = interleave({n: clock.call(n, c) for n, c in calls.items()}, rounds=options.rounds)
     reference = min(times["dense"].cpu)
     base = peak_bytes(prefill)
     rows = []
     for name, pruner in pruners.items():
-        choosing, stage = [], []
-        for _ in range(options.rounds):
-            inside, outside, read = [], [], []
-            with (
-                clocked(type(pruner), "select", inside),
-                clocked(Prefill, "prune", outside),
-                clocked(Handle, "_read", read),
-            ):
-                prefill(pruner)
-            choosing.append(sum(inside))
-            stage.append(sum(outside) + sum(read))
         predicted = predict(pruner, model.config, visual, options.text)
         rows.append(
             {
@@ -120,8 +135,8 @@ def overhead(options):
                 "average": predicted.average,
                 "prefill": times[name].cpu_ratio(times["dense"]),
                 "predicted": predicted.flops,
-                "choosing": min(choosing) / reference,
-                "stage": min(stage) / reference,
+                "choosing": clock.least(name, "choosing") / reference,
+                "stage": clock.least(name, "stage") / reference,
                 "peak": peak_bytes(calls[name]) / base,
             }
         )

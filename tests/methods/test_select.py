@@ -175,7 +175,7 @@ def test_pyramid_budgets_are_rounded_down_from_the_original_number() -> None:
 
 @pytest.mark.parametrize("depth", [4, 6, 24, 28, 32, 40])
 def test_default_stages_fit_any_depth(depth: int) -> None:
-    for pruner in (PyramidDrop(), SparseVLM()):
+    for pruner in (PyramidDrop(), SparseVLM(), HiMAP()):
         layers = [s.layer for s in pruner.stages(depth)]
         assert sorted(set(layers)) == layers and layers[0] > 0 and layers[-1] < depth
     assert [s.layer for s in SparseVLM().stages(32)] == [3, 7, 16]

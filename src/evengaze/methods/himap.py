@@ -31,11 +31,10 @@ class HiMAP(ManyStages):
     Attributes:
         keep: tokens left after each stage, numbers or fractions of the original number; a single value is the first
             stage's, and the second keeps a quarter of it (the published 288 and 72).
-        layers: the stage layers; a single one gives stage 1 only.
+        layers: the stage layers; None takes (2, 8), scaled to the decoder's depth. A single one gives stage 1 only.
     """
 
     keep: float | tuple[float, ...] = (288, 72)
-    layers: tuple[int, ...] | None = (2, 8)
 
     name: ClassVar[str] = "himap"
     published: ClassVar[tuple[int, ...]] = (2, 8)

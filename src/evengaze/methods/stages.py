@@ -61,7 +61,7 @@ class ManyStages(Pruner):
     Attributes:
         keep: tokens left after each stage, numbers or fractions of the original number; a single value is the first
             stage's, and later ones keep `shrink` each.
-        layers: the stage layers; None takes the published ones, scaled to the decoder's depth.
+        layers: the stage layers; None takes the published ones, which corrected mode scales to the decoder's depth.
     """
 
     keep: float | tuple[float, ...]
@@ -86,7 +86,8 @@ class ManyStages(Pruner):
 
     def stages(self, layers: int) -> Sequence[Stage]:
         """One for each of `layers`."""
-        chosen = scale_layers(self.published, layers) if self.layers is None else self.layers
+        published = self.published if self.mode == "official" else scale_layers(self.published, layers)
+        chosen = published if self.layers is None else self.layers
         check_layers(chosen, layers)
         return [Stage(layer, self.attention) for layer in chosen]
 
