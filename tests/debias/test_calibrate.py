@@ -255,3 +255,18 @@ def test_priors_are_the_scores_of_the_same_pictures_without_a_question() -> None
     np.testing.assert_allclose(found[3].values, raw, rtol=1e-5)
     flat, _ = Debias(trend=found[3])(raw, handle.trace.layout.rows[3])
     assert len(found) == 6 and float(flat.std() / flat.mean()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "video"),
+    [(f, False) for f in eg.testing.families() if f != "llama"] + [(f, True) for f in eg.testing.families(video=True)],
+)
+def test_every_family_can_be_calibrated(family: str, video: bool) -> None:
+    model, inputs = eg.testing.tiny(family, video=video)
+    found = observe(
+        model, None, SAMPLES[:2], FastV(keep=4, layer=2), batch_size=1, encode=lambda processor, batch: inputs
+    )
+    stats = found.layers[1]
+    assert stats.samples == 2 and np.isfinite(stats.heat_map()).all()
+    assert len(stats.by_frame()) > 1 or not video
+    assert to_curve(found, 1, family="exponential").origin.grid == stats.grid

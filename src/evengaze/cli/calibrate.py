@@ -189,10 +189,12 @@ def bias(
         table.add_column(column, justify="right")
     for layer in found.layers:
         curve = to_curve(found, layer, family="exponential", fit="log", beside=False)
+        frames = found.stats(layer).by_frame()
         rows[str(layer)] = {
             "sigma": [curve.summary.get(k) for k in ("sigma", "sigma_low", "sigma_high")],
             "before": _plain(before[layer]),
             **({"after": _plain(after[layer])} if after else {}),
+            **({"frames": (frames / frames.mean()).tolist()} if len(frames) > 1 else {}),
         }
         table.add_row(str(layer), _sigma(curve.summary), *_cells(before[layer]))
         if after:
@@ -203,6 +205,9 @@ def bias(
     text = json.dumps({"method": found.method, "samples": found.samples, "layers": rows}, indent=1)
     (out / "bias.json").write_text(text + "\n", encoding="utf-8")
     Console(width=150).print(table)
+    for name, row in rows.items():
+        if "frames" in row:
+            typer.echo(f"layer {name}, mean score by frame: {' '.join(f'{v:.2f}' for v in row['frames'])}")
     typer.echo(f"{out}/: heat_maps.png, layers.png, trend_NN.png, bias.json. Starred: the interval excludes even.")
 
 
