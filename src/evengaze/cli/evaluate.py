@@ -176,11 +176,13 @@ def _show(results: list[dict[str, Any]], out: Path) -> int:
             )
         screen.print(view)
     lost = False
+    if any(result["waiting"] for result in results):
+        screen.print("Some answers are still with other processes; the last one to finish scores.", highlight=False)
     for result in results:
         name = f"{result['benchmark']['name']} {result['cell']['method']} {result['cell']['debias']}"
-        if result["problem"]:
+        if result["problem"] and (result["failed"] or not result["waiting"]):
             screen.print(f"{name}: {result['problem']}", highlight=False, markup=False)
-            lost = lost or result["failed"] or not result["waiting"]
+            lost = True
         if result["errors"]:
             first = next(iter(result["errors"].values()))
             screen.print(

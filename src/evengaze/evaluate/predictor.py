@@ -115,6 +115,11 @@ class Predictor:
         try:
             processor = AutoProcessor.from_pretrained(spec.source, revision=spec.revision)
             model = AutoModelForImageTextToText.from_pretrained(spec.source, revision=spec.revision, **options)
+        except ImportError as error:
+            raise ConfigError(
+                f"--model {spec.source}: its processor needs a package that is not installed: "
+                f"{' '.join(str(error).split())[:200]}"
+            ) from error
         except (OSError, ValueError) as error:
             where = "folder" if Path(spec.source).exists() else "hub id or folder"
             raise DataError(
