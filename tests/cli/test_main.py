@@ -29,7 +29,20 @@ def test_help_does_not_import_torch_or_transformers():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip().splitlines()[-1] == "[]"
     assert time.perf_counter() - start < 10  # about half a second on an idle machine
-    for command in ("run", "compare", "profile", "evaluate", "score", "list"):
+    for command in (
+        "demo",
+        "run",
+        "compare",
+        "calibrate",
+        "bias",
+        "curves",
+        "evaluate",
+        "score",
+        "report",
+        "profile",
+        "doctor",
+        "list",
+    ):
         assert f" {command} " in out
 
 
@@ -42,6 +55,14 @@ def test_an_error_is_one_line_and_exit_status_2(capsys, tmp_path):
     assert run("run", "-i", str(tmp_path / "none.png"), "-p", "what is this?") == ERROR == 2
     err = capsys.readouterr().err
     assert err.startswith("Error: --image") and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_a_file_that_cannot_be_written_is_one_line(capsys, tmp_path):
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    assert run("demo", "--out", str(taken)) == ERROR
+    err = capsys.readouterr().err
+    assert "taken" in err and err.count("\n") == 1
 
 
 def test_debug_shows_the_traceback(tmp_path):

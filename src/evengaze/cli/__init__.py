@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -35,8 +34,6 @@ def build() -> typer.Typer:
     app.callback()(_root)
     listing = typer.Typer(no_args_is_help=True)
     for name in _COMMANDS:
-        if find_spec(f"evengaze.cli.{name}") is None:
-            continue
         import_module(f"evengaze.cli.{name}").register(app)
     for name in _LISTING:
         import_module(f"evengaze.cli.{name}").register(app, listing)
@@ -45,15 +42,15 @@ def build() -> typer.Typer:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; an `EvengazeError` becomes one red line and exit status 2."""
+    """Run the command line; an error of ours, or a file that cannot be read or written, becomes one red line."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [a for a in given if a != "--debug"]
     _quiet()
     try:
         build()(given, prog_name="evengaze")
-    except EvengazeError as error:
-        if debug:
+    except (EvengazeError, OSError) as error:
+        if debug or (isinstance(error, OSError) and error.filename is None):  # not a file that the user named
             raise
         text = f"Error: {' '.join(str(error).split())}"
         typer.secho(text, fg=typer.colors.RED, bold=True, err=True)

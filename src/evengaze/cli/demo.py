@@ -45,6 +45,7 @@ def demo(
     if full and limit is not None:
         raise ConfigError("--full asks all questions; give it or --limit, not both")
     output(json_file)
+    out.mkdir(parents=True, exist_ok=True)
     start = perf_counter()
     from evengaze.demo import load, make_dataset, report
     from evengaze.demo.experiment import calibrate, run, settings
