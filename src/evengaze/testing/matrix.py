@@ -35,8 +35,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "himap": {"keep": (8, 4), "layers": (2, 4)},
     "tokencarve": {"keep": 5, "layer": 2},
     "illava": {"keep": 5, "layer": 2},
+    "divprune": {"keep": 5, "layer": 0},
 }
-"""Parameters for decoders of six layers; the layers that are read attend to everything in every tiny model."""
+"""Parameters for decoders of six layers; the layers that are read attend to everything in every tiny model.
+DivPrune stands for methods that drop tokens before the decoder."""
 
 _ALL: dict[str, dict[str, Any]] = {
     name: {k: (tuple(10**6 for _ in v) if isinstance(v, tuple) else 10**6) if k == "keep" else v for k, v in p.items()}

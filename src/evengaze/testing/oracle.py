@@ -71,7 +71,7 @@ def _multimodal_rope(config: Any) -> bool:
 
 
 def _plan(trace: Trace, move: bool) -> Iterator[list[_Step]]:
-    """One step for each stage and row. `move`: recycled tokens go behind the kept ones."""
+    """One step for each stage and row. `move`: recycled tokens go behind the kept ones of their picture."""
     place = [{k: int(p) for k, p in enumerate(row.position)} for row in trace.layout.rows]
     gone = torch.zeros(len(place), trace.length, dtype=torch.bool)
     for stage in trace.stages:
@@ -81,6 +81,8 @@ def _plan(trace: Trace, move: bool) -> Iterator[list[_Step]]:
             old = [place[b][c] for c in candidates]
             merge = _parts(row.merge, old)
             survivors = row.kept.tolist() + ([] if row.recycled is None else row.recycled.tolist())
+            table = trace.layout.rows[b]
+            survivors.sort(key=lambda s, t=table: (int(t.image[s]), int(t.frame[s])))  # a stable sort
             source = [place[b][s] for s in survivors]
             target = sorted(source) if move else source
             gone[b, old] = True
