@@ -8,8 +8,8 @@ Trends are calibrated on the embedded calibration set and judged on the evaluati
 * spread: total variation between the rows of kept tokens and of all that could be kept (0 is even);
 * found: share of the patches of the asked things that is kept (more is better; `random` is what chance gives).
 
-`--accuracy N` also answers N questions with tokens dropped before layer 2 by the ranking of layer 1; its intervals are of
-the paired difference to the plain ranking with padding left out (95 %).
+`--accuracy N` also answers N questions with tokens dropped before layer 2 by the ranking of layer 1; its intervals are
+of the paired difference to the plain ranking with padding left out (95 %).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -30,6 +30,8 @@ class Debias:
         sinks: which tokens are registers; None leaves them in the ranking.
         stages: apply at the "first" stage of a method only, as published, or at "all" that rank by text.
         origin: what the trend was calibrated on, if it was read from a file or a preset.
+        images: digests of the calibration pictures (`Curve.images`), so that evaluating on them can be noticed; not
+            part of `to_dict`.
     """
 
     padding: PaddingMask | None = None
@@ -37,6 +39,7 @@ class Debias:
     stages: Stages = "first"
     origin: Origin | None = None
     sinks: SinkMask | None = None
+    images: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.stages not in get_args(Stages):
@@ -129,8 +132,9 @@ class Debias:
         """Both steps with the trend of a curve; `layer` as in `load`."""
         origin = replace(curve.origin, fingerprint=curve.fingerprint)
         if layer is None or layer == origin.layer:
-            return cls(padding=PaddingMask(), trend=curve.trend, origin=origin)
-        return cls(padding=PaddingMask(), trend=curve.at_layer(layer), origin=replace(origin, layer=layer))
+            return cls(padding=PaddingMask(), trend=curve.trend, origin=origin, images=curve.images)
+        origin = replace(origin, layer=layer)
+        return cls(padding=PaddingMask(), trend=curve.at_layer(layer), origin=origin, images=curve.images)
 
     @classmethod
     def preset(cls, name: str, *, official: bool = False) -> Debias:
