@@ -104,6 +104,27 @@ def test_several_pictures_frames_and_recycled_tokens():
         plot_trace(trace, stage=1)
 
 
+def test_a_picture_in_tiles_is_cut_into_them():
+    infos = [ImageInfo((2, 2), frames=7)]  # 2 x 3 tiles and the whole
+    tiles = VisualTokens.build(torch.arange(28), infos, x=torch.arange(28) / 28)
+    picture = Image.new("RGB", (60, 40), (0, 0, 255))
+    picture.paste((255, 0, 0), (20, 20, 40, 40))
+    canvas = Canvas.of(tiles, picture)
+    assert canvas.across == 3 and len(canvas.pixels) == 7
+    assert [tuple(p[p.shape[0] // 2, p.shape[1] // 2]) == (255, 0, 0) for p in canvas.pixels[:6]].index(True) == 4
+    video = VisualTokens.build(torch.arange(28), infos)
+    with pytest.raises(DataError, match="7 frames, but 1"):
+        Canvas.of(video, picture)
+
+
+@pytest.mark.parametrize("family", ["internvl", "idefics3", "llava_next", "qwen2_vl", "gemma3"])
+def test_other_families_can_be_plotted(family, tmp_path):
+    model, inputs = tiny(family)
+    with FastV(keep=4, layer=2)(model) as run:
+        model(**inputs)
+    run.trace.plot(Image.new("RGB", (80, 50))).savefig(tmp_path / "kept.png")
+
+
 def test_grids_with_missing_tokens_are_drawn():
     full = VisualTokens.build(torch.arange(9), [ImageInfo((3, 3))])
     part = full.take(torch.tensor([0, 1, 3, 8]))

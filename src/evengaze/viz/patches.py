@@ -15,7 +15,7 @@ from PIL import Image as images
 from torch import Tensor
 
 from evengaze.errors import DataError
-from evengaze.layout import VisualTokens
+from evengaze.layout import ImageInfo, VisualTokens
 from evengaze.viz.style import INK, KEPT, WASTED, new_figure, title
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Canvas:
         pixels: for each frame (height, width, 3) uint8, or None for a plain grid.
         padding: (frames, rows, columns) share of each patch that is padding.
         there: (frames, rows, columns) False where the grid has no visual token.
+        across: how many frames are drawn side by side.
     """
 
     tokens: VisualTokens
@@ -49,6 +50,7 @@ class Canvas:
     pixels: tuple[Pixels | None, ...]
     padding: NDArray[np.float64]
     there: Mask
+    across: int
 
     @classmethod
     def of(cls, tokens: VisualTokens, image: Image | Sequence[Image] | None = None, index: int = 0) -> Canvas:
@@ -56,7 +58,8 @@ class Canvas:
 
         Args:
             tokens: the row's visual tokens.
-            image: the picture as the user has it, one for each frame of a video, or None.
+            image: the picture as the user has it, one for each frame of a video, or None. A picture that the model
+                reads in tiles is cut into them.
             index: which picture of the row.
 
         Raises:
@@ -70,17 +73,21 @@ class Canvas:
         padding = np.zeros(shape)
         own = (tokens.image == index).cpu()
         padding.reshape(info.frames, -1)[tokens.frame.cpu()[own], tokens.cell.cpu()[own]] = tokens.padding.cpu()[own]
+        across = _across(*shape)
         frames: list[Image | None]
         if image is None:
             frames = [None] * info.frames
         elif isinstance(image, Sequence):
             frames = list(image)
+        elif info.frames > 1 and _tiled(tokens, index):
+            across = _tile_columns(image, info)
+            frames = cut(image, info.frames - 1, across)
         else:
             frames = [image]
         if len(frames) != info.frames:
             raise DataError(f"picture {index} of the row has {info.frames} frames, but {len(frames)} images were given")
         seen = tuple(None if f is None else as_seen(f, p) for f, p in zip(frames, padding, strict=True))
-        return cls(tokens, index, seen, padding, there)
+        return cls(tokens, index, seen, padding, there, across)
 
     def mask(self, chosen: Tensor) -> Mask:
         """(frames, rows, columns) True at the visual tokens `chosen` (indices into the row's)."""
@@ -96,7 +103,7 @@ class Canvas:
     def aspect(self) -> float:
         """Width of the drawing over its height."""
         frames, rows, columns = self.there.shape
-        down, across = _mosaic(frames, rows, columns)
+        down, across = ceil(frames / self.across), self.across
         gap = _GAP * max(rows, columns)
         return float((across * (columns + gap) - gap) / (down * (rows + gap) - gap))
 
@@ -110,7 +117,7 @@ class Canvas:
             note: outline kept patches that are padding in another colour.
         """
         frames, rows, columns = self.there.shape
-        _, across = _mosaic(frames, rows, columns)
+        across = self.across
         gap = _GAP * max(rows, columns)
         for f in range(frames):
             top, left = (f // across) * (rows + gap), (f % across) * (columns + gap)
@@ -254,10 +261,35 @@ def _margins(covered: NDArray[np.float64]) -> tuple[float, float]:
     return float((1 - covered[:first]).sum()), float((1 - covered[last + 1 :]).sum())
 
 
-def _mosaic(frames: int, rows: int, columns: int) -> tuple[int, int]:
-    """Rows and columns of frames whose mosaic is about a third wider than high."""
-    across = min(frames, max(1, round(sqrt(frames * 4 / 3 * rows / columns))))
-    return ceil(frames / across), across
+def cut(image: Image, tiles: int, across: int) -> list[Image | None]:
+    """The tiles of a picture in raster order, and the whole picture behind them."""
+    down = tiles // across
+    width, height = image.width / across, image.height / down
+    boxes = [(x * width, y * height, (x + 1) * width, (y + 1) * height) for y in range(down) for x in range(across)]
+    size = (max(1, round(width)), max(1, round(height)))
+    return [*(image.resize(size, images.Resampling.LANCZOS, box=box) for box in boxes), image]
+
+
+def _tiled(tokens: VisualTokens, index: int) -> bool:
+    """Whether the frames are tiles of one picture, through which the raster runs on; in a video it starts again."""
+    own = tokens.image == index
+    frame, x = tokens.frame[own], tokens.x[own]
+    return bool(x[frame == frame.max()].min() > x[frame == 0].max())
+
+
+def _tile_columns(image: Image, info: ImageInfo) -> int:
+    """How many tiles are side by side: processors choose the arrangement that is closest to the picture's shape.
+
+    The layout does not say it; the last frame is the whole picture.
+    """
+    tiles, shape = info.frames - 1, info.grid[1] / info.grid[0]
+    fits = [c for c in range(1, tiles + 1) if tiles % c == 0]
+    return min(fits, key=lambda c: abs(np.log(c / (tiles // c) * shape * image.height / image.width)))
+
+
+def _across(frames: int, rows: int, columns: int) -> int:
+    """Frames side by side, for a mosaic that is about a third wider than high."""
+    return min(frames, max(1, round(sqrt(frames * 4 / 3 * rows / columns))))
 
 
 def _checkered(there: Mask, zoom: int = 24) -> Pixels:
