@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from evengaze.evaluate.predictor import Prediction
+from evengaze.evaluate.runner import Work
 from evengaze.testing import tiny
 from evengaze.testing.prompts import BOS, IMAGE, PAD
 
@@ -90,3 +93,17 @@ def save_pope(root: Path, images: int = 4, seed: int = 0) -> Path:
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+class EchoBackend:
+    """Answers "Yes" to everything, without a model and without opening pictures."""
+
+    def describe(self, template: str) -> dict[str, Any]:
+        return {"name": "echo", "prompt": template}
+
+    def geometry(self, records: Any, template: str) -> tuple[int, int]:
+        return 32, 576
+
+    def answer(self, works: Iterable[Work]) -> Iterator[tuple[int, list[Prediction]]]:
+        for work in works:
+            yield work.job, [Prediction(record, "Yes", {}) for record in work.batch]
