@@ -172,3 +172,13 @@ def test_students_quantile() -> None:
 def test_the_fit_is_deterministic() -> None:
     profile = Profile.from_scores(draw(np.exp(X)))
     assert fit_curve(profile, bootstraps=20) == fit_curve(profile, bootstraps=20)
+
+
+def test_how_often_tokens_are_kept_can_be_fitted_where_some_never_are() -> None:
+    random = np.random.RandomState(5)
+    truth = 0.03 * np.exp(2.5 * X)
+    kept = (random.rand(60, TOKENS) < truth).astype(float)
+    assert (kept.mean(0) == 0).any()
+    summary = fit_scores(kept, family="exponential", fit="log", bootstraps=20).summary
+    assert summary["sigma_low"] <= 2.5 <= summary["sigma_high"]
+    assert summary["mu_low"] <= 0.03 <= summary["mu_high"]

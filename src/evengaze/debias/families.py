@@ -36,6 +36,8 @@ def fit_family(family: str, means: Means, fit: str, *, start: TrendCurve | None 
     """
     if family not in _FITS:
         raise ConfigError(f"cannot fit the family {family!r}; known: {', '.join(_FITS)}")
+    if fit != "least-squares":
+        means = means.positive()
     x, weight = means.x, means.count / means.count.sum()
     scale = float(means.mean.mean())
     y = means.mean / scale

@@ -184,6 +184,7 @@ def r_squared(trend: TrendCurve, means: Means, fit: Fit) -> float:
 
 def _variances(trend: TrendCurve, means: Means, log: bool) -> tuple[float, float]:
     """Weighted variance about the trend, whose level is free, and about the mean."""
+    means = means.positive() if log else means
     value, expected, weight = means.mean, evaluate(trend, means.x), means.count
     if log:
         good = value > 0

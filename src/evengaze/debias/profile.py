@@ -35,6 +35,21 @@ class Means:
     count: Array
     geometric: bool = False
 
+    def positive(self) -> Means:
+        """Neighbours averaged in pairs, again and again, until all means are positive (or few are left).
+
+        How often a token is selected is often 0 at single positions; leaving those out would bias a fit in the log.
+        """
+        now = self
+        while (now.mean <= 0).any() and len(now.x) > 8:
+            start = np.arange(0, len(now.x), 2)
+            count = np.add.reduceat(now.count, start)
+            mean, x = (np.add.reduceat(now.count * v, start) / count for v in (now.mean, now.x))
+            spread = np.sqrt(np.add.reduceat((now.count * now.error * np.abs(now.mean)) ** 2, start)) / count
+            with np.errstate(divide="ignore", invalid="ignore"):
+                now = Means(x, mean, spread / np.abs(mean), count, now.geometric)
+        return now
+
 
 @dataclass(frozen=True)
 class Profile:
