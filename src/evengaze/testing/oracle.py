@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evengaze.layout import VisualTokens
 from evengaze.methods.base import Merge, Pruner
 from evengaze.trace import Trace
 
@@ -81,8 +82,8 @@ def _plan(trace: Trace, move: bool) -> Iterator[list[_Step]]:
             old = [place[b][c] for c in candidates]
             merge = _parts(row.merge, old)
             survivors = row.kept.tolist() + ([] if row.recycled is None else row.recycled.tolist())
-            table = trace.layout.rows[b]
-            survivors.sort(key=lambda s, t=table: (int(t.image[s]), int(t.frame[s])))  # a stable sort
+            if move:  # a picture's recycled tokens stand behind its kept ones
+                survivors = _by_picture(survivors, trace.layout.rows[b])
             source = [place[b][s] for s in survivors]
             target = sorted(source) if move else source
             gone[b, old] = True
@@ -94,6 +95,11 @@ def _plan(trace: Trace, move: bool) -> Iterator[list[_Step]]:
             there, here = torch.tensor(source, dtype=torch.long), torch.tensor(target, dtype=torch.long)
             steps.append(_Step(there, here, gone[b].clone(), merge))
         yield steps
+
+
+def _by_picture(survivors: list[int], table: VisualTokens) -> list[int]:
+    pictures = list(zip(table.image.tolist(), table.frame.tolist(), strict=True))
+    return sorted(survivors, key=lambda token: pictures[token])  # stable: within a picture the order stays
 
 
 def _parts(merge: Merge | None, slots: list[int]) -> list[tuple[int, int, float]]:
