@@ -83,7 +83,7 @@ def plot_trend(curve: Curve, others: Mapping[str, TrendCurve] | None = None) -> 
     detail = f"{origin.method} on {origin.model or origin.architecture}, {origin.samples} samples"
     if "sigma_low" in summary:
         detail += f"; sigma {summary['sigma']:.2f} [{summary['sigma_low']:.2f}, {summary['sigma_high']:.2f}]"
-    title(ax, f"Attention rises with the raster index: layer {origin.layer}", detail)
+    title(ax, f"Mean score over the raster index: layer {origin.layer}", detail)
     return figure
 
 
