@@ -119,7 +119,8 @@ class Prefill:
             return hidden
         old, _ = self.on(hidden.device)
         there = self._there(hidden.device)
-        plans = [_plan(there[b], self.tables[b], None if s is None else self._order(s)) for b, s in enumerate(chosen)]
+        orders = [None if s is None else self._order(b, s) for b, s in enumerate(chosen)]
+        plans = [_plan(there[b], self.tables[b], order) for b, order in enumerate(orders)]
         index, source, filled = _stack(plans, ~self.real.to(hidden.device).gather(1, old))
         out = take(hidden, source, 1)
         for b, selection in enumerate(chosen):
@@ -168,20 +169,25 @@ class Prefill:
             total = torch.zeros(out.shape, dtype=torch.float32, device=out.device).index_add_(0, target, parts)
             touched = torch.unique(target)
             out[touched] = total[touched].to(out.dtype)
-        chosen = self._order(selection)
+        chosen = self._order(b, selection)
         moved = table.take(chosen)
         self.tables[b] = replace(moved, position=place[moved.position])
         self.origins[b] = self.origins[b][chosen]
 
-    def _order(self, selection: Selection) -> Tensor:
+    def _order(self, b: int, selection: Selection) -> Tensor:
         """Surviving candidates in the order in which they stand afterwards.
 
-        Recycled tokens stand behind the kept ones if positions are renumbered; else every token stays at its own.
+        Recycled tokens stand behind the kept ones of their picture (text may follow it) if positions are renumbered;
+        else every token stays at its own.
         """
         if selection.recycled is None:
             return selection.keep
         chosen = torch.cat([selection.keep, selection.recycled.to(selection.keep.device)])
-        return chosen if self.rotary is not None and self.rotary.renumbers else chosen.sort().values
+        if self.rotary is None or not self.rotary.renumbers:
+            return chosen.sort().values
+        table = self.tables[b]
+        picture = table.image[chosen] * (int(table.frame.max()) + 1) + table.frame[chosen]
+        return chosen[torch.sort(picture, stable=True).indices]
 
     # -- what later layers receive ------------------------------------------------------------------------------------
     def arguments(

@@ -135,6 +135,11 @@ class View:
         return after if len(after) else self.last
 
     @property
+    def question(self) -> Tensor:
+        """(t, d) input embeddings of `text`; only before anything has been dropped."""
+        return self.embeddings[self.text.to(self.embeddings.device)]
+
+    @property
     def features(self) -> Tensor:
         """(n, d) hidden states of the candidates."""
         return self.hidden[self.tokens.position]
@@ -151,7 +156,7 @@ class View:
         """
         if self.states is None:
             raise ConfigError("this stage reads no attention: set Stage.attention to 'previous' or 'own'")
-        return self.states.received(self.row, queries, self.tokens.position, reduce)
+        return self.states.received(self.row, queries, self.tokens.position, reduce).to(self.hidden.device)
 
 
 def top(score: Tensor, count: int) -> Tensor:

@@ -51,7 +51,7 @@ class Random(OneStage):
 
     def score(self, view: View) -> Tensor:
         """Uniform noise, seeded by `seed` and by the embeddings of the question (table look-ups, hence exact)."""
-        question = view.embeddings[view.text].float().cpu().contiguous().numpy().tobytes()
+        question = view.question.float().cpu().contiguous().numpy().tobytes()
         generator = torch.Generator().manual_seed(zlib.crc32(question, self.seed & 0xFFFFFFFF))
         return torch.rand(len(view), generator=generator).to(view.hidden.device)
 

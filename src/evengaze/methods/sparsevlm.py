@@ -84,7 +84,8 @@ class SparseVLM(Pruner):
     def select(self, view: View) -> Selection:
         """Choose the raters before anything is dropped, then as usual."""
         if "raters" not in view.memory:
-            view.memory["raters"] = raters(view.embeddings[view.initial.position], view.embeddings[view.text])
+            visual = view.embeddings[view.initial.position]
+            view.memory["raters"] = raters(visual, view.question).to(view.hidden.device)
         return super().select(view)
 
     def score(self, view: View) -> Tensor:
