@@ -151,13 +151,13 @@ def judge(ranked, recorded: Recorded):
     return np.array(result)
 
 
-def accuracy(model, processor, pairs, variants):
+def accuracy(model, processor, pairs, variants, budgets):
     """Right answers, (questions,) by name and budget."""
     right = {}
     pictures = list({p.name: p for p, _ in pairs}.values())
     for batch in experiment.encode(model, processor, pictures, [q for _, q in pairs]):
         for name, debias in variants.items():
-            for budget in BUDGETS:
+            for budget in budgets:
                 pruner = FastV(keep=budget, layer=2, debias=debias)
                 outcome = experiment.Outcome()
                 experiment._answer(model, processor, batch, pruner, outcome)
@@ -174,6 +174,7 @@ def main():
     parser.add_argument("--calibration", type=int, default=128, help="questions of the calibration set")
     parser.add_argument("--questions", type=int, default=300, help="questions of the evaluation set")
     parser.add_argument("--accuracy", type=int, default=0, help="also answer so many questions")
+    parser.add_argument("--budgets", default="0.125,0.06", help="shares of the tokens to answer with")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -231,6 +232,10 @@ def main():
     one = layers.index(1) if 1 in layers else 0
     for name, values in table.items():
         v = np.array(values)
+        failed = [str(layers[k]) for k in range(len(layers)) if np.isnan(v[k]).any()]
+        if failed:
+            print(f"| {name} | not positive at layer {', '.join(failed)} | | | | | |")
+            continue
         shift, spread, worst = np.abs(v[..., 0]).mean(), v[..., 1].mean(), v[..., 1].max()
         print(
             f"| {name} | {shift:.3f} | {spread:.3f} | {worst:.3f} | "
@@ -253,12 +258,13 @@ def main():
         variants |= {f"{n} + padding": Debias(padding, found[n]) for n in ANSWERED if found[n] is not None}
         default = found["auto, geometric"]
         variants["auto, geometric alone"] = Debias(None, default)
-        right = accuracy(model, processor, pairs[: options.accuracy], variants)
-        print("\n| ranking | " + " | ".join(f"{b:.1%}" for b in BUDGETS) + " |")
-        print("|---|" + "---|" * len(BUDGETS))
+        budgets = [float(b) for b in options.budgets.split(",")]
+        right = accuracy(model, processor, pairs[: options.accuracy], variants, budgets)
+        print("\n| ranking | " + " | ".join(f"{b:.1%}" for b in budgets) + " |")
+        print("|---|" + "---|" * len(budgets))
         for name in variants:
             cells = []
-            for budget in BUDGETS:
+            for budget in budgets:
                 gain = right[name, budget] - right["padding", budget]
                 half = 1.96 * gain.std(ddof=1) / np.sqrt(len(gain))
                 cells.append(f"{right[name, budget].mean():.3f} ({gain.mean():+.3f} ± {half:.3f})")
