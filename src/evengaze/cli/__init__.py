@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated
@@ -48,13 +49,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = [a for a in given if a != "--debug"]
     _quiet()
     try:
-        build()(given, prog_name="evengaze")
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            build()(given, prog_name="evengaze")
     except (EvengazeError, OSError) as error:
         if debug or (isinstance(error, OSError) and error.filename is None):  # not a file that the user named
             raise
         text = f"Error: {' '.join(str(error).split())}"
         typer.secho(text, fg=typer.colors.RED, bold=True, err=True)
         sys.exit(ERROR)
+
+
+def _warn(message: Warning | str, *where: object, **more: object) -> None:
+    """A warning as one line, without the place in the code that it comes from."""
+    typer.secho(f"Warning: {' '.join(str(message).split())}", fg=typer.colors.YELLOW, err=True)
 
 
 def _quiet() -> None:

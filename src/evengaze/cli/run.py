@@ -51,7 +51,7 @@ def run(
     session.output(plot, ".png", ".pdf", ".svg")
     pruner, pictures = session.method(method, debias), session.read_pictures(image)
     loaded = session.Session(model, revision=revision, dtype=dtype, device=device)
-    answer = loaded.answer(pictures, prompt, loaded.checked(pruner), max_new_tokens)
+    answer = loaded.answer(pictures, prompt, pruner, max_new_tokens)
     typer.echo(answer.text)
     if answer.trace is None:
         return
@@ -98,7 +98,7 @@ def compare(
         plain = pruner.replace(debias=None)
         column = [_one(loaded, pictures, prompt, plain, spec, max_new_tokens), None]
         if plain.stages(loaded.layers) and plain.language_to_vision(0):
-            better = session.method(spec, "padding") if pruner.debias is None else loaded.checked(pruner)
+            better = session.method(spec, "padding") if pruner.debias is None else pruner
             column[1] = _one(loaded, pictures, prompt, better, "debiased", max_new_tokens)
         columns.append(column)
     if all(column[1] is None for column in columns):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -12,11 +11,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-import typer
 from transformers.utils.logging import disable_progress_bar
 
-from evengaze.debias import CurveWarning, Debias
-from evengaze.debias.curve import architecture_of
+from evengaze.debias import Debias
 from evengaze.errors import ConfigError, DataError
 from evengaze.evaluate.benchmarks.types import Record
 from evengaze.evaluate.conversation import render
@@ -94,20 +91,6 @@ class Session:
         seconds = perf_counter() - start
         text = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         return Answer(text, run.trace, seconds)
-
-    def checked(self, pruner: Pruner) -> Pruner:
-        """The method, after a warning if its curve was calibrated elsewhere."""
-        if pruner.debias is None:
-            return pruner
-        stage = next(iter(pruner.stages(self.layers)), None)
-        layer = None if stage is None else stage.layer - (stage.attention == "previous")
-        architecture = architecture_of(self.predictor.model.config)
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter("always", CurveWarning)
-            pruner.debias.check(architecture=architecture, method=pruner.name, layer=layer)
-        for warning in found:
-            typer.secho(f"Warning: {warning.message}", fg=typer.colors.YELLOW, err=True)
-        return pruner
 
 
 def read_pictures(paths: Sequence[Path]) -> list[Image]:
