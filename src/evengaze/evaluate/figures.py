@@ -7,6 +7,7 @@ from math import pi
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from evengaze.evaluate.results import Row, Table
 
@@ -23,7 +24,9 @@ def curves(tables: Sequence[Table]) -> Figure:
     colours, styles = _colours(shown), _styles(shown)
     columns = min(3, max(1, len(shown)))
     lines = -(-max(1, len(shown)) // columns)
-    figure = Figure(figsize=(4.6 * columns + 0.4, 3.6 * lines + 0.9), layout="constrained")
+    figure = Figure(
+        figsize=(4.6 * columns + 0.4, 3.6 * lines + 0.9), layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1)
+    )
     axes = figure.subplots(lines, columns, squeeze=False)
     handles: dict[str, Any] = {}
     for axis, table in zip(axes.flat, shown, strict=False):
@@ -71,7 +74,9 @@ def radar(tables: Sequence[Table]) -> Figure | None:
     angles = [2 * pi * i / len(usable) for i in range(len(usable))]
     columns = min(3, len(families))
     lines = -(-len(families) // columns)
-    figure = Figure(figsize=(4.2 * columns + 0.3, 4.0 * lines + 0.5), layout="constrained")
+    figure = Figure(
+        figsize=(4.2 * columns + 0.3, 4.0 * lines + 0.5), layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1)
+    )
     axes = figure.subplots(lines, columns, squeeze=False, subplot_kw={"projection": "polar"})
     lowest = 100.0
     for axis, family in zip(axes.flat, families, strict=False):
@@ -90,7 +95,7 @@ def radar(tables: Sequence[Table]) -> Figure | None:
         axis.set_xticks(angles, [table.title for table in usable], fontsize=8)
         axis.tick_params(axis="y", labelsize=7, colors="#666666")
         axis.set_title(family, fontsize=11, pad=14)
-        axis.legend(fontsize=7, loc="upper right", bbox_to_anchor=(1.22, 1.12), frameon=False)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False)
     for axis in axes.flat:
         axis.set_ylim(max(0.0, lowest - 8), 104)
     for axis in list(axes.flat)[len(families) :]:

@@ -94,9 +94,9 @@ def _context(found: Sequence[Table], with_published: bool) -> dict[str, Any]:
 
 def _overview(found: Sequence[Table]) -> dict[str, Any]:
     """Methods down, benchmarks across, and the mean share of the dense model's score."""
-    names = list(dict.fromkeys(_label(row) for table in found for row in table.rows))
+    names = {_label(row): row.cell for table in found for row in table.rows}
     lines = []
-    for name in names:
+    for name, cell in names.items():
         values, shares = [], []
         for table in found:
             row = next((row for row in table.rows if _label(row) == name), None)
@@ -105,9 +105,9 @@ def _overview(found: Sequence[Table]) -> dict[str, Any]:
             if row is not None and row.value is not None and dense is not None and dense.value:
                 shares.append(100 * row.value / dense.value)
         complete = len(shares) == len(found)
-        lines.append(
-            {"name": name, "values": values, "share": f"{sum(shares) / len(shares):.1f} %" if complete else ""}
-        )
+        share = f"{sum(shares) / len(shares):.1f} %" if complete else ""
+        look = {"role": cell["role"], "debiased": cell["debias"] != "none"}
+        lines.append({"name": name, "values": values, "share": share, **look})
     return {"titles": [f"{table.title} ({table.metric})" for table in found], "lines": lines}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evengaze.errors import DataError
+from evengaze.evaluate.benchmarks import BENCHMARKS
 from evengaze.evaluate.grid import RESULT, SCHEMA
 from evengaze.evaluate.metrics.paired import Paired, compare
 
@@ -123,7 +124,8 @@ def tables(rows: Sequence[Row], *, resamples: int = 10_000) -> list[Table]:
     for table in found.values():
         _compare(table, resamples)
         table.rows.sort(key=_order)
-    return list(found.values())
+    order = list(BENCHMARKS)
+    return sorted(found.values(), key=lambda table: order.index(table.name) if table.name in order else len(order))
 
 
 def _compare(table: Table, resamples: int) -> None:
