@@ -37,11 +37,16 @@ def check(cases: Any, case: dict[str, Any]) -> list[str]:
     return report.finish() + padding_used(cases, case)
 
 
+def has_padding_mask(cases: Any, case: dict[str, Any]) -> bool:
+    pruner = cases.pruner(case)
+    return pruner is not None and pruner.debias is not None and pruner.debias.padding is not None
+
+
 def padding_used(cases: Any, case: dict[str, Any]) -> list[str]:
     """Padding that corrected mode keeps, recycles or merges; none is right."""
-    pruner = cases.pruner(case)
-    if pruner is None or pruner.debias is None or pruner.debias.padding is None:
+    if not has_padding_mask(cases, case):
         return []
+    pruner = cases.pruner(case)
     embeds, layout = cases.prompt(case)
     if isinstance(pruner, FastVMasked):
         pruner = FastV(pruner.keep, pruner.layer, debias=pruner.debias)
@@ -67,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     cases = suite(options.data, options.attention)
-    passed = failed = skipped = 0
+    passed = failed = skipped = masked = 0
     for case in cases.cases():
         name, method = cases.name(case), cases.method(case)
         if (options.method and options.method.lower() != method) or (options.case and options.case not in name):
@@ -79,6 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
         failures = check(cases, case)
         print(f"{'FAIL' if failures else 'ok  '}  {name}", *failures, sep="\n        " if failures else "")
         passed, failed = passed + (not failures), failed + bool(failures)
+        masked += has_padding_mask(cases, case) and not any("corrected mode" in f for f in failures)
+    print(f"corrected mode kept, recycled and merged no padding in {masked} cases with padding masks")
     print(f"{passed} passed, {failed} failed, {skipped} skipped")
     return 1 if failed else 0
 

@@ -58,7 +58,7 @@ class SetA:
             prefer=prefer,
             noise=noise,
         )
-        if "lmms" in case["case"]:  # it calls layer K-1 twice, whose cache then holds everything twice, to no effect
+        if "lmms" in case["variant"]:  # it calls layer K-1 twice, whose cache then holds everything twice, to no effect
             twice = torch.ones(len(recorded.prefill.cached), dtype=torch.long)
             twice[pruner.stages(len(twice))[0].layer - 1] = 2
             for name in ("prefill_kv_len", "decode_kv_len"):
@@ -77,7 +77,7 @@ class SetA:
         common: dict[str, Any] = {"debias": self.debias(case), "mode": "official"}
         if method == "fastv":
             if "fast_v_agg_layer" in case:
-                kind = FastVRecompute if "inplace" in case["case"] else FastVMasked
+                kind = FastVRecompute if "no KV cache" in case["variant"] else FastVMasked
                 return kind(case["fast_v_attention_rank"], case["fast_v_agg_layer"], **common)
             if "fastv_k" in case:
                 return FastV(1 - case["fastv_r"], case["fastv_k"], **common)

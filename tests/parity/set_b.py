@@ -39,7 +39,7 @@ class SetB:
         return str(case["method"]).split()[0].lower()
 
     def check(self, case: dict[str, Any], report: Report) -> None:
-        if "vit" in case["name"]:
+        if "encoder" in case["method"]:
             from parity.vision import check_tower
 
             check_tower(self.folder, case, report)
@@ -79,7 +79,7 @@ class SetB:
     def pruner(self, case: dict[str, Any]) -> Pruner | None:
         p, method = case["params"], self.method(case)
         common: dict[str, Any] = {"debias": self.debias(case), "mode": "official"}
-        if method == "none" or "vit" in case["name"]:
+        if method == "none" or "encoder" in case["method"]:
             return None
         if method == "himap":
             stages = [(p["txt_rank"], p["txt_layer"]), (p.get("img_rank"), p.get("img_layer"))]
