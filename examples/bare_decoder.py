@@ -1,4 +1,4 @@
-"""Prune a plain decoder that is fed embeddings, by saying where the visual tokens are: `python examples/bare_decoder.py`."""
+"""Prune a plain decoder that is fed embeddings, by saying where they are: `python examples/bare_decoder.py`."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -12,6 +12,9 @@ embeddings = torch.randn(2, 35 + 64 + 20, 64)  # two rows: a prefix, an 8 x 8 pi
 
 layout = eg.VisualLayout.from_spans([(35, 99), (35, 99)], grid=(8, 8))
 with eg.FastV(keep=16, layer=2)(model, layout=layout) as run:
-    output = model.generate(inputs_embeds=embeddings, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    mask = torch.ones(2, embeddings.shape[1], dtype=torch.long)
+    output = model.generate(
+        inputs_embeds=embeddings, attention_mask=mask, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
+    )
 print(run.trace)
 print("cache entries by layer:", [layer.keys.shape[-2] for layer in output.past_key_values.layers])
