@@ -25,15 +25,12 @@ def parser() -> argparse.ArgumentParser:
     language.set_defaults(module="language", function="run")
 
     align = commands.add_parser("align", help="stage 3: the projector towards word embeddings")
-    align.add_argument("--steps", type=int, default=150)
-    align.add_argument("--batch", type=int, default=32)
-    align.add_argument("--rate", type=float, default=1e-3)
+    align.add_argument("--images", type=int, default=1024)
     align.set_defaults(module="joint", function="align")
 
     tune = commands.add_parser("tune", help="stage 4: everything, on questions")
-    tune.add_argument("--steps", type=int, default=1000)
-    tune.add_argument("--batch", type=int, default=8)
-    tune.add_argument("--rate", type=float, default=3e-4, help="the language model's learning rate")
+    tune.add_argument("--steps", type=int, default=900)
+    tune.add_argument("--rate", type=float, default=1e-3, help="learning rate of the later language-model layers")
     tune.set_defaults(module="joint", function="tune")
 
     export = commands.add_parser("export", help="write the folder that evengaze.demo.load reads")

@@ -30,8 +30,8 @@ class Labels:
         return self.kind > BACKGROUND
 
 
-def scenes(*seeds: tuple[int, ...]) -> list[Scene]:
-    return [make_scene(*seed) for seed in seeds]
+def scenes(*seeds: tuple[int, ...], most: int = 6) -> list[Scene]:
+    return [make_scene(*seed, most=most) for seed in seeds]
 
 
 def pixel_values(batch: Sequence[Scene]) -> torch.Tensor:

@@ -17,12 +17,15 @@ from evengaze.demo.scenes import COLORS, GRID, KINDS, POSITIONS, Question, Scene
 from . import data, language, vision
 
 TOKENS = GRID**2
-QUESTIONS = {"color": 2, "shape": 2, "digit": 2, "exists": 3, "count": 1, "position": 2}  # at most, per image
+QUESTIONS = {"color": 3, "shape": 3, "digit": 2, "exists": 3, "count": 1, "position": 2}  # at most, per image
 WEIGHTS = {"color": 1.0, "shape": 1.0, "digit": 1.2, "exists": 1.0, "count": 1.0, "position": 1.5}
 END_WEIGHT = 0.2  # the end-of-answer token is learnt in no time
+BACKGROUND_WEIGHT = 0.15
 KEPT_TOKENS = 72  # visual tokens fed in the first part of the tuning, for speed
 KEPT_THING = 0.85  # probability that a patch that shows something is among them
-FIRST_PART = 0.65
+FIRST_PART = 0.75
+FIRST_LAYERS = 2  # these keep closer to the pretrained model than the later ones
+FIRST_LAYERS_RATE = 3e-4
 
 
 def make_model(work: Path, seed: int) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast]:
@@ -43,44 +46,45 @@ def make_model(work: Path, seed: int) -> tuple[LlavaForConditionalGeneration, Pr
     tower = torch.load(work / "vision.pt", weights_only=True)["model"]
     model.model.vision_tower.load_state_dict({k[2:]: v for k, v in tower.items() if k.startswith("0.")})
     model.model.language_model.load_state_dict(text["weights"])
-    projector, words = model.model.multi_modal_projector, text["weights"]["embed_tokens.weight"]
-    for layer, size in ((projector.linear_1, 1.0), (projector.linear_2, float(words.std()))):
-        nn.init.normal_(layer.weight, std=size * layer.in_features**-0.5)
-        nn.init.zeros_(layer.bias)
     model.tie_weights()
     vision.speed_up(model.model.vision_tower)
     model.model.language_model.set_attn_implementation("eager")  # its backward pass is the faster one on a CPU
     return model, tokenizer
 
 
-class Alignment(nn.Module):
-    """Draws a patch's projection towards the word embeddings of what it shows.
+class Alignment:
+    """What a patch's projection should resemble: the word embeddings of what it shows.
 
     A patch that shows a thing should look like the words for its colour and kind and, at half weight, for where the
-    thing is; background like a line break, at a low weight. Padding is left alone.
+    thing is; background like a line break, at a low weight. Padding is left alone. Words of one family resemble each
+    other, so what they have in common is added once, and what sets each apart in full.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, width: int):
-        super().__init__()
-        self.heads = vision.PatchHeads(width)
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self.kinds, self.colors, self.positions = (
             [tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in words]
             for words in (KINDS, COLORS, POSITIONS)
         )
         self.newline = tokenizer.encode("\n", add_special_tokens=False)[0]
 
-    def forward(self, projected: torch.Tensor, words: torch.Tensor, labels: data.Labels) -> torch.Tensor:
+    def targets(self, words: torch.Tensor, labels: data.Labels) -> torch.Tensor:
+        """For the patches on things, in order, the vector to resemble, from the embedding matrix `words`."""
         shown = labels.on_thing
-        words = words.detach().float()
-        target = words[self.kinds][labels.kind[shown] - 1] + words[self.colors][labels.color[shown] - 1]
         position = labels.position[shown]
+        kinds, colors, positions = (words[ids] for ids in (self.kinds, self.colors, self.positions))
         known = (position >= 0)[:, None] * 0.5
-        target = (target + known * words[self.positions][position.clamp(min=0)]) / (2 + known)
-        scale = words.var()
-        on_thing = (projected[shown].float() - target).square().mean() / scale
+        return (
+            torch.cat([kinds, colors]).mean(0)
+            + (kinds - kinds.mean(0))[labels.kind[shown] - 1]
+            + (colors - colors.mean(0))[labels.color[shown] - 1]
+            + known * (positions - positions.mean(0))[position.clamp(min=0)]
+        )
+
+    def loss(self, projected: torch.Tensor, words: torch.Tensor, labels: data.Labels) -> torch.Tensor:
+        words = words.detach().float()
+        on_thing = (projected[labels.on_thing].float() - self.targets(words, labels)).square().mean()
         background = projected[labels.kind == data.BACKGROUND].float()
-        on_background = (background - words[self.newline]).square().mean() / scale
-        return on_thing + 0.15 * on_background + self.heads.loss(projected, labels)
+        return (on_thing + BACKGROUND_WEIGHT * (background - words[self.newline]).square().mean()) / words.var()
 
 
 def questions_of(scene: Scene, *seed: int) -> list[Question]:
@@ -92,11 +96,22 @@ def questions_of(scene: Scene, *seed: int) -> list[Question]:
     return chosen
 
 
-def keep_some(labels: data.Labels, random: np.random.RandomState) -> torch.Tensor:
-    """Indices of the visual tokens to feed, ascending, shape (batch, `KEPT_TOKENS`)."""
+def keep_some(labels: data.Labels, count: int, random: np.random.RandomState) -> torch.Tensor:
+    """Indices of the visual tokens to feed, ascending, shape (batch, count)."""
     shown = labels.on_thing.numpy()
     priority = random.random_sample(shown.shape) + (shown & (random.random_sample(shown.shape) < KEPT_THING))
-    return torch.from_numpy(np.sort(np.argsort(-priority, axis=1)[:, :KEPT_TOKENS], axis=1))
+    return torch.from_numpy(np.sort(np.argsort(-priority, axis=1)[:, :count], axis=1))
+
+
+def difficulty(progress: float) -> tuple[int, int, int]:
+    """How hard the scenes are at a share of the steps: with one thing there is nothing to confuse.
+
+    Returns:
+        The largest number of things, how many visual tokens to feed and how many images make a batch.
+    """
+    most = 1 + sum(progress >= threshold for threshold in (0.12, 0.20, 0.28, 0.36, 0.44))
+    kept = KEPT_TOKENS - 8 * (6 - most) if progress < FIRST_PART else TOKENS
+    return most, kept, (24, 16, 12, 10, 8, 8)[most - 1]
 
 
 class Packer:
@@ -184,27 +199,43 @@ def logits_of(
 
 
 def align(args: argparse.Namespace) -> None:
-    """Stage 3: train the projector alone; writes `aligned.pt`."""
+    """Stage 3: solve for the projector; writes `projector.pt`.
+
+    The first layer spreads the tower's features, decorrelated, over random directions; the second is the ridge
+    regression from there to the word embeddings. A few seconds do what gradient steps take thousands of batches for,
+    because the features' variances span five orders of magnitude.
+    """
     work = Path(args.work)
     model, tokenizer = make_model(work, args.seed)
-    alignment = Alignment(tokenizer, model.config.text_config.hidden_size)
-    projector, tower = model.model.multi_modal_projector, model.model.vision_tower
-    parameters = [*projector.parameters(), *alignment.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.rate, weight_decay=0.0, fused=True)
-    for step in range(args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = args.rate * vision.cosine(step, args.steps, 20)
-        batch = data.scenes(*[(data.TRAIN, 1, args.seed, step * args.batch + row) for row in range(args.batch)])
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                features = tower(data.pixel_values(batch)).last_hidden_state[:, 1:]
-            loss = alignment(projector(features), model.get_input_embeddings().weight, data.labels(batch))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 10 == 0 or step + 1 == args.steps:
-            print(f"step {step} loss {loss.item():.3f}", flush=True)
-    torch.save({"projector": projector.state_dict(), "alignment": alignment.state_dict()}, work / "aligned.pt")
+    alignment, words = Alignment(tokenizer), model.get_input_embeddings().weight.detach()
+    inputs, outputs, importance = [], [], []
+    for first in range(0, args.images, 32):
+        batch = data.scenes(*[(data.TRAIN, 1, args.seed, first + row) for row in range(32)])
+        labels = data.labels(batch)
+        with torch.no_grad():
+            features = model.model.vision_tower(data.pixel_values(batch)).last_hidden_state[:, 1:]
+        background = features[labels.kind == data.BACKGROUND][::8]
+        inputs += [features[labels.on_thing], background]
+        outputs += [alignment.targets(words, labels), words[alignment.newline].expand(len(background), -1)]
+        importance += [torch.ones(len(inputs[-2])), torch.full((len(background),), BACKGROUND_WEIGHT)]
+    x, y, weight = torch.cat(inputs), torch.cat(outputs), torch.cat(importance)[:, None]
+    variances, directions = torch.linalg.eigh(torch.cov(x.T))
+    whiten = (directions * (variances + 0.1 * variances.mean()).rsqrt()) @ directions.T
+    projector = model.model.multi_modal_projector
+    width = projector.linear_1.out_features
+    torch.manual_seed(args.seed)
+    with torch.no_grad():
+        projector.linear_1.weight.copy_(torch.randn(width, x.shape[1]) * x.shape[1] ** -0.5 @ whiten)
+        projector.linear_1.bias.copy_(0.5 * torch.randn(width) - projector.linear_1.weight @ x.mean(0))
+        hidden = torch.cat([projector.act(projector.linear_1(x)), torch.ones(len(x), 1)], 1)
+        gram = (hidden * weight).T @ hidden
+        gram += 0.01 * gram.diagonal().mean() * torch.eye(width + 1)
+        solution = torch.linalg.solve(gram, (hidden * weight).T @ y)
+        projector.linear_2.weight.copy_(solution[:-1].T)
+        projector.linear_2.bias.copy_(solution[-1])
+        fit = F.cosine_similarity(projector(x), y)
+    print(f"{len(x)} patches, mean cosine to the target {fit.mean():.3f}")
+    torch.save(projector.state_dict(), work / "projector.pt")
 
 
 def tune(args: argparse.Namespace) -> None:
@@ -212,20 +243,20 @@ def tune(args: argparse.Namespace) -> None:
     work = Path(args.work)
     model, tokenizer = make_model(work, args.seed)
     heads = vision.PatchHeads(vision.CONFIG["hidden_size"])
-    alignment = Alignment(tokenizer, model.config.text_config.hidden_size)
-    saved = torch.load(work / "aligned.pt", weights_only=True)
-    model.model.multi_modal_projector.load_state_dict(saved["projector"])
-    alignment.load_state_dict(saved["alignment"])
+    alignment = Alignment(tokenizer)
+    model.model.multi_modal_projector.load_state_dict(torch.load(work / "projector.pt", weights_only=True))
     tower = torch.load(work / "vision.pt", weights_only=True)["model"]
     heads.load_state_dict({k[2:]: v for k, v in tower.items() if k.startswith("1.")})
-    everything = nn.ModuleList([model, heads, alignment])
+    everything = nn.ModuleList([model, heads])
     inner = model.model
     rates = [
-        (inner.language_model, args.rate),
-        (inner.multi_modal_projector, 5e-4),
-        (inner.vision_tower, 2e-4),
+        (inner.language_model.layers[FIRST_LAYERS:], args.rate),
+        (inner.language_model.norm, args.rate),
+        (inner.language_model.layers[:FIRST_LAYERS], FIRST_LAYERS_RATE),
+        (inner.language_model.embed_tokens, FIRST_LAYERS_RATE),
+        (inner.multi_modal_projector, 5e-5),  # its inputs are large: a higher rate makes its outputs jump about
+        (inner.vision_tower, 1e-4),
         (heads, 5e-4),
-        (alignment, 5e-4),
     ]
     groups = [{"params": list(module.parameters()), "lr": rate, "rate": rate} for module, rate in rates]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
@@ -240,22 +271,24 @@ def tune(args: argparse.Namespace) -> None:
     for step in range(first, args.steps):
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * vision.trapezoid(step, args.steps, 30)
-        seeds = [(data.TRAIN, 2, args.seed, step * args.batch + row) for row in range(args.batch)]
-        batch = data.scenes(*seeds)
+        most, count, images = difficulty(step / args.steps)
+        seeds = [(data.TRAIN, 2, args.seed, step, row) for row in range(images)]
+        batch = data.scenes(*seeds, most=most)
         labels = data.labels(batch)
         questions = [questions_of(scene, *seed) for scene, seed in zip(batch, seeds, strict=True)]
-        kept = torch.arange(TOKENS).expand(len(batch), -1)
-        if step < FIRST_PART * args.steps:
-            kept = keep_some(labels, np.random.RandomState([data.TRAIN, 3, args.seed, step]))
+        kept = torch.arange(TOKENS).expand(images, -1)
+        if count < TOKENS:
+            kept = keep_some(labels, count, np.random.RandomState([data.TRAIN, 3, args.seed, step]))
         packed = packer(questions, kept)
         with torch.autocast("cpu", torch.bfloat16):
             features = inner.vision_tower(data.pixel_values(batch)).last_hidden_state[:, 1:]
-            visual = inner.multi_modal_projector(features)
+            # The residual stream takes on this type, and half precision is too coarse to train it in.
+            visual = inner.multi_modal_projector(features).float()
             logits = logits_of(model, visual, kept, packed, len(packer.prefix))
             answers = F.cross_entropy(logits, packed["targets"], reduction="none")
             loss = (answers * packed["weights"]).sum() / packed["weights"].sum()
             total = loss + 0.3 * heads.loss(features, labels)
-            total = total + 0.1 * alignment(visual, model.get_input_embeddings().weight, labels)
+            total = total + 0.3 * alignment.loss(visual, model.get_input_embeddings().weight, labels)
         optimizer.zero_grad()
         total.backward()
         nn.utils.clip_grad_norm_(everything.parameters(), 1.0)

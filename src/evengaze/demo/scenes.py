@@ -139,11 +139,12 @@ class Question:
     things: tuple[Thing, ...]
 
 
-def make_scene(*seed: int) -> Scene:
+def make_scene(*seed: int, most: int = 6) -> Scene:
     """Draw the scene of a seed.
 
     Args:
         *seed: non-negative integers, e.g. (split, seed, index).
+        most: the largest number of things in it; fewer make easier scenes to begin training with.
 
     Returns:
         The scene; the same on every platform.
@@ -160,6 +161,8 @@ def make_scene(*seed: int) -> Scene:
     while len(kinds) < 6:
         kinds.append(others.pop() if random.randint(5) < 3 else digits.pop())
     kinds = kinds[: max(random.randint(4, 7), kinds.count(counted) + 1)]
+    if len(kinds) > most:
+        kinds = [kinds[index] for index in random.permutation(len(kinds))[:most]]
     colors = random.permutation(COLORS).tolist()
     free = np.ones((height, width), bool)
     top, left = (SIDE - height) // 2, (SIDE - width) // 2
