@@ -199,6 +199,16 @@ def test_a_recipe_gives_options_and_options_win(place: Path, tmp_path: Path) -> 
     assert all(row.result["answered"] == 2 for row in load(tmp_path / "out"))
 
 
+def test_ctrl_c_says_how_to_go_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("evengaze.evaluate.predictor.Predictor.answer", interrupted)
+    made = call(*options(place, tmp_path / "out"))
+    assert made.exit_code == command.INTERRUPTED
+    assert "give the same command again" in " ".join(made.output.split())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

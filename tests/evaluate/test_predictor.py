@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import BatchFeature
 
 from evengaze.errors import ConfigError, DataError
 from evengaze.evaluate.benchmarks import Record, get_benchmark
 from evengaze.evaluate.conversation import resolve
-from evengaze.evaluate.predictor import ModelSpec, Predictor, digest_folder
+from evengaze.evaluate.predictor import ModelSpec, Predictor, digest_folder, open_media
 from evengaze.methods import parse
 from evengaze.testing import tiny
 from evengaze.testing.prompts import VIDEO
@@ -162,3 +163,23 @@ def test_videos_are_read_pruned_and_answered(tmp_path: Path) -> None:
     assert answered[0].trace["average_tokens"] == (2 * 128 + 4 * 32) / 6
     assert "cannot be decoded" in str(answered[1].error)
     assert "does not exist" in str(answered[2].error)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_pictures_of_any_mode_become_rgb(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    Image.new("RGB", (9, 5), (200, 30, 90)).convert(mode).save(path)
+    for source in (path, path.read_bytes()):
+        kind, picture = open_media(Record("a", "a", "?", image=source))
+        assert (kind, picture.mode, picture.size) == ("images", "RGB", (9, 5))
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF89a", b"\xff\xd8\xff\xe0 cut off", None])
+def test_what_is_no_picture_is_named(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    if content is not None:
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="the picture of record a cannot be read"):
+            open_media(Record("a", "a", "?", image=content))
+    with pytest.raises(DataError, match=r"x\.jpg"):
+        open_media(Record("a", "a", "?", image=path))
