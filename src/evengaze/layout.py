@@ -27,11 +27,14 @@ class ImageInfo:
         grid: rows and columns of visual tokens in one frame (`(24, 24)` for LLaVA-1.5).
         frames: number of frames; 1 for an image.
         size: (width, height) in pixels of the picture before it was padded or resized, where it is known.
+        part: 0, or the number of a further view of the picture of the entry before (the detail view behind a
+            thumbnail).
     """
 
     grid: tuple[int, int]
     frames: int = 1
     size: tuple[int, int] | None = None
+    part: int = 0
 
     @property
     def cells(self) -> int:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from evengaze.schedule import Schedule
 
 Mode = Literal["corrected", "official"]
+Scope = Literal["prompt", "image", "frame"]
 Positions = Literal["original", "renumbered"]
 
 
@@ -182,10 +183,13 @@ class Pruner(ABC):
     Attributes:
         debias: the two debiasing steps, applied to the language-to-vision ranking.
         mode: "corrected" (default) or "official", the published code's choices, quirks included.
+        scope: what a budget is for: all visual tokens of a "prompt" (default), those of each "image" (or video), or
+            those of each "frame" (or tile).
     """
 
     debias: Debias | None = field(default=None, kw_only=True)
     mode: Mode = field(default="corrected", kw_only=True)
+    scope: Scope = field(default="prompt", kw_only=True)
 
     name: ClassVar[str]
     positions: ClassVar[Positions] = "original"
@@ -195,6 +199,8 @@ class Pruner(ABC):
     def __post_init__(self) -> None:
         if self.mode not in ("corrected", "official"):
             raise ConfigError(f"mode must be 'corrected' or 'official', not {self.mode!r}")
+        if self.scope not in ("prompt", "image", "frame"):
+            raise ConfigError(f"scope must be 'prompt', 'image' or 'frame', not {self.scope!r}")
         for f in fields(self):
             if isinstance(getattr(self, f.name), list):  # as JSON and the command line give them
                 object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
@@ -240,7 +246,15 @@ class Pruner(ABC):
 
     # -- the shared way from scores to a selection ------------------------------------------------------------------
     def select(self, view: View) -> Selection:
-        """What the engine calls: all candidates if the budget allows it (the dense model, padding included)."""
+        """What the engine calls: a selection for the row, or one for each part of it that has its own budget."""
+        if self.scope == "prompt":
+            return self._select(view)
+        from evengaze.methods.scope import select_parts
+
+        return select_parts(view, self.scope, self._select)
+
+    def _select(self, view: View) -> Selection:
+        """All candidates if the budget allows it (the dense model, padding included), else what `choose` says."""
         count = self.budget(view.stage, len(view), view.original)
         if count >= len(view) and self.mode == "corrected":
             return Selection(keep=torch.arange(len(view), device=view.hidden.device))
@@ -300,6 +314,8 @@ class Pruner(ABC):
         """The parameters as JSON-able values; `methods.from_dict` reads them back."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "debias"}
         values = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in values.items()}
+        if self.scope == "prompt":  # the default has no effect on a fingerprint
+            values.pop("scope")
         return {"method": self.name, **values, "debias": None if self.debias is None else self.debias.to_dict()}
 
 

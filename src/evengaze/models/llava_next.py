@@ -109,7 +109,7 @@ def _tiled(config: Any, size: tuple[int, int], most_tiles: int | None = None) ->
     whole = (size[1], size[0])
     views = [
         View.plain(ImageInfo((side, side), size=whole)),
-        View(ImageInfo((rows, columns), size=whole), detail, share),
+        View(ImageInfo((rows, columns), size=whole, part=1), detail, share),
     ]
     return Picture.still(*views[: 1 + bool(rows * columns)])  # of a very long picture no detail is left
 

@@ -1,0 +1,120 @@
+"""Budgets for each picture or frame in place of the whole prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import reference
+from evengaze.errors import ConfigError
+from evengaze.methods import from_dict, get, parse, spec
+from evengaze.testing import tiny
+from evengaze.testing.matrix import TOLERANCE, greedy
+from evengaze.testing.oracle import replayed
+
+
+def kept(family: str, method: str, batch: int = 1, **options: Any) -> tuple[Any, Any]:
+    """Layout rows and what the first stage kept."""
+    model, inputs = tiny(family, batch, **options)
+    with torch.no_grad(), parse(method)(model) as run:
+        model(**inputs)
+    assert run.trace is not None
+    return run.trace.layout.rows, run.trace.stages[0].rows
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl", "qwen2_5_vl", "gemma3"])
+def test_each_image_keeps_its_best(family: str) -> None:
+    images = [2, 0, 1]
+    layout, rows = kept(family, "fastv:keep=3,layer=2,scope=image", 3, images=images)
+    eager, inputs = tiny(family, 3, "eager", images=images)
+    received = reference.last_row_attention(eager, 1, inputs)
+    for b, (table, row) in enumerate(zip(layout, rows, strict=True)):
+        best: list[int] = []
+        for k in range(images[b]):
+            mine = (table.image == k).nonzero().flatten()
+            best += mine[received[b, table.position[mine]].topk(3).indices].tolist()
+        assert row.kept.tolist() == sorted(best)
+
+
+def test_scores_of_all_parts_are_recorded_in_order() -> None:
+    _, parts = kept("llava", "fastv:keep=3,layer=2,scope=image", images=2)
+    _, whole = kept("llava", "fastv:keep=3,layer=2", images=2)
+    assert torch.equal(parts[0].raw, whole[0].raw)
+
+
+def test_each_frame() -> None:
+    layout, rows = kept("video_llava", "fastv:keep=0.25,layer=2,scope=frame", 2, video=True)
+    for table, row in zip(layout, rows, strict=True):
+        assert torch.bincount(table.frame[row.kept]).tolist() == [4] * 8
+
+
+def test_a_video_is_one_image() -> None:
+    layout, rows = kept("video_llava", "fastv:keep=10,layer=2,scope=image", video=True)
+    assert len(rows[0].kept) == 10
+    assert len(layout[0].images) == 1
+
+
+def test_thumbnail_and_detail_are_one_image_but_two_frames() -> None:
+    _, rows = kept("llava_next", "fastv:keep=6,layer=2,scope=image", images=2)
+    assert len(rows[0].kept) == 12
+    layout, rows = kept("llava_next", "fastv:keep=6,layer=2,scope=frame", images=2)
+    assert torch.bincount(layout[0].image[rows[0].kept]).tolist() == [6] * 4
+
+
+def test_each_tile() -> None:
+    layout, rows = kept("idefics3", "fastv:keep=2,layer=2,scope=frame", images=2)
+    assert [i.frames for i in layout[0].images] == [2, 3]
+    assert len(rows[0].kept) == 10
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "fastv:keep=3,layer=2",
+        "pyramiddrop:keep=[0.5,0.25],layers=[3,5]",
+        "sparsevlm:keep=[5,3],layers=[1,3]",
+        "himap:keep=[6,3],layers=[2,4]",
+        "tokencarve:keep=4,layer=2",
+        "illava:keep=4,layer=2",
+        "divprune:keep=4",
+    ],
+)
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_as_the_oracle_says(family: str, method: str) -> None:
+    pruner = parse(f"{method},scope=image")
+    model, inputs = tiny(family, 2, images=2)
+    with pruner(model) as run:
+        tokens, logits = greedy(model, inputs, 4)
+    assert run.trace is not None
+    eager, _ = tiny(family, 2, "eager", images=2)
+    with replayed(eager, pruner, run.trace, inputs["attention_mask"]):
+        expected, oracle = greedy(eager, inputs, 4, use_cache=False)
+    assert torch.equal(tokens, expected)
+    assert float((logits - oracle).abs().max() / oracle.abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("scope", ["image", "frame"])
+def test_keeping_everything_is_dense(scope: str) -> None:
+    model, inputs = tiny("internvl", 3, images=[2, 0, 1])
+    _, dense = greedy(model, inputs, 3)
+    with get("sparsevlm")(keep=(10**6, 10**6), layers=(1, 3), scope=scope)(model):
+        _, same = greedy(model, inputs, 3)
+    assert torch.equal(dense, same)
+
+
+def test_one_image_is_the_prompt() -> None:
+    _, one = kept("llava", "tokencarve:keep=4,layer=2,scope=image")
+    _, all_ = kept("llava", "tokencarve:keep=4,layer=2")
+    assert torch.equal(one[0].kept, all_[0].kept)
+
+
+def test_names() -> None:
+    pruner = parse("fastv:keep=3,scope=image")
+    assert pruner.scope == "image"
+    assert parse(spec(pruner)) == pruner
+    assert from_dict(pruner.to_dict()) == pruner
+    assert "scope" not in parse("fastv:keep=3").to_dict()
+    with pytest.raises(ConfigError, match="scope must be"):
+        parse("fastv:keep=3,scope=video")
