@@ -108,9 +108,9 @@ CELLS = [
 ]
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("name", "mode", "debias"), CELLS)
-def test_batch_equals_single_and_both_equal_the_slow_oracle(name: str, mode: str, debias: str) -> None:
-    attention = "eager" if debias in ("padding", "both") else "sdpa"
+def test_batch_equals_single_and_both_equal_the_slow_oracle(name: str, mode: str, debias: str, attention: str) -> None:
     pruner = make(name, mode, debias)
     model, inputs, layout = prompt(3, attention)
     batch = generate(model, inputs, pruner, layout)

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from fakes import FakeAttention, view
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from evengaze import methods
@@ -34,6 +36,7 @@ ATTENTION: list[Pruner] = [
     ILLaVA(5),
 ]
 BLIND: list[Pruner] = [Random(5), Uniform(5), Pool(5), DivPrune(5), ToMe(5), Norm(5)]
+BLIND_NAMES = [p.name for p in BLIND]
 
 
 def ids(pruner: Any) -> str:
@@ -147,6 +150,39 @@ def test_scores_that_cannot_be_ranked_are_errors() -> None:
 
     with pytest.raises(ScoreError, match="scored"):
         Short(5).select(view())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    size=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    keep=st.one_of(st.integers(1, 90), st.floats(0.01, 1.0)),
+    after=st.integers(0, 4),
+    seed=st.integers(0, 9),
+    mode=st.sampled_from(["corrected", "official"]),
+)
+def test_any_grid_any_picture_any_budget(
+    grid: tuple[int, int], size: tuple[int, int], keep: float, after: int, seed: int, mode: str
+) -> None:
+    debias = Debias(PaddingMask(), Exponential(1.0))
+    several = (keep, keep, keep)
+    for name in ("fastv", "pyramiddrop", "sparsevlm", "himap", "tokencarve", "illava", *(p.name for p in BLIND[:-1])):
+        budget: Any = {"pyramiddrop": several, "sparsevlm": several, "himap": several[:2]}.get(name, keep)
+        pruner = methods.get(name)(keep=budget, debias=debias, mode=mode)
+        v = view(grid, size=size, after=after, seed=seed)
+        selection, n = pruner.select(v), len(v)
+        kept = selection.keep.tolist()
+        recycled = [] if selection.recycled is None else selection.recycled.tolist()
+        assert kept == sorted(set(kept)) and not set(kept) & set(recycled)
+        assert len(kept) + len(recycled) <= pruner.size_after(0, n, n) and used(selection) <= set(range(n))
+        if selection.merge is not None:
+            merge = selection.merge
+            assert set(merge.target.tolist()) <= set(kept) | set(recycled)
+            total = torch.zeros(n).index_add_(0, merge.target, merge.weight.float())
+            assert torch.allclose(total[merge.target], torch.ones(len(merge.target)), atol=1e-5)
+        valid = debias.valid(v.tokens)
+        if mode == "corrected" and name not in BLIND_NAMES and len(kept) < n:
+            assert used(selection) <= set(valid.nonzero().flatten().tolist())
 
 
 # -- FastV, PyramidDrop, HiMAP ---------------------------------------------------------------------------------------
