@@ -79,8 +79,8 @@ class Selection:
         keep: (m,) indices of the candidates that survive, ascending.
         merge: how hidden states are combined, or None.
         recycled: (c,) indices of dropped candidates that stand for merged tokens; `merge` says what they hold. Where
-            survivors are renumbered they move behind the kept tokens of their picture, in this order; where positions are
-            original they stay at their own. None: no such tokens.
+            survivors are renumbered they move behind the kept tokens of their picture, in this order; else they stay
+            at their own positions. None: no such tokens.
     """
 
     keep: Tensor
