@@ -175,7 +175,7 @@ def _kept(result: Result) -> Any:
             kept = trace.kept(example.row)
             panels.append(Panel(canvas, f"{name}: {answer[number]}", canvas.describe(kept), kept))
     panels += [None] * (-len(panels) % 6)
-    return draw_panels([panels[i : i + 6] for i in range(0, len(panels), 6)], height=2.2)
+    return draw_panels([panels[i : i + 6] for i in range(0, len(panels), 6)], height=2.4)
 
 
 def write(result: Result, out: Path, seconds: float) -> Path:

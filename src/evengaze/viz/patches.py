@@ -196,7 +196,7 @@ def draw_panels(rows: Sequence[Sequence[Panel | None]], *, height: float = 3.1, 
         heading: above all of them.
     """
     widest = max(panel.canvas.aspect for row in rows for panel in row if panel is not None)
-    width = max(2.2, height * widest) * len(rows[0])
+    width = max(2.5, height * widest) * len(rows[0])
     figure = new_figure(width, (height + 0.5) * len(rows) + (0.35 if heading else 0))
     if heading:
         figure.suptitle(heading, x=0.01, ha="left", fontsize=11, color=INK)
