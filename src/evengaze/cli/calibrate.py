@@ -71,6 +71,7 @@ def calibrate(
         float | None, typer.Option(min=1e-6, help="Stop when the confidence band is within this fraction, e.g. 0.1.")
     ] = None,
     limit: Limit = None,
+    seed: Annotated[int, typer.Option(min=0, help="Other seeds take other pictures of the embedded set.")] = 0,
     batch_size: BatchSize = 4,
     figures: Annotated[Path | None, typer.Option(help="Write figures into this folder.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on from an interrupted calibration.")] = False,
@@ -93,7 +94,7 @@ def calibrate(
     session.output(out, ".json")
     _check(target, family, fit)
     pruner = session.method(method)
-    source = Source.of(images, prompt or (), limit, model=model, split="calibration")
+    source = Source.of(images, prompt or (), limit, model=model, split="calibration", seed=seed)
     loaded = session.Session(model, revision=revision, dtype=dtype, device=device)
     predictor = loaded.predictor
     own = attended_layer(first_stage(pruner.replace(debias=None), loaded.layers))

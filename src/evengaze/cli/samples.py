@@ -49,7 +49,9 @@ class Source:
         return len(self.records)
 
     @classmethod
-    def of(cls, images: Path | None, prompts: Sequence[str], limit: int | None, *, model: str, split: str) -> Source:
+    def of(
+        cls, images: Path | None, prompts: Sequence[str], limit: int | None, *, model: str, split: str, seed: int = 0
+    ) -> Source:
         """Read the list, not the pictures.
 
         Args:
@@ -59,12 +61,13 @@ class Source:
             limit: take so many, spread evenly.
             model: the model's name.
             split: of the embedded set, "calibration" or "eval".
+            seed: other seeds give other pictures of the embedded set.
 
         Raises:
             DataError: nothing is there, or it holds no pictures.
         """
         if images is None:
-            records, name = _embedded(model, split)
+            records, name = _embedded(model, split, seed)
         elif images.is_dir():
             records, name = _folder(images, prompts or PROMPTS), f"pictures of {images.name}"
         elif images.suffix == ".jsonl":
@@ -98,7 +101,7 @@ def encoder(predictor: Predictor) -> Callable[[Any, Sequence[Sample]], Mapping[s
     return encode
 
 
-def _embedded(model: str, split: str) -> tuple[list[Record], str]:
+def _embedded(model: str, split: str, seed: int) -> tuple[list[Record], str]:
     if model != DEMO:
         raise DataError(
             "--images: give a folder of pictures or a .jsonl file; a trend should be calibrated on pictures like those "
@@ -109,11 +112,11 @@ def _embedded(model: str, split: str) -> tuple[list[Record], str]:
     from evengaze.demo.dataset import make_dataset
 
     records = []
-    for one in make_dataset(split):
+    for one in make_dataset(split, seed=seed):
         buffer = BytesIO()
         one.image.save(buffer, "PNG")
         records += [Record(str(q.question_id), 0, q.text, image=buffer.getvalue()) for q in one.questions]
-    return records, f"embedded {split} set"
+    return records, f"embedded {split} set, seed {seed}"
 
 
 def _folder(folder: Path, prompts: Sequence[str]) -> list[Record]:
