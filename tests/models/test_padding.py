@@ -16,6 +16,7 @@ from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
 from evengaze.errors import LayoutError
 from evengaze.layout import VisualTokens, square_padding
 from evengaze.models import Call, adapter_for, llava_processor
+from evengaze.models.llava_next import tiled
 from evengaze.models.padding import black, padding_share
 from evengaze.testing import tiny
 from evengaze.testing.prompts import IMAGE
@@ -189,11 +190,30 @@ def test_anyres(family: str, cls: str, size: tuple[int, int]) -> None:
     assert detail.padding.max() < 1  # rows and columns of nothing but padding are gone
 
 
-def test_anyres_without_any_detail_left() -> None:
-    """`unpad_image` rounds the height of a very long picture down to no row at all."""
-    sizes = torch.tensor([[111, 1000]])
-    row, _ = row_of("llava_next", {"pixel_values": torch.randn(1, 3, 3, 56, 56), "image_sizes": sizes})
+@pytest.mark.parametrize("size", [(111, 1000), (1000, 111)])
+def test_anyres_without_any_detail_left(size: tuple[int, int]) -> None:
+    """`unpad_image` rounds a very long picture down to no row, or to rows of nothing but a newline."""
+    inputs = {"pixel_values": torch.randn(1, 3, 3, 56, 56), "image_sizes": torch.tensor([size])}
+    row, _ = row_of("llava_next", inputs)
     assert [i.grid for i in row.images] == [(4, 4)]
+    assert len(row) == 16
+
+
+@pytest.mark.parametrize("family", ["LlavaNext", "LlavaOnevision"])
+def test_anyres_counts_of_the_released_shapes(family: str) -> None:
+    """As many placeholders as the family's processor writes, for pictures of any size."""
+    config = getattr(transformers, f"{family}Config")()
+    cls = getattr(transformers, f"{family}Processor")
+    processor = cls.__new__(cls)  # what counts placeholders needs no tokenizer
+    processor.image_processor = SimpleNamespace(image_grid_pinpoints=config.image_grid_pinpoints)
+    side, most = (336, None) if family == "LlavaNext" else (384, 9)
+    processor.patch_size, processor.num_image_tokens, processor.vision_aspect_ratio = 14, 27**2, "anyres_max_9"
+    processor.num_additional_image_tokens = 0
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        height, width = (int(n) for n in generator.integers(28, 3000, 2))
+        expected = processor._get_number_of_features(height, width, side, side)
+        assert len(tiled(config, (height, width), most)) == expected, (height, width)
 
 
 @pytest.mark.parametrize("split", [False, True])

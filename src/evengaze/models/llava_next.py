@@ -45,7 +45,7 @@ class LlavaNext(Adapter):
 
     def _images(self, config: Any, encoder: EncoderCall) -> list[Picture]:
         sizes = [(int(h), int(w)) for h, w in torch.as_tensor(encoder.arguments["image_sizes"]).tolist()]
-        return [_tiled(config, size) for size in sizes]
+        return [tiled(config, size) for size in sizes]
 
     def _video(self, config: Any, frames: int) -> Picture:
         """LLaVA-NeXT-Video: each frame's grid is pooled by a stride."""
@@ -83,7 +83,7 @@ class LlavaOnevision(LlavaNext):
         if together is not None:
             alone = [int(n) == 1 for n in together for _ in range(int(n))]
         return [
-            _tiled(config, s, most) if detail else _thumbnail(config, s) for s, detail in zip(sizes, alone, strict=True)
+            tiled(config, s, most) if detail else _thumbnail(config, s) for s, detail in zip(sizes, alone, strict=True)
         ]
 
     def _video(self, config: Any, frames: int) -> Picture:
@@ -92,7 +92,7 @@ class LlavaOnevision(LlavaNext):
         return Picture.video(View(view.info, torch.cat([view.cell, torch.tensor([NO_CANDIDATE])])))
 
 
-def _tiled(config: Any, size: tuple[int, int], most_tiles: int | None = None) -> Picture:
+def tiled(config: Any, size: tuple[int, int], most_tiles: int | None = None) -> Picture:
     """A picture of (height, width) as thumbnail and detail view; the latter shrunk if it exceeds `most_tiles`."""
     side = _side(config)
     canvas = select_best_resolution(size, config.image_grid_pinpoints)
@@ -107,11 +107,10 @@ def _tiled(config: Any, size: tuple[int, int], most_tiles: int | None = None) ->
     cell = torch.arange(rows * columns).reshape(rows, columns)
     detail = torch.cat([cell, torch.full((rows, 1), NO_CANDIDATE)], 1).flatten()
     whole = (size[1], size[0])
-    views = [
-        View.plain(ImageInfo((side, side), size=whole)),
-        View(ImageInfo((rows, columns), size=whole, part=1), detail, share),
-    ]
-    return Picture.still(*views[: 1 + bool(rows * columns)])  # of a very long picture no detail is left
+    base = View.plain(ImageInfo((side, side), size=whole))
+    if rows * columns == 0:  # of a very long picture nothing but newlines may be left
+        return Picture.still(View(base.info, torch.cat([base.cell, detail])))
+    return Picture.still(base, View(ImageInfo((rows, columns), size=whole, part=1), detail, share))
 
 
 def _thumbnail(config: Any, size: tuple[int, int]) -> Picture:
