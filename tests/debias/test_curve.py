@@ -87,16 +87,19 @@ def test_missing_cut_off_edited_and_foreign_files(tmp_path: Path) -> None:
         Curve.load(path)
 
 
-def test_use_for_another_model_or_layer_warns_and_says_how_far_off() -> None:
+def test_use_for_another_model_or_layer_warns_and_says_how_far_off(tmp_path: Path) -> None:
+    debias = Debias.load(CURVE.save(tmp_path / "c.json"))
     with pytest.warns(CurveWarning, match=r"layer 3 instead of 1 \(2 layers away\).*factor of"):
-        warn_if_foreign(CURVE.origin, CURVE.trend, layer=3, reference=CURVE)
-    debias = Debias(trend=CURVE.trend, origin=CURVE.origin)
+        debias.check(layer=3)
     with pytest.warns(CurveWarning, match="model qwen2_vl"):
         debias.check(architecture="qwen2_vl/x/1x1")
+    with pytest.warns(CurveWarning, match=r"method pyramiddrop instead of fastv.*up to a factor of 2\."):
+        Debias.preset("llava-1.5-7b/fastv").check(architecture="llava/llama/32x4096", method="pyramiddrop")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert debias.check(architecture="llava/llama/10x576", method="fastv", layer=1) == []
         assert Debias(trend=CURVE.trend).check(architecture="anything") == []
+        assert warn_if_foreign(None) == []
 
 
 def test_architecture_and_data_hash() -> None:

@@ -262,12 +262,12 @@ class Curve:
 
 def warn_if_foreign(
     origin: Origin | None,
-    trend: TrendCurve | None = None,
+    trend: Any = None,
     *,
     architecture: str = "",
     method: str = "",
     layer: int | None = None,
-    reference: Curve | None = None,
+    reference: TrendCurve | None = None,
 ) -> list[str]:
     """Warn (`CurveWarning`) if a trend is used elsewhere than where it was calibrated.
 
@@ -277,7 +277,7 @@ def warn_if_foreign(
         architecture: of the model in use, by `architecture_of`.
         method: name of the method in use.
         layer: 0-based layer whose attention it ranks by.
-        reference: a curve that fits the place of use, or one of several layers, to say how far off this one is.
+        reference: a trend that fits the place of use, to say how far off this one is.
 
     Returns:
         The differences, in words.
@@ -287,9 +287,9 @@ def warn_if_foreign(
     found = origin.differences(architecture=architecture, method=method, layer=layer)
     if found:
         distance = ""
-        if reference is not None and trend is not None:
-            right = reference.layers.get(-1 if layer is None else layer, reference.trend)
-            distance = f" Its weights are off by up to a factor of {math.exp(max_log_ratio(trend, right)):.2f} there."
+        if reference is not None and isinstance(trend, TrendCurve):
+            apart = math.exp(max_log_ratio(trend, reference))
+            distance = f" Its weights are off by up to a factor of {apart:.2f} there."
         name = origin.fingerprint or origin.data or origin.model
         warnings.warn(
             f"debias curve {name} is used for {'; '.join(found)}. The trend differs between models and layers."

@@ -135,6 +135,12 @@ def preset_names() -> tuple[str, ...]:
     return tuple(_all())
 
 
+def published_trend(architecture: str, method: str) -> TrendCurve | None:
+    """The published trend of a method on a model (`evengaze.debias.curve.architecture_of`), if there is one."""
+    found = _all().get(f"{_MODEL}/{method}")
+    return found.trend if found is not None and found.origin.architecture == architecture else None
+
+
 def preset(name: str) -> Preset:
     """A preset by name; case does not matter, nor does "-" for "_" in a benchmark's name.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from evengaze.debias.beyond import SinkMask
 from evengaze.debias.curve import Curve, Origin, warn_if_foreign
 from evengaze.debias.padding import PaddingMask
-from evengaze.debias.presets import preset
+from evengaze.debias.presets import preset, published_trend
 from evengaze.debias.trend import Trend, trend_from_dict
 from evengaze.errors import ConfigError
 from evengaze.layout import VisualTokens
@@ -30,8 +30,7 @@ class Debias:
         sinks: which tokens are registers; None leaves them in the ranking.
         stages: apply at the "first" stage of a method only, as published, or at "all" that rank by text.
         origin: what the trend was calibrated on, if it was read from a file or a preset.
-        images: digests of the calibration pictures (`Curve.images`), so that evaluating on them can be noticed; not
-            part of `to_dict`.
+        curve: all that a curve file says, if the trend is from one; not part of `to_dict`.
     """
 
     padding: PaddingMask | None = None
@@ -39,7 +38,7 @@ class Debias:
     stages: Stages = "first"
     origin: Origin | None = None
     sinks: SinkMask | None = None
-    images: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    curve: Curve | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.stages not in get_args(Stages):
@@ -132,9 +131,9 @@ class Debias:
         """Both steps with the trend of a curve; `layer` as in `load`."""
         origin = replace(curve.origin, fingerprint=curve.fingerprint)
         if layer is None or layer == origin.layer:
-            return cls(padding=PaddingMask(), trend=curve.trend, origin=origin, images=curve.images)
+            return cls(padding=PaddingMask(), trend=curve.trend, origin=origin, curve=curve)
         origin = replace(origin, layer=layer)
-        return cls(padding=PaddingMask(), trend=curve.at_layer(layer), origin=origin, images=curve.images)
+        return cls(padding=PaddingMask(), trend=curve.at_layer(layer), origin=origin, curve=curve)
 
     @classmethod
     def preset(cls, name: str, *, official: bool = False) -> Debias:
@@ -153,6 +152,8 @@ class Debias:
     def check(self, *, architecture: str = "", method: str = "", layer: int | None = None) -> list[str]:
         """Warn (`CurveWarning`) if the trend was calibrated for another model, method or layer.
 
+        The warning says how far the trend is off where the right one is known: from the same file, or published.
+
         Args:
             architecture: of the model in use (`evengaze.debias.curve.architecture_of(model.config)`).
             method: name of the method in use.
@@ -161,7 +162,14 @@ class Debias:
         Returns:
             The differences, in words.
         """
-        return warn_if_foreign(self.origin, architecture=architecture, method=method, layer=layer)
+        reference = None
+        if self.curve is not None and layer is not None and layer != self.curve.origin.layer:
+            reference = self.curve.layers.get(layer)
+        if reference is None:
+            reference = published_trend(architecture, method)
+        return warn_if_foreign(
+            self.origin, self.trend, architecture=architecture, method=method, layer=layer, reference=reference
+        )
 
     @classmethod
     def parse(cls, text: str) -> Debias:
