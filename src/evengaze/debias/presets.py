@@ -135,10 +135,12 @@ def preset_names() -> tuple[str, ...]:
     return tuple(_all())
 
 
-def published_trend(architecture: str, method: str) -> TrendCurve | None:
-    """The published trend of a method on a model (`evengaze.debias.curve.architecture_of`), if there is one."""
+def published_trend(architecture: str, method: str, layer: int | None = None) -> TrendCurve | None:
+    """The published trend of a method at a layer of a model (see `architecture_of`), if there is one."""
     found = _all().get(f"{_MODEL}/{method}")
-    return found.trend if found is not None and found.origin.architecture == architecture else None
+    if found is None or found.origin.architecture != architecture or layer not in (None, found.origin.layer):
+        return None
+    return found.trend
 
 
 def preset(name: str) -> Preset:

@@ -166,7 +166,7 @@ class Debias:
         if self.curve is not None and layer is not None and layer != self.curve.origin.layer:
             reference = self.curve.layers.get(layer)
         if reference is None:
-            reference = published_trend(architecture, method)
+            reference = published_trend(architecture, method, layer)
         return warn_if_foreign(
             self.origin, self.trend, architecture=architecture, method=method, layer=layer, reference=reference
         )
