@@ -112,7 +112,7 @@ def compare(
     calls = {name: partial(prefill, model, inputs, pruner, layout) for name, pruner in pruners.items()}
     times = interleave(calls, rounds=rounds)
     memory = {name: peak_bytes(call) for name, call in calls.items()}
-    print(f"\n{type(model).__name__}, {inputs['input_ids'].shape[1]} tokens".ljust(46) + "time  CPU time  peak memory")
+    print(f"\n{type(model).__name__}, {inputs['input_ids'].shape[1]} tokens".ljust(56) + "time  CPU time  peak memory")
     rows = {}
     for name, timing in times.items():
         rows[name] = {
@@ -122,7 +122,7 @@ def compare(
             "peak_bytes": float(memory[name]),
         }
         figures = "".join(f"{rows[name][k]:10.3f}" for k in ("time", "cpu_time", "peak_memory"))
-        print(f"{name:40}{figures}   ({memory[name] / 2**20:.0f} MiB)")
+        print(f"{name:50}{figures}   ({memory[name] / 2**20:.0f} MiB)")
     return rows
 
 
