@@ -51,7 +51,8 @@ def lines(out: Path) -> int:
 def kill_once(options: argparse.Namespace, out: Path, draw: random.Random, share: int) -> bool:
     """One attempt; False if it came to its end before it was killed."""
     before, process = lines(out), start(options, out)
-    wanted = draw.randint(0, share)
+    # Every fourth attempt or so dies while it still starts, loads or checks.
+    wanted = 0 if draw.random() < 0.25 else draw.randint(1, share)
     wait = draw.random() * options.start if wanted == 0 else draw.random() * options.spread
     while process.poll() is None and lines(out) < before + wanted:
         time.sleep(0.005)
