@@ -64,10 +64,15 @@ class AttentionStates:
         Returns:
             (H, r, K) float32 with K = past + Q.
         """
-        heads, length, dim = self.query.shape[1:]
-        keys = self.past + length
-        key = self.key[row, :, :keys].float()
-        queries = queries.to(self.query.device)
+        return self._rows(row, queries.to(self.query.device), self._keys(row))
+
+    def _keys(self, row: int) -> Tensor:
+        """(Hkv, K, D) float32 keys of one batch row."""
+        return self.key[row, :, : self.past + self.query.shape[2]].float()
+
+    def _rows(self, row: int, queries: Tensor, key: Tensor) -> Tensor:
+        heads, _, dim = self.query.shape[1:]
+        keys = key.shape[1]
         query = self.query[row].index_select(1, queries).float()
         # Grouped-query attention: the heads that share a key are further query rows of it.
         logits = query.reshape(key.shape[0], -1, dim) @ key.transpose(1, 2)
@@ -96,10 +101,11 @@ class AttentionStates:
         """
         heads, keys = self.query.shape[1], self.past + self.query.shape[2]
         chunk = max(1, _ELEMENTS // (heads * keys))
-        columns = columns.to(self.query.device) + self.past
-        total = torch.zeros(len(columns), dtype=torch.float32, device=self.query.device)
+        device, key = self.query.device, self._keys(row)
+        queries, columns = queries.to(device), columns.to(device) + self.past
+        total = torch.zeros(len(columns), dtype=torch.float32, device=device)
         for part in torch.split(queries, chunk):
-            total += self.rows(row, part).mean(0)[:, columns].sum(0)
+            total += self._rows(row, part, key).mean(0)[:, columns].sum(0)
         return total / len(queries) if reduce == "mean" else total
 
     def _allowed(self, row: int, queries: Tensor, keys: int) -> Tensor | None:

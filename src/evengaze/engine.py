@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,6 +77,8 @@ class Handle:
     """
 
     def __init__(self, model: nn.Module, pruner: Pruner, layout: VisualLayout | None = None) -> None:
+        unwrap = getattr(model, "get_base_model", None)  # adapters such as LoRA wrap the model whose forward runs
+        model = unwrap() if callable(unwrap) else model
         self.model, self.pruner = model, pruner
         self.trace: Trace | None = None
         self._layout = layout
@@ -103,6 +105,7 @@ class Handle:
         self._ids: Tensor | None = None
         self._mask: Tensor | None = None
         self._labels = False
+        self._generating = False
         self._shared: dict[str, Any] = {}
         self._undo: list[Callable[[], Any]] = []
         try:
@@ -124,7 +127,8 @@ class Handle:
         self._disarm()
         self._run = self._frozen = None
         self._encoded.clear()
-        self._rotary.clear()
+        self._shared.clear()
+        self._rotary.reset()
         self._steps.begin()
 
     @property
@@ -176,16 +180,14 @@ class Handle:
             keep(outer.register_forward_pre_hook(self._enter_model, with_kwargs=True).remove)
         keep(self._decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True).remove)
         keep(self._decoder.register_forward_hook(self._leave_decoder, with_kwargs=True, always_call=True).remove)
-        first = 0 if self.pruner.trims_earlier_caches else min([*self._taps, *self._stages], default=len(self._layers))
-        for i, layer in enumerate(self._layers[first:], first):
+        for i, layer in enumerate(self._layers):
             hook = functools.partial(self._enter_layer, i)
             keep(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        if self.pruner.positions == "renumbered":
-            for name, module in self._decoder.named_children():
-                if name.startswith("rotary_emb"):
-                    keep(module.register_forward_hook(self._leave_rotary, with_kwargs=True).remove)
+        for name, module in self._decoder.named_children():
+            if name.startswith("rotary_emb"):
+                keep(module.register_forward_hook(self._leave_rotary, with_kwargs=True).remove)
         if callable(getattr(self.model, "generate", None)):
-            keep(_intercept(self.model, "generate", self._enter_generate))
+            keep(_intercept(self.model, "generate", self._enter_generate, self._leave_generate))
         if self._adapter is not None:
             for kind in ("image", "video"):
                 if callable(getattr(base, f"get_{kind}_features", None)):
@@ -207,6 +209,11 @@ class Handle:
             )
         self._encoded.clear()
         self._frozen = None
+        self._generating = True
+
+    def _leave_generate(self) -> None:
+        self._generating = False
+        self._frozen = None
 
     def _encode(self, kind: Any, arguments: dict[str, Any]) -> None:
         self._encoded.append(EncoderCall(kind, arguments))
@@ -214,6 +221,8 @@ class Handle:
     def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is self.model:
             self._ids, self._mask, self._labels = None, None, False
+            if not self._generating and kwargs.get("mm_encoder_outputs") is None:
+                self._encoded.clear()  # left by a call that failed before it reached the decoder
         ids = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(ids, Tensor) and ids.dim() == 2:
             self._ids = ids
@@ -229,13 +238,14 @@ class Handle:
             states = kwargs.get("input_ids", args[0] if args else None)
         if not torch.compiler.is_compiling():
             self._steps.begin()
+            self._rotary.clear()
             if states is not None and states.shape[1] > 1:  # one token is a decoding step
-                self._rotary.clear()
                 self._run = self._begin(states, kwargs.get("attention_mask"), kwargs.get("past_key_values"))
 
     def _begin(self, states: Tensor, mask: Any, cache: Any) -> Prefill | None:
         ids, given = self._ids, self._mask if self._mask is not None else mask
         self._ids = self._mask = None
+        encoded, self._encoded = tuple(self._encoded), []
         length, past = states.shape[1], 0 if cache is None else int(cache.get_seq_length())
         real = _real_tokens(given, states, past)
         frozen = self._frozen
@@ -245,8 +255,7 @@ class Handle:
             layout: VisualLayout | None = frozen.layout
         else:
             frozen = None
-            layout = self._find(Call(ids, None if given is None else real, past, tuple(self._encoded)), length)
-        self._encoded.clear()
+            layout = self._find(Call(ids, None if given is None else real, past, encoded), length)
         if layout is None or layout.total == 0:
             return None
         if self._adapter is not None:
@@ -271,7 +280,7 @@ class Handle:
             layout = None if call.past else self._layout  # spans describe the prompt, not what follows it
         else:
             layout = self._adapter.layout(self.model, call)
-            if self._encoded and (layout is None or layout.total == 0):
+            if call.encoded and (layout is None or layout.total == 0):
                 raise LayoutError(
                     "images or videos were encoded, but the prompt has no visual tokens. Build the inputs with the "
                     "model's processor, with one image placeholder in the text for each image."
@@ -325,13 +334,15 @@ class Handle:
                 args, kwargs = run.arguments(i, hidden, args, kwargs, cache)
             else:
                 args, kwargs = self._steps.arguments(i, args, kwargs, cache) or (args, kwargs)
-            states, past = probe(layer, args, kwargs), kv.stored(cache)
+            with torch.no_grad():
+                states = probe(layer, args, kwargs)
+            past = kv.stored(cache)
             if past:  # an earlier turn's keys are in the cache, which the probe does not touch
                 states = replace(states, key=torch.cat([cache.keys[:, :, :past], states.key], 2), past=past)
             run.states = states
 
     def _leave_rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        if self._run is not None:
+        if not torch.compiler.is_compiling():
             self._rotary.observe(module, args, kwargs, out)
 
     # -- the end of a call --------------------------------------------------------------------------------------------
@@ -356,7 +367,8 @@ class Handle:
         if self.pruner.trims_earlier_caches and run.slots is not None and run.cache is not None:
             run.trim(len(self._layers))
         self.trace = run.trace(self.pruner, len(self._layers))
-        self._frozen = _Frozen(run.inputs, run.layout, run.selections) if run.cache is None else None
+        if self._generating and run.cache is None:
+            self._frozen = _Frozen(run.inputs.detach(), run.layout, run.selections)
         if self._labels and run.slots is not None:  # the loss compares with labels of the full length
             states = out.last_hidden_state
             index = run.slots.to(states.device)[..., None].expand_as(states)
@@ -366,8 +378,10 @@ class Handle:
         return None
 
 
-def _intercept(owner: Any, name: str, before: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
-    """Call `before` with a bound method's arguments by name, then the method; returns what undoes it.
+def _intercept(
+    owner: Any, name: str, before: Callable[[dict[str, Any]], None], after: Callable[[], None] | None = None
+) -> Callable[[], None]:
+    """Call `before` with a bound method's arguments by name, then the method, then `after`; returns what undoes it.
 
     transformers encodes images in methods that are no module calls, which hooks cannot see.
     """
@@ -380,7 +394,11 @@ def _intercept(owner: Any, name: str, before: Callable[[dict[str, Any]], None]) 
         bound = signature.bind_partial(*args, **kwargs)
         bound.apply_defaults()
         before(dict(bound.arguments))
-        return method(*args, **kwargs)
+        try:
+            return method(*args, **kwargs)
+        finally:
+            if after is not None:
+                after()
 
     def undo() -> None:
         if own is None:
@@ -393,8 +411,10 @@ def _intercept(owner: Any, name: str, before: Callable[[dict[str, Any]], None]) 
 
 
 def _real_tokens(mask: Any, states: Tensor, past: int) -> Tensor:
-    """(B, L) bool: which tokens of a call are no padding, from a 2-D or 4-D attention mask or none."""
+    """(B, L) bool: which tokens of a call are no padding, from a 2-D or 4-D mask, one for each layer type, or none."""
     batch, length = states.shape[:2]
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask[:, -length:].bool().to(states.device)
     if isinstance(mask, Tensor) and mask.dim() == 4:

@@ -106,8 +106,9 @@ class Prefill:
             chosen = self.replay[number]
             self._move(hidden.device)
         else:
-            views = [self._view(b, number, hidden) for b in range(len(self.tables))]
-            chosen = [None if view is None else pruner.select(view) for view in views]
+            with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+                views = [self._view(b, number, hidden.detach()) for b in range(len(self.tables))]
+                chosen = [None if view is None else pruner.select(view) for view in views]
         self.states = None
         self.selections.append(chosen)
         self.stages.append(
@@ -146,7 +147,7 @@ class Prefill:
             tokens=self.tables[b],
             original=len(self.layout.rows[b]),
             hidden=hidden[b],
-            embeddings=self.inputs[b],
+            embeddings=self.inputs[b].detach(),
             initial=self.layout.rows[b],
             real=real if filled is None else real & filled[b],
             memory=self.memory[b],
@@ -319,8 +320,7 @@ class Prefill:
             states = [] if cache is None or not cache.is_initialized else [cache.keys, cache.values]
             held.append(sum(t.numel() * t.element_size() for t in states))
             per_token.append(sum(t.numel() // t.shape[-2] * t.element_size() for t in states if t.shape[-2]))
-        entering = [self.length] * (layers - len(self.entering)) + self.entering
-        return Trace(pruner.to_dict(), self.layout, self.length, self.stages, entering, held, per_token)
+        return Trace(pruner.to_dict(), self.layout, self.length, self.stages, self.entering, held, per_token)
 
 
 def kept_length(slots: Tensor | None, length: int) -> int:

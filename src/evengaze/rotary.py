@@ -15,18 +15,24 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class _Call:
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    """One call, without the hidden states that it was made with: they must not outlive it."""
 
-    @property
-    def positions(self) -> Tensor:
-        return self.kwargs["position_ids"] if "position_ids" in self.kwargs else self.args[1]  # type: ignore[no-any-return]
+    module: nn.Module
+    positions: Tensor
+    named: bool
+    rest: tuple[Any, ...]
+    options: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Call:
+        named = "position_ids" in kwargs
+        options = {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)}
+        return cls(module, kwargs["position_ids"] if named else args[1], named, args[2:], options)
 
     def at(self, hidden: Tensor, positions: Tensor) -> Any:
-        if "position_ids" in self.kwargs:
-            return self.module.forward(hidden, **{**self.kwargs, "position_ids": positions})
-        return self.module.forward(hidden, positions, *self.args[2:], **self.kwargs)
+        if self.named:
+            return self.module.forward(hidden, position_ids=positions, **self.options)
+        return self.module.forward(hidden, positions, *self.rest, **self.options)
 
 
 class Rotary:
@@ -44,9 +50,14 @@ class Rotary:
         """Forget the calls of the last forward (not which call serves which layer)."""
         self._calls.clear()
 
+    def reset(self) -> None:
+        """Forget everything."""
+        self._calls.clear()
+        self._layers.clear()
+
     def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """A forward hook for rotary modules."""
-        self._calls.append((out, _Call(module, args, kwargs)))
+        self._calls.append((out, _Call.of(module, args, kwargs)))
 
     @property
     def renumbers(self) -> bool:

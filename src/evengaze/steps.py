@@ -35,6 +35,9 @@ class Steps:
         mask = kwargs.get("attention_mask")
         cut = dict(kwargs)
         if kept.shift is not None:
+            if not torch.compiler.is_compiling():  # a compiled step follows a prefill or step that was not
+                for name, value in kwargs.items():
+                    self._rotary.serve(layer, name, value)
             cut["position_ids"] = kwargs["position_ids"] - kept.shift.to(hidden.device)
             cut.update(self._rotary.step(layer, hidden, cut["position_ids"]))
         elif mask is None and kept.real is None:

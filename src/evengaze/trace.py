@@ -155,7 +155,9 @@ class Trace:
             "kv_bytes_per_token": list(self.kv_bytes_per_token),
             "layout": [
                 {
-                    "images": [[list(i.grid), i.frames, None if i.size is None else list(i.size)] for i in r.images],
+                    "images": [
+                        [list(i.grid), i.frames, None if i.size is None else list(i.size), i.part] for i in r.images
+                    ],
                     **{name: getattr(r, name).tolist() for name in _TABLE},
                 }
                 for r in self.layout.rows
@@ -173,14 +175,14 @@ class Trace:
         Raises:
             DataError: another schema, or a field is missing.
         """
-        if data.get("schema") != _SCHEMA:
-            raise DataError(f"not a trace of schema {_SCHEMA} (found schema {data.get('schema')!r})")
+        if not isinstance(data, Mapping) or data.get("schema") != _SCHEMA:
+            raise DataError(f"not a trace of schema {_SCHEMA} ({str(data)[:40]}...)")
         try:
             rows = tuple(
                 VisualTokens(
                     **{n: torch.tensor(r[n], dtype=_TABLE[n]) for n in _TABLE},
                     images=tuple(
-                        ImageInfo((g[0], g[1]), f, None if z is None else (z[0], z[1])) for g, f, z in r["images"]
+                        ImageInfo((g[0], g[1]), f, None if z is None else (z[0], z[1]), p) for g, f, z, p in r["images"]
                     ),
                 )
                 for r in data["layout"]
@@ -195,7 +197,7 @@ class Trace:
                 data["kv_bytes"],
                 data["kv_bytes_per_token"],
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise DataError(f"malformed trace: {error!r}") from error
 
     def save(self, path: str | Path) -> None:
@@ -250,7 +252,8 @@ def _row_of(data: Mapping[str, Any]) -> RowTrace:
 
     merge = data["merge"]
     candidates, kept = index(data["candidates"]), index(data["kept"])
-    assert candidates is not None and kept is not None
+    if candidates is None or kept is None:
+        raise ValueError("a row without candidates or kept tokens")
     return RowTrace(
         candidates,
         kept,

@@ -291,7 +291,8 @@ class Pruner(ABC):
 
     def debiased(self, debias: Debias, score: Tensor, view: View) -> tuple[Tensor, Tensor]:
         """Apply the debiasing steps; a method overrides this only where its official patch computes them otherwise."""
-        return debias(score, view.tokens, official=self.mode == "official")
+        features = view.features if debias.sinks is not None else None
+        return debias(score, view.tokens, official=self.mode == "official", features=features)
 
     # -- use ----------------------------------------------------------------------------------------------------
     def __call__(self, model: nn.Module, *, layout: VisualLayout | None = None) -> Handle:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from evengaze.errors import ConfigError
 from evengaze.methods.base import Merge, Positions, Pruner, Selection, Stage, View, resolve_keep, top_allowed
 from evengaze.methods.stages import check_layers, per_stage, scale_layers
 
@@ -36,8 +37,9 @@ class SparseVLM(Pruner):
     follow the kept tokens. Everything is renumbered without gaps.
 
     Attributes:
-        keep: an average budget, as a number of tokens or a fraction (the published table if there is one, else a
-            derived one), or the tokens kept at each stage, one entry a stage.
+        keep: an average budget, as a number of tokens or a fraction (the published table if there is one, else one
+            derived for 32 layers; `schedule.solve_for_budget` is exact for any depth), or the tokens kept at each
+            stage, one entry a stage.
         layers: the layers that rank; None takes (2, 6, 15), scaled to the decoder's depth in corrected mode.
     """
 
@@ -51,6 +53,11 @@ class SparseVLM(Pruner):
         super().__post_init__()
         check_layers(self.layers or _LAYERS)
         per_stage(self.keep, len(self.layers or _LAYERS), 1.0)
+        if not isinstance(self.keep, tuple) and len(self.layers or _LAYERS) != len(_LAYERS):
+            raise ConfigError(
+                f"keep={self.keep} is an average over three stages, but layers={self.layers} are not three. "
+                "Give the tokens kept at each stage, or let schedule.solve_for_budget find them."
+            )
 
     def stages(self, layers: int) -> Sequence[Stage]:
         """Layer l ranks while it runs, and layer l + 1 is the first without the dropped tokens."""

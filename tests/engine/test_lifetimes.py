@@ -1,0 +1,172 @@
+"""What outlives a call, a handle or an error, and what must not."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import evengaze as eg
+from evengaze.debias import SinkMask
+from evengaze.errors import ConfigError
+from evengaze.methods import parse
+from evengaze.testing import tiny
+from reference import generate
+
+METHODS = ["fastv:keep=5", "pyramiddrop:layers=[2,4],keep=[8,4]", "sparsevlm:layers=[1,3],keep=[9,4]"]
+
+
+def second_turn(model, inputs, cache, first):
+    extra = torch.tensor([11, 12, 13]).expand(len(first), -1)
+    ids = torch.cat([first, extra], 1)
+    grown = ids.shape[1] - inputs["attention_mask"].shape[1]
+    mask = torch.cat([inputs["attention_mask"], torch.ones(len(first), grown, dtype=torch.long)], 1)
+    return generate(model, {"input_ids": ids, "attention_mask": mask}, 4, past_key_values=cache)[1]
+
+
+@pytest.mark.parametrize("other", [None, "fastv:keep=3,layer=5", "uniform:keep=3,layer=4"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_pruned_cache_may_go_on_under_another_handle(method, other):
+    model, inputs = tiny("llava", batch=3)
+    results = []
+    for later in (None, other or method):
+        cache = DynamicCache(config=model.config.get_text_config())
+        with parse(method)(model):
+            first = model.generate(**inputs, max_new_tokens=3, do_sample=False, past_key_values=cache)
+            if later is None:
+                results.append(second_turn(model, inputs, cache, first))
+        if later is not None:
+            with parse(later)(model):
+                results.append(second_turn(model, inputs, cache, first))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("method", ["fastv:keep=5", "pyramiddrop:layers=[2,4],keep=[8,4]"])
+def test_masks_by_layer_type_say_what_is_padding(method):
+    """With a static cache, generate hands Gemma 3 a dictionary of masks."""
+    model, inputs = tiny("gemma3", batch=2)
+    method = method.replace("layer=2", "layer=4")
+    with parse(method)(model):
+        dynamic = generate(model, inputs)[1]
+        static = generate(model, inputs, cache_implementation="static", disable_compile=True)[1]
+    assert (dynamic - static).abs().max() < 1e-3
+
+
+def test_a_failed_call_leaves_nothing_to_the_next():
+    model, inputs = tiny("llava")
+    bad = {**inputs, "input_ids": inputs["input_ids"].masked_fill(inputs["input_ids"] == 290, 7)}
+    with torch.no_grad(), eg.FastV(keep=5)(model) as run:
+        expected = model(**inputs).logits
+        with pytest.raises(ValueError):
+            model(**bad)
+        assert torch.equal(model(**inputs).logits, expected)
+        assert run.trace is not None
+
+
+@pytest.mark.parametrize("method", [*METHODS, "random:keep=5", "himap:layers=[2,4],keep=[8,4]", "tokencarve:keep=5"])
+def test_gradients_flow_and_the_trace_holds_none(method):
+    model, inputs = tiny("llava")
+    with parse(method)(model) as run:
+        logits = model(**inputs, use_cache=False).logits
+        logits.sum().backward()
+    assert model.model.language_model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+    for stage in run.trace.stages:
+        for row in stage.rows:
+            assert row.raw is None or not row.raw.requires_grad
+            assert row.scores is None or not row.scores.requires_grad
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_states_and_caches_are_released(method):
+    model, inputs = tiny("llava")
+    states = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda m, a, k: states.append(weakref.ref(k["inputs_embeds"])), with_kwargs=True
+    )
+    handle = eg.attach(model, parse(method))
+    cache = generate(model, inputs)[2]
+    keys = weakref.ref(cache.layers[3].keys)
+    del cache
+    handle.remove()
+    hook.remove()
+    gc.collect()
+    assert keys() is None
+    assert all(s() is None for s in states)
+
+
+def test_only_generate_repeats_a_selection():
+    """A longer prompt with the same beginning is another prompt."""
+    model, inputs = tiny("llava")
+    longer = {
+        **inputs,
+        "input_ids": torch.cat([inputs["input_ids"], torch.tensor([[77, 78, 79, 80]])], 1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones(1, 4, dtype=torch.long)], 1),
+    }
+    with torch.no_grad():
+        with eg.FastV(keep=3)(model) as run:
+            model(**longer, use_cache=False)
+            alone = run.trace.kept().tolist()
+        with eg.FastV(keep=3)(model) as run:
+            model(**inputs, use_cache=False)
+            model(**longer, use_cache=False)
+            assert run.trace.kept().tolist() == alone
+
+
+def test_scores_are_float32_under_autocast():
+    model, inputs = tiny("llava")
+    seen = []
+
+    class Watching(eg.FastV):
+        def score(self, view):
+            rows = view.states.rows(0, view.last)
+            exact = view.states.query[0, :, view.last].double() @ view.states.key[0].double().repeat_interleave(
+                2, 0
+            ).transpose(1, 2)
+            allowed = rows > 0
+            logits = (exact * view.states.scaling).masked_fill(~allowed, float("-inf"))
+            seen.append((rows.double() - logits.softmax(-1)).abs().max())
+            return super().score(view)
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Watching(keep=4)(model):
+        model(**inputs)
+    assert seen[0] < 1e-6
+
+
+def test_sinks_are_left_out_when_pruning():
+    model, inputs = tiny("llava")
+    with eg.FastV(keep=8)(model) as run:
+        generate(model, inputs, 1)
+        plain = set(run.trace.kept().tolist())
+    with eg.FastV(keep=8, debias=eg.Debias(sinks=SinkMask(ratio=1.05)))(model) as run:
+        generate(model, inputs, 1)
+        assert set(run.trace.kept().tolist()) != plain
+
+
+def test_a_wrapper_is_looked_through():
+    """PEFT models hand out the model whose forward runs."""
+    model, inputs = tiny("llava")
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+            self.config = model.config
+
+        def get_base_model(self):
+            return self.inner
+
+        def generate(self, **kwargs):
+            return self.inner.generate(**kwargs)
+
+    wrapper = Wrapper()
+    with eg.FastV(keep=5)(wrapper) as run:
+        wrapper.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert run.trace.visual_tokens()[-1] == 5
+
+
+def test_an_average_budget_needs_three_stages():
+    with pytest.raises(ConfigError, match="three stages"):
+        parse("sparsevlm:keep=6,layers=[1,2,3,4]")
