@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from evengaze.evaluate.results import Row, Table
+from evengaze.evaluate.results import Row, Table, short
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart; a family keeps its colour everywhere.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C6D00", "#4C3A9E", "#56B4E9", "#7A3B2E")
@@ -32,7 +32,7 @@ def curves(tables: Sequence[Table]) -> Figure:
     for axis, table in zip(axes.flat, shown, strict=False):
         for (family, debias, role), rows in _series(table).items():
             points = sorted((row.average, row.value) for row in rows)
-            label = family if role == "baseline" else f"{family}, {'plain' if debias == 'none' else debias}"
+            label = family if role == "baseline" else f"{family}, {short(debias)}"
             (handle,) = axis.plot(
                 *zip(*points, strict=True), label=label, **_look(family, debias, role, colours, styles)
             )
@@ -88,7 +88,7 @@ def radar(tables: Sequence[Table]) -> Figure | None:
                 continue
             lowest = min(lowest, *[value for value in values if value is not None])
             look = _look(family, debias, "method", colours, styles)
-            axis.plot([*angles, angles[0]], [*values, values[0]], label="plain" if debias == "none" else debias, **look)
+            axis.plot([*angles, angles[0]], [*values, values[0]], label=short(debias), **look)
             if debias != "none":
                 axis.fill([*angles, angles[0]], [*values, values[0]], color=look["color"], alpha=0.08)
         axis.plot([a * 2 * pi / 100 for a in range(101)], [100] * 101, color="black", lw=1, ls=":", label="dense")

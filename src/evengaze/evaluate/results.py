@@ -17,6 +17,11 @@ Result = dict[str, Any]
 """The content of one ``result.json``."""
 
 
+def short(debias: str) -> str:
+    """How a debiasing is called in tables: a curve file by its name, without folder and ending."""
+    return "plain" if debias == "none" else Path(debias).stem if debias.endswith(".json") else debias
+
+
 @dataclass
 class Row:
     """One method on one benchmark.
@@ -52,9 +57,7 @@ class Row:
         cell = self.cell
         if cell["role"] == "dense":
             return "dense"
-        debias = str(cell["debias"])
-        name = Path(debias).stem if debias.endswith(".json") else debias
-        return str(cell["method"]) + ("" if debias == "none" else f" + {name}")
+        return str(cell["method"]) + ("" if cell["debias"] == "none" else f" + {short(cell['debias'])}")
 
     @property
     def average(self) -> float | None:
