@@ -45,7 +45,14 @@ def result():
 
     share = dict(zip(LABELS, (0.5, 0.7, 0.6, 0.8, 0.4, 0.45), strict=True))
     cells = [(cell, outcome(share[cell.label], 196 * cell.keep)) for cell in settings()]
-    curve = Curve(Exponential(2.0), Origin(method="fastv", layer=1), "geometric", {"sigma": 2.0}, Samples())
+    curve = Curve(
+        Exponential(2.0),
+        Origin(method="fastv", layer=1),
+        "geometric",
+        {"sigma": 2.0},
+        Samples(),
+        layers={0: Exponential(0.5)},
+    )
     bias = [
         {"layer": 0, "sigma": 0.1, "r2": 0.0, "spearman": 0.1},
         {"layer": 1, "sigma": 2.0, "r2": 0.7, "spearman": 0.8},
@@ -56,18 +63,21 @@ def result():
 
 def test_every_budget_has_every_setting():
     cells = settings()
-    assert len(cells) == len(set(cells)) == 18
+    assert len(cells) == len(set(cells)) == 24
     for keep in KEEPS:
-        assert [c.label for c in cells if c.keep == keep] == LABELS
+        assert [c.label for c in cells if (c.keep, c.layer) == (keep, 2)] == LABELS
+    assert [c.label for c in cells if c.layer == 1] == LABELS
 
 
 def test_the_pruners_are_what_the_labels_say():
-    curve = Curve(Exponential(2.0))
+    curve = Curve(Exponential(2.0), Origin(layer=1))
     assert Cell(0.25).pruner(curve).debias is None
     trend, padding, both = (Cell(0.25, d).pruner(curve).debias for d in ("trend", "padding", "both"))
     assert trend.trend == curve.trend and trend.padding is None
     assert padding.trend is None and padding.padding is not None
     assert both.trend == curve.trend and both.padding is not None
+    early = Cell(0.25, "both", layer=1).pruner(Curve(Exponential(2.0), Origin(layer=1), layers={0: Exponential(0.5)}))
+    assert (early.layer, early.debias.trend) == (1, Exponential(0.5))
     blind = Cell(0.25, baseline="uniform").pruner(curve)
     assert (blind.name, blind.keep, blind.layer, blind.debias) == ("uniform", 0.25, 2, None)
 
@@ -96,7 +106,7 @@ def test_json_has_the_promised_keys(result):
     assert found["dense"]["accuracy"] == pytest.approx(0.9, abs=0.03)
     wanted = {"method", "layer", "keep", "debias", "baseline", "accuracy", "ci95", "average_tokens", "seconds"}
     for cell in found["cells"]:
-        assert wanted <= set(cell) and cell["layer"] == 2 and len(cell["ci95"]) == 2
+        assert wanted <= set(cell) and cell["layer"] in (1, 2) and len(cell["ci95"]) == 2
         assert cell["debias"] in ("none", "trend", "padding", "both")
         assert cell["baseline"] in (None, "random", "uniform")
     assert [layer["layer"] for layer in found["bias"]] == [0, 1]
@@ -117,7 +127,7 @@ def test_the_page_is_self_contained(result, tmp_path):
     assert text.count("data:image/png;base64,") == 3
     assert not re.search(r'(src|href)="(?!data:)', text)
     for label in LABELS:
-        assert text.count(f"<td>{label}</td>") == len(KEEPS)
+        assert text.count(f"<td>{label}</td>") == len(KEEPS) + 1
     assert headline(result).replace("+", "&#x2B;") in text or headline(result) in text
 
 

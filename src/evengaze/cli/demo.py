@@ -84,18 +84,18 @@ def demo(
 def _table(result: Result) -> Table:
     from rich.table import Table
 
-    from evengaze.demo.report import difference, points, rows
+    from evengaze.demo.report import difference, kept, points, rows
 
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for head in ("kept", "setting", "right %", "against dense", "against plain", "tokens", "s"):
         table.add_column(head, justify="left" if head == "setting" else "right", no_wrap=True)
-    last = None
+    last = ""
     for row in rows(result):
-        keep = None if row.cell is None else row.cell.keep
-        if keep != last:
+        share = kept(row.cell)
+        if last not in ("", share):
             table.add_row()
         table.add_row(
-            ("all" if keep is None else f"{100 * keep:g} %") if keep != last or keep is None else "",
+            "" if share == last else share,
             "dense" if row.cell is None else row.cell.label,
             points(row.accuracy),
             difference(row.against_dense),
@@ -103,5 +103,5 @@ def _table(result: Result) -> Table:
             f"{row.average_tokens:.1f}",
             f"{row.seconds:.0f}",
         )
-        last = keep
+        last = share
     return table

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 LAYER = 2
 """Tokens leave before this layer, as in FastV's paper."""
 
+EARLY = 1
+"""One budget is also asked a layer earlier, where this model's ranking is less biased."""
+
 KEEPS = (0.25, 0.125, 0.06)
 DEBIAS = ("none", "trend", "padding", "both")
 BASELINES = (Random.name, Uniform.name)
@@ -46,11 +49,13 @@ class Cell:
         keep: share of the visual tokens that goes on.
         debias: "none", "trend", "padding" or "both".
         baseline: "random" or "uniform" in place of FastV, or None.
+        layer: first layer that runs without the other tokens.
     """
 
     keep: float
     debias: str = "none"
     baseline: str | None = None
+    layer: int = LAYER
 
     @property
     def method(self) -> str:
@@ -67,9 +72,9 @@ class Cell:
         steps = None
         if self.debias != "none":
             padding = PaddingMask() if self.debias in ("padding", "both") else None
-            trend = curve.trend if self.debias in ("trend", "both") else None
-            steps = Debias(padding=padding, trend=trend, origin=curve.origin if trend else None)
-        return get(self.method)(keep=self.keep, layer=LAYER, debias=steps)  # type: ignore[call-arg]
+            trend = curve.at_layer(self.layer - 1) if self.debias in ("trend", "both") else None
+            steps = Debias(padding=padding, trend=trend)
+        return get(self.method)(keep=self.keep, layer=self.layer, debias=steps)  # type: ignore[call-arg]
 
 
 @dataclass
@@ -141,17 +146,21 @@ class Result:
     calibration: Calibration
     examples: list[Example]
 
-    def outcome(self, keep: float, label: str) -> Outcome:
-        """The outcome of the setting with that budget and label."""
-        return next(o for c, o in self.cells if c.keep == keep and c.label == label)
+    def outcome(self, keep: float, label: str, layer: int = LAYER) -> Outcome:
+        """The outcome of the setting with that budget, label and layer."""
+        return next(o for c, o in self.cells if (c.keep, c.label, c.layer) == (keep, label, layer))
 
 
 def settings() -> list[Cell]:
-    """All cells: every budget plain, with each step, with both, and the two baselines."""
+    """All cells: every budget plain, with each step, with both, and the two baselines; one budget a layer earlier."""
+    budgets = [(keep, LAYER) for keep in KEEPS] + [(KEEPS[1], EARLY)]
     return [
         cell
-        for keep in KEEPS
-        for cell in (*(Cell(keep, d) for d in DEBIAS), *(Cell(keep, baseline=b) for b in BASELINES))
+        for keep, layer in budgets
+        for cell in (
+            *(Cell(keep, d, layer=layer) for d in DEBIAS),
+            *(Cell(keep, baseline=b, layer=layer) for b in BASELINES),
+        )
     ]
 
 
@@ -255,7 +264,7 @@ def run(
         for (cell, outcome), pruner in zip(cells, pruners, strict=True):
             trace = _answer(model, processor, batch, pruner, outcome)
             advance(len(batch.questions))
-            if cell.keep == KEEPS[1] and cell.label in ("plain", "both"):
+            if (cell.keep, cell.layer) == (KEEPS[1], LAYER) and cell.label in ("plain", "both"):
                 for row, question in enumerate(batch.questions):
                     if question.question_id in wanted:
                         traces[question.question_id, cell.label] = (trace, row)

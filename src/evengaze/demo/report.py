@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from evengaze import __version__
-from evengaze.demo.experiment import KEEPS, LAYER, Cell, Outcome, Result
+from evengaze.demo.experiment import EARLY, KEEPS, LAYER, Cell, Outcome, Result
 from evengaze.evaluate.metrics.paired import Paired, compare
 from evengaze.viz.accuracy import Point, plot_accuracy
 from evengaze.viz.bias import plot_trend
@@ -55,7 +55,7 @@ def rows(result: Result) -> list[Row]:
     found = [_row(result, None, result.dense, None, None)]
     for cell, outcome in result.cells:
         credit = outcome.credits(result.questions)
-        plain = result.outcome(cell.keep, "plain")
+        plain = result.outcome(cell.keep, "plain", cell.layer)
         pair = None if outcome is plain else compare(credit, plain.credits(result.questions))
         found.append(_row(result, cell, outcome, compare(credit, dense), pair))
     return found
@@ -108,7 +108,7 @@ def _cell_dict(result: Result, row: Row) -> dict[str, Any]:
     assert cell is not None
     return {
         "method": cell.method,
-        "layer": LAYER,
+        "layer": cell.layer,
         "keep": cell.keep,
         "debias": cell.debias,
         "baseline": cell.baseline,
@@ -118,7 +118,7 @@ def _cell_dict(result: Result, row: Row) -> dict[str, Any]:
         "seconds": row.seconds,
         "against_dense": None if row.against_dense is None else asdict(row.against_dense),
         "against_plain": None if row.against_plain is None else asdict(row.against_plain),
-        "accuracy_by_type": by_type(result, result.outcome(cell.keep, cell.label)),
+        "accuracy_by_type": by_type(result, result.outcome(cell.keep, cell.label, cell.layer)),
     }
 
 
@@ -153,10 +153,14 @@ def figures(result: Result) -> dict[str, tuple[str, Any]]:
     lines: dict[str, list[Point]] = {}
     for row in sorted(cells, key=lambda r: r.cell.keep if r.cell else 0):
         assert row.cell is not None
+        if row.cell.layer != LAYER:
+            continue
         point = Point(row.cell.keep, row.accuracy, *row.ci95, row.average_tokens)
         lines.setdefault(row.cell.label, []).append(point)
     ordered = {cell.label: lines[cell.label] for cell, _ in result.cells}
-    subtitle = f"{len(result.questions)} questions; bars: 95 % intervals, wider than those of paired differences"
+    subtitle = (
+        f"{len(result.questions)} questions, K = {LAYER}; bars: 95 % intervals, wider than those of paired differences"
+    )
     caption = "Accuracy by tokens kept. All methods at one budget drop the same number of tokens at the same layer."
     made["accuracy.png"] = (caption, plot_accuracy(ordered, dense.accuracy, subtitle))
     return made
@@ -213,19 +217,28 @@ def difference(pair: Paired | None) -> str:
 
 
 def headline(result: Result) -> str:
-    """What came out at the middle budget, in one sentence."""
+    """What came out at the middle budget, at both layers."""
     share, dense = f"{100 * KEEPS[1]:g} %", points(result.dense.accuracy(result.questions))
-    found = {row.cell.label: row for row in rows(result) if row.cell is not None and row.cell.keep == KEEPS[1]}
-    both = found["both"]
-    assert both.against_plain is not None
-    low, high = both.against_plain.low, both.against_plain.high
-    verdict = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
-    return (
-        f"Of {len(result.questions)} questions the dense model answers {dense} % right. With {share} of the tokens "
-        f"from layer {LAYER} on: plain {points(found['plain'].accuracy)} %, with "
-        f"both debias steps {points(both.accuracy)} % ({difference(both.against_plain)} points, {verdict}), random "
-        f"{points(found['random'].accuracy)} %, uniform {points(found['uniform'].accuracy)} %."
-    )
+    every = {(r.cell.layer, r.cell.label): r for r in rows(result) if r.cell is not None and r.cell.keep == KEEPS[1]}
+    sentences = [f"Of {len(result.questions)} questions the dense model answers {dense} % right."]
+    for layer in (LAYER, EARLY):
+        found = {label: row for (at, label), row in every.items() if at == layer}
+        both = found["both"].against_plain
+        assert both is not None
+        verdict = "better" if both.low > 0 else "worse" if both.high < 0 else "no clear difference"
+        sentences.append(
+            f"With {share} of the tokens from layer {layer} on: plain {points(found['plain'].accuracy)} %, with both "
+            f"debias steps {points(found['both'].accuracy)} % ({difference(both)} points, {verdict}), random "
+            f"{points(found['random'].accuracy)} %, uniform {points(found['uniform'].accuracy)} %."
+        )
+    return " ".join(sentences)
+
+
+def kept(cell: Cell | None) -> str:
+    """A setting's budget and layer, for tables."""
+    if cell is None:
+        return "all"
+    return f"{100 * cell.keep:g} %" + ("" if cell.layer == LAYER else f" (K={cell.layer})")
 
 
 _CSS = """
@@ -258,7 +271,8 @@ def _page(result: Result, pictures: Mapping[str, tuple[str, str]], seconds: floa
 <div class="scroll">{_settings_table(result)}</div>
 <p class="note">Differences are paired, in points, with 95 % bootstrap intervals over questions. Time is that of
 <code>generate</code> on this machine, all settings taking turns. Many settings are compared: one interval that just
-excludes zero proves little.</p>
+excludes zero proves little. Where a baseline is ahead of both debias steps, the attention at that layer does not say
+where the answer is, and no debiasing can change that.</p>
 <h2>The trend</h2>
 {shown["trend.png"]}
 <h2>Bias by layer</h2>
@@ -296,7 +310,7 @@ def _settings_table(result: Result) -> str:
         lines.append(
             (
                 "dense" if row.cell is None else row.cell.label,
-                "all" if row.cell is None else f"{100 * row.cell.keep:g} %",
+                kept(row.cell),
                 f"{points(row.accuracy)} [{points(low)}, {points(high)}]",
                 difference(row.against_dense),
                 difference(row.against_plain),
@@ -325,7 +339,7 @@ def _bias_table(bias: Sequence[Mapping[str, float]]) -> str:
 
 def _types_table(result: Result) -> str:
     named = {"dense": result.dense}
-    named |= {f"{100 * c.keep:g} % {c.label}": o for c, o in result.cells if c.keep == KEEPS[1]}
+    named |= {f"{kept(c)} {c.label}": o for c, o in result.cells if (c.keep, c.layer) == (KEEPS[1], LAYER)}
     found = {name: by_type(result, outcome) for name, outcome in named.items()}
     count = {kind: sum(q.type == kind for q in result.questions) for kind in found["dense"]}
     lines = [[f"{kind} ({count[kind]})", *(points(v[kind]) for v in found.values())] for kind in count]
