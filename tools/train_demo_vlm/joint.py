@@ -25,7 +25,7 @@ KEPT_TOKENS = 72  # visual tokens fed in the first part of the tuning, for speed
 KEPT_THING = 0.85  # probability that a patch that shows something is among them
 FIRST_PART = 0.75
 FIRST_LAYERS = 2  # these keep closer to the pretrained model than the later ones
-FIRST_LAYERS_RATE = 3e-4
+FIRST_LAYERS_SHARE = 0.3  # of the others' learning rate
 
 
 def make_model(work: Path, seed: int) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast]:
@@ -56,11 +56,13 @@ class Alignment:
     """What a patch's projection should resemble: the word embeddings of what it shows.
 
     A patch that shows a thing should look like the words for its colour and kind and, at half weight, for where the
-    thing is; background like a line break, at a low weight. Padding is left alone. Words of one family resemble each
-    other, so what they have in common is added once, and what sets each apart in full.
+    thing is. Words of one family resemble each other, so what they have in common is added once, and what sets each
+    apart in full. Background should look, at a low weight, like a line break or faintly like any such word. Padding is
+    left alone.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, background: str):
+        self.faint = background == "faint"
         self.kinds, self.colors, self.positions = (
             [tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in words]
             for words in (KINDS, COLORS, POSITIONS)
@@ -80,11 +82,15 @@ class Alignment:
             + known * (positions - positions.mean(0))[position.clamp(min=0)]
         )
 
+    def background(self, words: torch.Tensor) -> torch.Tensor:
+        """The vector for patches of background."""
+        return words[self.kinds + self.colors].mean(0) / 2 if self.faint else words[self.newline]
+
     def loss(self, projected: torch.Tensor, words: torch.Tensor, labels: data.Labels) -> torch.Tensor:
         words = words.detach().float()
         on_thing = (projected[labels.on_thing].float() - self.targets(words, labels)).square().mean()
         background = projected[labels.kind == data.BACKGROUND].float()
-        return (on_thing + BACKGROUND_WEIGHT * (background - words[self.newline]).square().mean()) / words.var()
+        return (on_thing + BACKGROUND_WEIGHT * (background - self.background(words)).square().mean()) / words.var()
 
 
 def questions_of(scene: Scene, *seed: int) -> list[Question]:
@@ -103,13 +109,17 @@ def keep_some(labels: data.Labels, count: int, random: np.random.RandomState) ->
     return torch.from_numpy(np.sort(np.argsort(-priority, axis=1)[:, :count], axis=1))
 
 
-def difficulty(progress: float) -> tuple[int, int, int]:
+def difficulty(progress: float, hard: bool) -> tuple[int, int, int]:
     """How hard the scenes are at a share of the steps: with one thing there is nothing to confuse.
+
+    Args:
+        progress: the share of the steps done.
+        hard: begin with all things at once, because the model has learnt to look things up.
 
     Returns:
         The largest number of things, how many visual tokens to feed and how many images make a batch.
     """
-    most = 1 + sum(progress >= threshold for threshold in (0.12, 0.20, 0.28, 0.36, 0.44))
+    most = 6 if hard else 1 + sum(progress >= threshold for threshold in (0.12, 0.20, 0.28, 0.36, 0.44))
     kept = KEPT_TOKENS - 8 * (6 - most) if progress < FIRST_PART else TOKENS
     return most, kept, (24, 16, 12, 10, 8, 8)[most - 1]
 
@@ -198,6 +208,13 @@ def logits_of(
     return model.lm_head(hidden[packed["rows"], packed["columns"]]).float()
 
 
+def load_start(path: Path, *modules: nn.Module) -> None:
+    """Load the model, and if given the patch heads, of an earlier tuning."""
+    saved = torch.load(path, weights_only=True, mmap=True)["model"]
+    for number, module in enumerate(modules):
+        module.load_state_dict({k[2:]: v for k, v in saved.items() if k.startswith(f"{number}.")})
+
+
 def align(args: argparse.Namespace) -> None:
     """Stage 3: solve for the projector; writes `projector.pt`.
 
@@ -207,7 +224,9 @@ def align(args: argparse.Namespace) -> None:
     """
     work = Path(args.work)
     model, tokenizer = make_model(work, args.seed)
-    alignment, words = Alignment(tokenizer), model.get_input_embeddings().weight.detach()
+    if args.start:
+        load_start(Path(args.start), model)
+    alignment, words = Alignment(tokenizer, args.background), model.get_input_embeddings().weight.detach()
     inputs, outputs, importance = [], [], []
     for first in range(0, args.images, 32):
         batch = data.scenes(*[(data.TRAIN, 1, args.seed, first + row) for row in range(32)])
@@ -216,7 +235,7 @@ def align(args: argparse.Namespace) -> None:
             features = model.model.vision_tower(data.pixel_values(batch)).last_hidden_state[:, 1:]
         background = features[labels.kind == data.BACKGROUND][::8]
         inputs += [features[labels.on_thing], background]
-        outputs += [alignment.targets(words, labels), words[alignment.newline].expand(len(background), -1)]
+        outputs += [alignment.targets(words, labels), alignment.background(words).expand(len(background), -1)]
         importance += [torch.ones(len(inputs[-2])), torch.full((len(background),), BACKGROUND_WEIGHT)]
     x, y, weight = torch.cat(inputs), torch.cat(outputs), torch.cat(importance)[:, None]
     variances, directions = torch.linalg.eigh(torch.cov(x.T))
@@ -243,17 +262,19 @@ def tune(args: argparse.Namespace) -> None:
     work = Path(args.work)
     model, tokenizer = make_model(work, args.seed)
     heads = vision.PatchHeads(vision.CONFIG["hidden_size"])
-    alignment = Alignment(tokenizer)
-    model.model.multi_modal_projector.load_state_dict(torch.load(work / "projector.pt", weights_only=True))
+    alignment = Alignment(tokenizer, args.background)
     tower = torch.load(work / "vision.pt", weights_only=True)["model"]
     heads.load_state_dict({k[2:]: v for k, v in tower.items() if k.startswith("1.")})
+    if args.start:
+        load_start(Path(args.start), model, heads)
+    model.model.multi_modal_projector.load_state_dict(torch.load(work / "projector.pt", weights_only=True))
     everything = nn.ModuleList([model, heads])
     inner = model.model
     rates = [
         (inner.language_model.layers[FIRST_LAYERS:], args.rate),
         (inner.language_model.norm, args.rate),
-        (inner.language_model.layers[:FIRST_LAYERS], FIRST_LAYERS_RATE),
-        (inner.language_model.embed_tokens, FIRST_LAYERS_RATE),
+        (inner.language_model.layers[:FIRST_LAYERS], FIRST_LAYERS_SHARE * args.rate),
+        (inner.language_model.embed_tokens, FIRST_LAYERS_SHARE * args.rate),
         (inner.multi_modal_projector, 5e-5),  # its inputs are large: a higher rate makes its outputs jump about
         (inner.vision_tower, 1e-4),
         (heads, 5e-4),
@@ -271,7 +292,7 @@ def tune(args: argparse.Namespace) -> None:
     for step in range(first, args.steps):
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * vision.trapezoid(step, args.steps, 30)
-        most, count, images = difficulty(step / args.steps)
+        most, count, images = difficulty(step / args.steps, hard=bool(args.start))
         seeds = [(data.TRAIN, 2, args.seed, step, row) for row in range(images)]
         batch = data.scenes(*seeds, most=most)
         labels = data.labels(batch)
