@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", default="eval", choices=("eval", "calibration"))
     evaluate.add_argument("--images", type=int, help="how many pictures of the split (default: all)")
     evaluate.add_argument("--batch", type=int, default=16)
+    evaluate.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     evaluate.add_argument("--bias", action="store_true", help="print the attention bias of every layer too")
     evaluate.add_argument("--dense-only", action="store_true", help="skip the wrong-image and no-image controls")
     evaluate.add_argument("--json", help="also write the figures to this file")

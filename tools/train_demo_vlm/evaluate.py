@@ -103,7 +103,7 @@ def bias_table(records: list[DemoImage], asked: list[DemoQuestion], attention: n
 
 def run(args: argparse.Namespace) -> None:
     """Print the tables; `args.json` also writes them."""
-    model, processor = load_model(args.model), load_processor(args.model)
+    model, processor = load_model(args.model, getattr(torch, args.dtype)), load_processor(args.model)
     model.set_attn_implementation("eager")  # only this one returns attention weights
     records = make_dataset(args.split, args.images)
     asked = [question for record in records for question in record.questions]
