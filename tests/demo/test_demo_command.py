@@ -13,10 +13,14 @@ from evengaze.cli import main
 pytestmark = pytest.mark.slow
 
 QUESTIONS = 100
-DENSE = 0.85
-"""Floor of the dense model's accuracy."""
-LOSS = 0.10
-"""What the debiased model may lose at 12.5 % of the tokens; also the least that random tokens lose to it."""
+DENSE = 0.88
+"""Floor of the dense model's accuracy (0.94 when the weights were made)."""
+LOSS = 0.20
+"""What FastV may lose with an eighth of the tokens from layer 1 on, where its ranking is hardly biased."""
+RANDOM = 0.05
+"""What random tokens lose to it there, at least."""
+GAIN = 0.12
+"""What both debias steps give back from layer 2 on, where the ranking is biased, at least."""
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +34,11 @@ def demo(tmp_path_factory):
     return json.loads((out / "figures.json").read_text()), out / "report", printed.getvalue()
 
 
-def accuracy(figures, keep, debias="none", baseline=None):
-    """Of one cell."""
-    wanted = (keep, debias, baseline)
-    (cell,) = (c for c in figures["cells"] if (c["keep"], c["debias"], c["baseline"]) == wanted)
-    return cell["accuracy"]
+def cell(figures, keep, debias="none", baseline=None, layer=2):
+    """One setting."""
+    wanted = (keep, debias, baseline, layer)
+    (found,) = (c for c in figures["cells"] if (c["keep"], c["debias"], c["baseline"], c["layer"]) == wanted)
+    return found
 
 
 def test_the_model_answers(demo):
@@ -46,30 +50,32 @@ def test_the_model_answers(demo):
 
 def test_an_eighth_of_the_tokens_is_enough_if_they_are_chosen_well(demo):
     figures, _, _ = demo
-    both = accuracy(figures, 0.125, "both")
+    both = cell(figures, 0.125, "both", layer=1)["accuracy"]
     assert both >= figures["dense"]["accuracy"] - LOSS
-    assert accuracy(figures, 0.125, baseline="random") <= both - LOSS
-    assert accuracy(figures, 0.06, baseline="random") <= accuracy(figures, 0.06, "both") - LOSS
+    assert cell(figures, 0.125, baseline="random", layer=1)["accuracy"] <= both - RANDOM
+
+
+def test_debiasing_helps_where_the_ranking_is_biased(demo):
+    figures, _, _ = demo
+    for keep in (0.25, 0.125, 0.06):
+        gain = cell(figures, keep, "both")["against_plain"]
+        assert gain["delta"] >= GAIN and gain["low"] > 0
+    bias = {layer["layer"]: layer for layer in figures["bias"]}
+    assert bias[1]["kept_bottom"] > 0.7 and bias[1]["kept_padding"] > 0.4  # ranks before layer 2
+    assert bias[0]["kept_padding"] < 0.1  # ranks before layer 1
 
 
 def test_every_setting_drops_as_many_tokens(demo):
     figures, _, _ = demo
     for keep in (0.25, 0.125, 0.06):
-        tokens = [c["average_tokens"] for c in figures["cells"] if c["keep"] == keep]
+        tokens = [c["average_tokens"] for c in figures["cells"] if (c["keep"], c["layer"]) == (keep, 2)]
         assert len(tokens) == 6 and max(tokens) == pytest.approx((2 * 196 + 8 * round(keep * 196)) / 10)
-        assert min(tokens) > 0.9 * max(tokens)  # of very long pictures less than the budget is not padding
+        assert min(tokens) > 0.9 * max(tokens)  # a very long picture has fewer tokens than the budget
 
 
 def test_pruning_saves_time(demo):
     figures, _, _ = demo
-    seconds = {c["keep"]: c["seconds"] for c in figures["cells"] if c["debias"] == "both"}
-    assert seconds[0.06] < 0.75 * figures["dense"]["seconds"]
-
-
-def test_the_trend_is_where_fastv_ranks(demo):
-    figures, _, _ = demo
-    bias = {layer["layer"]: layer for layer in figures["bias"]}
-    assert bias[1]["spearman"] > 0.3 and figures["calibration"]["summary"]["sigma_low"] > 0
+    assert cell(figures, 0.06, "both")["seconds"] < 0.75 * figures["dense"]["seconds"]
 
 
 def test_the_last_line_says_where_the_report_is(demo):

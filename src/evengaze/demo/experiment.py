@@ -153,12 +153,12 @@ class Result:
 
 def settings() -> list[Cell]:
     """All cells: every budget plain, with each step, with both, and the two baselines; one budget a layer earlier."""
-    budgets = [(keep, LAYER) for keep in KEEPS] + [(KEEPS[1], EARLY)]
+    budgets = [(keep, LAYER, DEBIAS) for keep in KEEPS] + [(KEEPS[1], EARLY, ("none", "both"))]
     return [
         cell
-        for keep, layer in budgets
+        for keep, layer, steps in budgets
         for cell in (
-            *(Cell(keep, d, layer=layer) for d in DEBIAS),
+            *(Cell(keep, d, layer=layer) for d in steps),
             *(Cell(keep, baseline=b, layer=layer) for b in BASELINES),
         )
     ]
