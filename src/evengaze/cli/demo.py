@@ -1,4 +1,4 @@
-"""`evengaze demo`: the whole product in about two minutes, offline."""
+"""`evengaze demo`: the whole product in a few minutes, offline."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _table(result: Result) -> Table:
     from evengaze.demo.report import difference, kept, points, rows
 
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    for head in ("kept", "setting", "right %", "against dense", "against plain", "tokens", "s"):
+    for head in ("kept", "setting", "%", "against dense", "against plain", "tokens", "s"):
         table.add_column(head, justify="left" if head == "setting" else "right", no_wrap=True)
     last = ""
     for row in rows(result):

@@ -238,7 +238,7 @@ def kept(cell: Cell | None) -> str:
     """A setting's budget and layer, for tables."""
     if cell is None:
         return "all"
-    return f"{100 * cell.keep:g} %" + ("" if cell.layer == LAYER else f" (K={cell.layer})")
+    return f"{100 * cell.keep:g} %" + ("" if cell.layer == LAYER else f" K={cell.layer}")
 
 
 _CSS = """
