@@ -75,6 +75,7 @@ def test_chat_template_gives_the_trained_prompt(loaded):
     assert text == record.questions[0].prompt
 
 
+@pytest.mark.slow
 def test_it_answers(loaded):
     records = demo.make_dataset(images=16)
     kinds = ("color", "shape", "exists")
