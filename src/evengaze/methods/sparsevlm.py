@@ -53,9 +53,9 @@ class SparseVLM(Pruner):
         super().__post_init__()
         check_layers(self.layers or _LAYERS)
         per_stage(self.keep, len(self.layers or _LAYERS), 1.0)
-        if not isinstance(self.keep, tuple) and len(self.layers or _LAYERS) != len(_LAYERS):
+        if not isinstance(self.keep, tuple) and len(self.layers or _LAYERS) > len(_LAYERS):
             raise ConfigError(
-                f"keep={self.keep} is an average over three stages, but layers={self.layers} are not three. "
+                f"keep={self.keep} is an average over three stages, but layers={self.layers} are more. "
                 "Give the tokens kept at each stage, or let schedule.solve_for_budget find them."
             )
 
