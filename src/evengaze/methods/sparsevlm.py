@@ -38,8 +38,8 @@ class SparseVLM(Pruner):
 
     Attributes:
         keep: an average budget, as a number of tokens or a fraction (the published table if there is one, else one
-            derived for 32 layers; `schedule.solve_for_budget` is exact for any depth), or the tokens kept at each
-            stage, one entry a stage.
+            derived for 32 layers and three stages; fewer stages use its first entries, so that the average is higher;
+            `schedule.solve_for_budget` fits any depth), or the tokens kept at each stage, one entry a stage.
         layers: the layers that rank; None takes (2, 6, 15), scaled to the decoder's depth in corrected mode.
     """
 
