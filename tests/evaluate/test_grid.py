@@ -8,15 +8,20 @@ from typing import Any
 
 import pytest
 import typer
+from PIL import Image
 from typer.testing import CliRunner
 
 from evengaze.cli import evaluate as command
-from evengaze.debias import Curve, Exponential
+from evengaze.debias import Curve, CurveWarning, Debias, Exponential
+from evengaze.debias.observe import image_digest
 from evengaze.errors import ConfigError, CurveError, DataError
-from evengaze.evaluate.benchmarks import BENCHMARKS
+from evengaze.evaluate.benchmarks import BENCHMARKS, get_benchmark
 from evengaze.evaluate.grid import Plan, cells, split_methods
+from evengaze.evaluate.predictor import ModelSpec, Predictor
 from evengaze.evaluate.recipes import Recipe, names, published
 from evengaze.evaluate.results import load, tables
+from evengaze.evaluate.runner import Job, LocalBackend, run
+from evengaze.methods import parse
 from evengaze.schedule import Schedule
 from runner_fakes import save_model, save_pope
 
@@ -180,6 +185,30 @@ def test_one_command_makes_the_grid_and_the_report(place: Path, tmp_path: Path) 
     assert "http://" not in html.replace("http://www.w3.org", "")
     assert 'src="data:image/svg+xml;base64,' in html
     assert (report / "curves.png").stat().st_size > 1000 < (report / "curves.svg").stat().st_size
+
+
+def test_a_curve_that_knows_the_benchmarks_pictures_is_flagged(place: Path, tmp_path: Path) -> None:
+    pictures = sorted((place / "data/playground/data/eval/pope/val2014").iterdir())
+    others = Curve(Exponential(1.0), images=(image_digest(Image.new("RGB", (40, 60))),))
+    others.save(tmp_path / "others.json")
+    Curve(Exponential(1.0), images=(image_digest(Image.open(pictures[1])),)).save(tmp_path / "same.json")
+    labels = ",".join(str(tmp_path / f"{name}.json") for name in ("others", "same"))
+    arguments = options(
+        place, tmp_path / "out", "--methods", "fastv:keep=4", "--debias", f"padding,{labels}", "--baselines", ""
+    )
+    for _ in range(2):  # the second run only reads what the first has written
+        made = call(*arguments)
+        assert made.exit_code == 0, (made.output, made.exception)
+        (table,) = tables(load(tmp_path / "out"), resamples=50)
+        found = {row.title.rpartition(" ")[2]: row.result["overlap"] for row in table.rows}
+        assert found == {"dense": 0, "padding": 0, "others": 0, "same": 3}
+        assert " ".join(made.output.split()).count("3 of 12 answers are about pictures") == 1
+        assert "the score is too kind" in " ".join(made.output.split())
+    backend = LocalBackend(Predictor.load(ModelSpec(str(place / "model"), device="cpu")))
+    pruner = parse("fastv:keep=4").replace(debias=Debias.load(tmp_path / "same.json"))
+    job = Job(get_benchmark("pope"), place / "data", pruner, tmp_path / "one", max_new_tokens=2)
+    with pytest.warns(CurveWarning, match="3 of 12"):
+        assert run(job, backend).overlap == 3
 
 
 def test_unreadable_pictures_show_in_the_exit_status(tmp_path: Path, place: Path) -> None:

@@ -135,7 +135,7 @@ class Curve:
         samples: what was fitted.
         band: how sure it is.
         layers: trends of other layers measured in the same pass, by layer.
-        images: digests of the pictures that it was calibrated on (`evengaze.debias.calibrate.image_digest`), so that
+        images: digests of the pictures that it was calibrated on (`evengaze.debias.observe.image_digest`), so that
             evaluating on them can be noticed.
     """
 

@@ -15,7 +15,7 @@ from evengaze.debias import CurveWarning, Debias
 from evengaze.errors import ConfigError, CurveError
 from evengaze.evaluate.benchmarks import Benchmark, Record, ScoreOptions
 from evengaze.evaluate.fingerprint import describe_pruner, digest
-from evengaze.evaluate.runner import Backend, Job, Outcome, run_jobs
+from evengaze.evaluate.runner import Backend, Job, Outcome, overlap_notes, run_jobs
 from evengaze.evaluate.shards import write_whole
 from evengaze.methods import Pruner
 from evengaze.schedule import Schedule, solve_for_budget
@@ -264,7 +264,7 @@ def _job(task: Task, cell: Cell, setting: Setting) -> Job:
 
 
 def _notes(cell: Cell, task: Task, outcome: Outcome) -> list[str]:
-    """Whether the debias curve belongs to another model, method or layer."""
+    """Whether the debias curve belongs to another model, method or layer, or knows the benchmark's pictures."""
     if cell.pruner.debias is None:
         return []
     stage = cell.pruner.stages(task.layers)[0]
@@ -275,7 +275,8 @@ def _notes(cell: Cell, task: Task, outcome: Outcome) -> list[str]:
             method=cell.pruner.name,
             layer=stage.layer - (stage.attention == "previous"),
         )
-    return [f"The debias curve was calibrated elsewhere: it is used for {'; '.join(foreign)}."] if foreign else []
+    notes = [f"The debias curve was calibrated elsewhere: it is used for {'; '.join(foreign)}."] if foreign else []
+    return notes + overlap_notes(outcome)
 
 
 def _result(cell: Cell, outcome: Outcome, notes: list[str]) -> dict[str, Any]:
@@ -293,6 +294,7 @@ def _result(cell: Cell, outcome: Outcome, notes: list[str]) -> dict[str, Any]:
         "tokens": outcome.means(),
         "answered": len(outcome.answers),
         "errors": {key: line["error"] for key, line in outcome.errors.items()},
+        "overlap": outcome.overlap,
         "waiting": outcome.waiting,
         "failed": outcome.failed,
         "score": None if outcome.score is None else outcome.score.to_dict(),

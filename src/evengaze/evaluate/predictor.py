@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from evengaze.debias.curve import architecture_of
+from evengaze.debias.observe import image_digest
 from evengaze.errors import ConfigError, DataError, LayoutError
 from evengaze.evaluate.benchmarks.types import Record
 from evengaze.evaluate.conversation import Style, chat, render, resolve
@@ -25,6 +26,8 @@ from evengaze.schedule import DecoderShape
 
 DEMO = "demo"
 """Name of the embedded model."""
+CALIBRATED_ON = "calibrated_on"
+"""Set in the trace of an answer about a picture that the debias curve was calibrated on."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Prediction:
         record: the record.
         text: the answer, stripped; None if the record could not be read.
         trace: `visual_tokens` at the start, `average_tokens` over the layers, `relative_flops` of the prefill; empty
-            for a text-only record.
+            for a text-only record. `calibrated_on` is there, and 1, if the debias curve was calibrated on the picture.
         error: why there is no answer.
     """
 
@@ -191,6 +194,8 @@ class Predictor:
         A record whose picture cannot be read gets an error in place of an answer; the others are answered.
         """
         done: dict[int, Prediction] = {}
+        curve = None if pruner.debias is None else pruner.debias.curve
+        known = frozenset(() if curve is None else curve.images)
         groups: dict[str, list[tuple[int, Any]]] = {}
         for index, record in enumerate(records):
             try:
@@ -204,8 +209,9 @@ class Predictor:
             texts = [self.prompt(record, template) for record in chosen]
             pictures = {} if kind == "text" else {kind: [media for _, media in members]}
             answers = self.generate(texts, pictures, pruner, max_new_tokens=max_new_tokens)
-            for (index, _), record, (text, trace) in zip(members, chosen, answers, strict=True):
-                done[index] = Prediction(record, text, trace)
+            for (index, one), record, (text, trace) in zip(members, chosen, answers, strict=True):
+                seen = bool(known) and kind != "text" and image_digest(one) in known
+                done[index] = Prediction(record, text, {**trace, **({CALIBRATED_ON: 1} if seen else {})})
         return [done[index] for index in range(len(records))]
 
     @torch.inference_mode()

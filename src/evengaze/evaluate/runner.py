@@ -21,7 +21,7 @@ from evengaze.errors import AttachError, ConfigError, EvengazeError, LayoutError
 from evengaze.evaluate.benchmarks import Benchmark, Record, Score, ScoreOptions
 from evengaze.evaluate.files import Answer
 from evengaze.evaluate.fingerprint import describe_pruner, describe_records, digest, stamp, versions
-from evengaze.evaluate.predictor import Prediction, Predictor
+from evengaze.evaluate.predictor import CALIBRATED_ON, Prediction, Predictor
 from evengaze.evaluate.shards import ANSWERS, ERRORS, locked, merge, read_shards, shard
 from evengaze.methods import Pruner
 
@@ -151,6 +151,11 @@ class Outcome:
     score: Score | None = None
     problem: str | None = None
     failed: bool = False
+
+    @property
+    def overlap(self) -> int:
+        """Answers about pictures that the debias curve was calibrated on."""
+        return sum(CALIBRATED_ON in answer["metadata"] for answer in self.answers.values())
 
     def means(self) -> dict[str, float]:
         """Mean visual tokens, average tokens and relative FLOPs over all answers with a picture."""
@@ -311,13 +316,26 @@ def _works(sessions: Sequence[_Session]) -> Iterator[Work]:
 
 
 def run(job: Job, backend: Backend) -> Outcome:
-    """Run one job; see `run_jobs`.
+    """Run one job; see `run_jobs`. Warns (`CurveWarning`) if the debias curve was calibrated on the job's pictures.
 
     Raises:
         DataError: files of the benchmark are missing, or as `run_jobs`.
     """
     job.benchmark.require(job.data, "run")
-    return next(iter(run_jobs([(job, list(job.benchmark.records(job.data)))], backend)))[1]
+    outcome = next(iter(run_jobs([(job, list(job.benchmark.records(job.data)))], backend)))[1]
+    for note in overlap_notes(outcome):
+        warnings.warn(note, CurveWarning, stacklevel=2)
+    return outcome
+
+
+def overlap_notes(outcome: Outcome) -> list[str]:
+    """What to say if the debias curve was calibrated on pictures that were asked about."""
+    if not outcome.overlap:
+        return []
+    return [
+        f"{outcome.overlap} of {len(outcome.answers)} answers are about pictures that the debias curve was calibrated "
+        "on: the score is too kind. Calibrate on other pictures."
+    ]
 
 
 def _answer(job: Job, prediction: Prediction, model: str, identity: str) -> Answer:
