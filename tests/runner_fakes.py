@@ -8,12 +8,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
+from transformers import BatchFeature
 
 from evengaze.evaluate.predictor import Prediction
 from evengaze.evaluate.runner import Work
 from evengaze.testing import tiny
-from evengaze.testing.prompts import BOS, IMAGE, PAD
+from evengaze.testing.prompts import BOS, IMAGE, PAD, VIDEO
 
 
 def byte_tokenizer() -> Any:
@@ -93,6 +96,43 @@ def save_pope(root: Path, images: int = 4, seed: int = 0) -> Path:
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_video(path: Path, shade: int = 0) -> None:
+    """Write twelve grey frames, each lighter than the one before."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(12):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), (shade + 15 * i) % 256, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+class VideoProcessor:
+    """What Video-LLaVA's processor does; the real one needs torchvision."""
+
+    chat_template = "USER: ASSISTANT:"
+
+    def __init__(self) -> None:
+        self.tokenizer = byte_tokenizer()
+        self.tokenizer.add_special_tokens({"extra_special_tokens": ["<image>", "<video>"]})
+
+    def apply_chat_template(self, messages: object, **options: object) -> str:
+        return self.chat_template
+
+    def __call__(self, text: list[str], videos: list[np.ndarray], **options: object) -> BatchFeature:
+        shape = videos[0].shape
+        assert shape[0] == 8
+        assert shape[3] == 3
+        pixels = torch.stack([torch.from_numpy(clip).permute(0, 3, 1, 2).float() / 255 for clip in videos])
+        pixels = torch.nn.functional.interpolate(pixels.flatten(0, 1), (56, 56)).unflatten(0, (len(videos), 8))
+        expanded = [t.replace("<video>", "<video>" * 136) for t in text]
+        tokens = self.tokenizer(expanded, **options)
+        tokens["input_ids"][tokens["input_ids"] == self.tokenizer.convert_tokens_to_ids("<video>")] = VIDEO
+        return BatchFeature({**tokens, "pixel_values_videos": pixels})
 
 
 class EchoBackend:

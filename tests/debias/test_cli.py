@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,8 @@ from evengaze.cli import session
 from evengaze.debias import Curve, CurveWarning
 from evengaze.debias import observe as observing
 from evengaze.errors import ConfigError, CurveError, DataError
+from evengaze.evaluate.predictor import ModelSpec, Predictor
+from runner_fakes import VideoProcessor, write_lines, write_video
 
 MODEL, INPUTS = eg.testing.tiny("llava", batch=6)
 
@@ -118,14 +122,77 @@ def test_bias_prints_a_table_and_writes_figures(pictures: Path) -> None:
         *("calibrate", "--model", "m", "--images", pictures / "list.jsonl", "--layers", "1,3", "-o", "c.json"),
         *("--family", "exponential"),
     )
-    out = invoke(
-        *("bias", "--model", "m", "--images", pictures / "list.jsonl", "-m", "fastv:keep=4", "--debias", "c.json"),
-        *("--layers", "1,3", "-o", "b"),
-    )
+    with pytest.warns(CurveWarning, match="6 of these 6"):
+        out = invoke(
+            *("bias", "--model", "m", "--images", pictures / "list.jsonl", "-m", "fastv:keep=4", "--debias", "c.json"),
+            *("--layers", "1,3", "-o", "b"),
+        )
     assert "debiased" in out and "Spearman" in out
     rows = json.loads(Path("b/bias.json").read_text())["layers"]
-    assert set(rows) == {"1", "3"} and set(rows["1"]) == {"sigma", "before", "after"}
+    assert set(rows) == {"1", "3"} and set(rows["1"]) == {"before", "after"}
+    measured = {"sigma", "spearman", "kept_bottom", "kept_index"}
+    for when in ("before", "after"):
+        assert set(rows["3"][when]) == measured
+        assert all(m["low"] < m["value"] < m["high"] for m in rows["3"][when].values())
+    assert abs(rows["3"]["after"]["sigma"]["value"]) < 0.1 * abs(rows["3"]["before"]["sigma"]["value"])
     assert {p.name for p in Path("b").iterdir()} >= {"heat_maps.png", "layers.png", "trend_01.png", "trend_03.png"}
+
+
+def test_bias_with_a_curve_of_the_same_pictures_is_flagged(pictures: Path) -> None:
+    def measure(chosen: str) -> list[str]:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always", CurveWarning)
+            invoke("bias", "--model", "m", "--images", pictures / chosen, "--debias", "c.json", "--layers", "1")
+        return [str(w.message) for w in found if issubclass(w.category, CurveWarning)]
+
+    lines = (pictures / "list.jsonl").read_text().splitlines()
+    (pictures / "one.jsonl").write_text("\n".join(lines[:4]) + "\n")
+    (pictures / "two.jsonl").write_text("\n".join(lines[4:]) + "\n")
+    invoke("calibrate", "--model", "m", "--images", pictures / "one.jsonl", "-o", "c.json", "--family", "exponential")
+    assert any("4 of these 4" in text for text in measure("one.jsonl")) and not measure("two.jsonl")
+
+
+def test_lists_find_their_pictures_where_layouts_have_them(pictures: Path, tmp_path: Path) -> None:
+    for number, place in enumerate((".", "images", "train_images", "data/images")):  # own, LLaVA's TextVQA and GQA
+        folder = tmp_path / f"set{number}"
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        for i in range(6):
+            shutil.copy(pictures / f"{i}.png", folder / place)
+        lines = [{"question_id": i, "image": f"{i}.png", "text": str(i), "category": "x"} for i in range(6)]
+        write_lines(folder / "questions.jsonl", [*lines, {"question_id": 7, "image": "", "text": "no picture"}])
+        invoke("calibrate", "--model", "m", "--images", folder / "questions.jsonl", "-o", "c.json")
+        assert Curve.load("c.json").origin.samples == 6
+    write_lines(tmp_path / "lost.jsonl", [{"image": "gone.png", "prompt": "0"}])
+    with pytest.raises(DataError, match=r"no gone\.png in .*, .*images\. Give paths relative"):
+        invoke("calibrate", "--model", "m", "--images", tmp_path / "lost.jsonl", "-o", "c.json")
+    (tmp_path / "v.mp4").touch()
+    write_lines(tmp_path / "mixed.jsonl", [{"image": "pictures/0.png"}, {"video": "v.mp4"}])
+    with pytest.raises(DataError, match="make a list of each"):
+        invoke("calibrate", "--model", "m", "--images", tmp_path / "mixed.jsonl", "-o", "c.json")
+
+
+def test_videos_are_measured_within_and_over_frames(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("av")
+    model, _ = eg.testing.tiny("video_llava", video=True)
+    predictor = Predictor(model, VideoProcessor(), ModelSpec("tiny"))
+    predictor.__dict__["revision"] = "r1"
+    monkeypatch.setattr(session, "Session", lambda *_, **__: SimpleNamespace(layers=6, predictor=predictor))
+    (tmp_path / "clips").mkdir()
+    for i in range(5):
+        write_video(tmp_path / "clips" / f"{i}.mp4", shade=30 * i)
+    given = ("--model", "tiny", "--images", tmp_path / "clips", "--batch-size", 2)
+    invoke("calibrate", *given, "-o", "c.json", "--layers", "1,3", "--family", "exponential")
+    curve = Curve.load("c.json")
+    assert (curve.origin.samples, curve.origin.data, curve.origin.grid) == (5, "videos of clips", (4, 4))
+    with pytest.warns(CurveWarning, match="5 of these 5"):
+        out = invoke("bias", *given, "--layers", "1,3", "--debias", "c.json")
+    rows = json.loads(Path("bias/bias.json").read_text())["layers"]
+    for row in rows.values():
+        assert len(row["frames"]) == 8 and sum(row["frames"]) == pytest.approx(8)
+        assert {"spearman", "spearman_frame", "kept_index"} <= set(row["before"]) == set(row["after"])
+    assert "layer 3, mean score by frame:" in out and "Spearman, frames" in out
 
 
 def test_curves_list_show_compare_validate(pictures: Path) -> None:

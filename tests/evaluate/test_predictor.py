@@ -5,11 +5,8 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from PIL import Image
-from transformers import BatchFeature
 
 from evengaze.errors import ConfigError, DataError
 from evengaze.evaluate.benchmarks import Record, get_benchmark
@@ -17,8 +14,7 @@ from evengaze.evaluate.conversation import resolve
 from evengaze.evaluate.predictor import ModelSpec, Predictor, digest_folder, open_media
 from evengaze.methods import parse
 from evengaze.testing import tiny
-from evengaze.testing.prompts import VIDEO
-from runner_fakes import byte_tokenizer, save_model, save_pope
+from runner_fakes import VideoProcessor, byte_tokenizer, save_model, save_pope, write_video
 
 FASTV = parse("fastv:keep=4")
 
@@ -120,39 +116,9 @@ def test_nothing_is_deprecated(predictor: Predictor, records: list[Record]) -> N
         predictor.answer(records[:2], FASTV, max_new_tokens=2)
 
 
-class VideoProcessor:
-    """What Video-LLaVA's processor does; the real one needs torchvision."""
-
-    chat_template = "USER: ASSISTANT:"
-
-    def __init__(self) -> None:
-        self.tokenizer = byte_tokenizer()
-        self.tokenizer.add_special_tokens({"extra_special_tokens": ["<image>", "<video>"]})
-
-    def apply_chat_template(self, messages: object, **options: object) -> str:
-        return self.chat_template
-
-    def __call__(self, text: list[str], videos: list[np.ndarray], **options: object) -> BatchFeature:
-        shape = videos[0].shape
-        assert shape[0] == 8
-        assert shape[3] == 3
-        pixels = torch.stack([torch.from_numpy(clip).permute(0, 3, 1, 2).float() / 255 for clip in videos])
-        pixels = torch.nn.functional.interpolate(pixels.flatten(0, 1), (56, 56)).unflatten(0, (len(videos), 8))
-        expanded = [t.replace("<video>", "<video>" * 136) for t in text]
-        tokens = self.tokenizer(expanded, **options)
-        tokens["input_ids"][tokens["input_ids"] == self.tokenizer.convert_tokens_to_ids("<video>")] = VIDEO
-        return BatchFeature({**tokens, "pixel_values_videos": pixels})
-
-
 def test_videos_are_read_pruned_and_answered(tmp_path: Path) -> None:
-    av = pytest.importorskip("av")
-    with av.open(str(tmp_path / "a.mp4"), "w") as container:
-        stream = container.add_stream("mpeg4", rate=8)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for i in range(12):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 15 * i, np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    pytest.importorskip("av")
+    write_video(tmp_path / "a.mp4")
     (tmp_path / "b.mp4").write_bytes(b"")
     model, _ = tiny("video_llava", video=True)
     predictor = Predictor(model, VideoProcessor(), ModelSpec("tiny"))

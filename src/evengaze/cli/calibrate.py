@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -152,15 +153,20 @@ def bias(
 ) -> None:
     """Show at which layers a model's attention is biased by position and padding, and how strongly.
 
-    With a curve file that holds several layers, each layer is debiased by its own trend.
+    With --debias every measure is shown before and after. With a curve file that holds several layers, each layer is
+    debiased by its own trend.
     """
     from evengaze.cli import session
     from evengaze.cli.samples import Source, encoder
     from evengaze.debias.calibrate import to_curve
+    from evengaze.debias.fit import fit_curve
+    from evengaze.debias.measures import sigma
     from evengaze.debias.observe import observe
     from evengaze.viz.bias import plot_heat_maps, plot_layers, plot_trend
 
-    pruner = session.method(method)
+    out.mkdir(parents=True, exist_ok=True)
+    pruner, chosen = session.method(method), _layers(layers)
+    steps = None if debias is None else _by_layer(debias)
     source = Source.of(images, prompt or (), limit, model=model, split="eval" if debias else "calibration")
     loaded = session.Session(model, revision=revision, dtype=dtype, device=device)
     predictor = loaded.predictor
@@ -175,41 +181,43 @@ def bias(
             predictor.processor,
             source.samples(predictor),
             pruner,
-            layers=_layers(layers),
-            debias=None if debias is None else _by_layer(debias),
+            layers=chosen,
+            debias=steps,
             batch_size=batch_size,
             encode=encoder(predictor),
             after_batch=after_batch,
         )
-    out.mkdir(parents=True, exist_ok=True)
-    before = {k: found.measures(k) for k in found.layers}
-    after = {k: found.measures(k, after=True) for k in found.layers} if debias else None
+    if not found.layers:
+        raise CurveError("no sample with visual tokens was seen; were there pictures at all?")
+    _warn_of_overlap(steps, found)
+    before: dict[int, dict[str, Measure]] = {}
+    after: dict[int, dict[str, Measure]] = {}
     rows: dict[str, Any] = {}
-    table = RichTable(title=f"{pruner.name} on {predictor.spec.name}: {found.samples} samples of the {source.name}")
-    for column in ("layer", "sigma", *_TITLES.values()):
-        table.add_column(column, justify="right")
-    for layer in found.layers:
+    for layer, stats in found.layers.items():
         curve = to_curve(found, layer, family="exponential", fit="log", beside=False)
-        frames = found.stats(layer).by_frame()
-        rows[str(layer)] = {
-            "sigma": [curve.summary.get(k) for k in ("sigma", "sigma_low", "sigma_high")],
-            "before": _plain(before[layer]),
-            **({"after": _plain(after[layer])} if after else {}),
-            **({"frames": (frames / frames.mean()).tolist()} if len(frames) > 1 else {}),
-        }
-        table.add_row(str(layer), _sigma(curve.summary), *_cells(before[layer]))
-        if after:
-            table.add_row("", "debiased", *_cells(after[layer]))
         plot_trend(curve).savefig(out / f"trend_{layer:02d}.png")
+        before[layer] = {"sigma": sigma(curve.summary), **found.measures(layer)}
+        rows[str(layer)] = {"before": _plain(before[layer])}
+        if stats.debiased is not None:
+            line = fit_curve(stats.debiased.profile(), family="exponential", fit="log", bootstraps=2)
+            after[layer] = {"sigma": sigma(line.summary), **found.measures(layer, after=True)}
+            rows[str(layer)]["after"] = _plain(after[layer])
+        frames = stats.by_frame()
+        if len(frames) > 1:
+            rows[str(layer)]["frames"] = (frames / frames.mean()).tolist()
     plot_heat_maps({k: s.heat_map() for k, s in found.layers.items()}).savefig(out / "heat_maps.png")
     plot_layers(before, after).savefig(out / "layers.png")
     text = json.dumps({"method": found.method, "samples": found.samples, "layers": rows}, indent=1)
     (out / "bias.json").write_text(text + "\n", encoding="utf-8")
-    Console(width=150).print(table)
+    title = f"{pruner.name} on {predictor.spec.name}: {found.samples} samples of the {source.name}"
+    Console(width=170).print(_table(title, before, after))
     for name, row in rows.items():
         if "frames" in row:
             typer.echo(f"layer {name}, mean score by frame: {' '.join(f'{v:.2f}' for v in row['frames'])}")
-    typer.echo(f"{out}/: heat_maps.png, layers.png, trend_NN.png, bias.json. Starred: the interval excludes even.")
+    typer.echo(
+        f"{out}/: heat_maps.png, layers.png, trend_NN.png, bias.json. In brackets: intervals, and what no bias would "
+        "give; starred: the interval excludes that."
+    )
 
 
 def _by_layer(text: str) -> Debias | dict[int, Debias]:
@@ -225,8 +233,21 @@ def _by_layer(text: str) -> Debias | dict[int, Debias]:
     return {layer: Debias.of(curve, layer=layer) for layer in (curve.origin.layer, *curve.layers)}
 
 
+def _warn_of_overlap(steps: Debias | dict[int, Debias] | None, found: Observations) -> None:
+    from evengaze.debias.curve import CurveWarning
+
+    one = next(iter(steps.values()), None) if isinstance(steps, dict) else steps
+    known = frozenset(() if one is None or one.curve is None else one.curve.images)
+    seen = sum(digest in known for digest in found.digests)
+    if seen:
+        text = f"the curve was calibrated on the pictures of {seen} of these {found.samples} samples; give other ones"
+        warnings.warn(text, CurveWarning, stacklevel=3)
+
+
 _TITLES = {
+    "sigma": "sigma (0)",
     "spearman": "Spearman (0)",
+    "spearman_frame": "Spearman, frames (0)",
     "kept_bottom": "kept in bottom half",
     "kept_index": "mean kept index",
     "kept_padding": "padding among kept",
@@ -234,11 +255,23 @@ _TITLES = {
 }
 
 
-def _cells(measures: Mapping[str, Measure]) -> list[str]:
+def _table(title: str, before: Mapping[int, Mapping[str, Measure]], after: Mapping[int, Any]) -> RichTable:
+    table = RichTable(title=title, box=None)
+    names = [n for n in _TITLES if any(n in m for m in before.values())]
+    for column in ("layer", *(["ranking"] if after else []), *(_TITLES[n] for n in names)):
+        table.add_column(column, justify="left" if column == "ranking" else "right")
+    for layer, plain in before.items():
+        table.add_row(str(layer), *(["plain"] if after else []), *_cells(plain, names))
+        if layer in after:
+            table.add_row("", "debiased", *_cells(after[layer], names))
+    return table
+
+
+def _cells(measures: Mapping[str, Measure], names: Sequence[str]) -> list[str]:
     cells = []
-    for name in _TITLES:
+    for name in names:
         m = measures.get(name)
-        even = "" if m is None or name in ("spearman", "padding_ratio") else f" ({m.even:.2f})"
+        even = "" if m is None or "(" in _TITLES[name] else f" ({m.even:.2f})"
         cells.append("" if m is None else f"{m.value:.2f} [{m.low:.2f}, {m.high:.2f}]{even}{'*' if m.biased else ''}")
     return cells
 

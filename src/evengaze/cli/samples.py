@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +11,16 @@ import numpy as np
 
 from evengaze.debias.observe import Sample
 from evengaze.errors import DataError
-from evengaze.evaluate.benchmarks.types import Record
+from evengaze.evaluate.benchmarks import BENCHMARKS, Record
 from evengaze.evaluate.files import read_jsonl, require_clean
 from evengaze.evaluate.predictor import DEMO, open_media
+from evengaze.evaluate.video import EXTENSIONS
 
 if TYPE_CHECKING:
     from evengaze.evaluate.predictor import Predictor
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PROMPT_KEYS = ("prompt", "question", "text")
 
 PROMPTS = (
     "Describe this picture in one sentence.",
@@ -55,8 +57,9 @@ class Source:
         """Read the list, not the pictures.
 
         Args:
-            images: a folder of pictures, or a JSON-lines file of {"image" or "video": path, "prompt": text} with paths
-                relative to it. None: the embedded set, for the embedded model only.
+            images: a folder of pictures (or of videos), or a JSON-lines file of {"image" or "video": path, "prompt",
+                "question" or "text": text}, such as LLaVA's question files, with paths relative to it, to `images/`
+                beside it or to a benchmark's own folder beside it. None: the embedded set, for the embedded model.
             prompts: asked in turn; a list's own prompts come first.
             limit: take so many, spread evenly.
             model: the model's name.
@@ -64,16 +67,18 @@ class Source:
             seed: other seeds give other pictures of the embedded set.
 
         Raises:
-            DataError: nothing is there, or it holds no pictures.
+            DataError: nothing is there, it holds no pictures, or a list's pictures are nowhere.
         """
         if images is None:
             records, name = _embedded(model, split, seed)
         elif images.is_dir():
-            records, name = _folder(images, prompts or PROMPTS), f"pictures of {images.name}"
+            records = _folder(images, prompts or PROMPTS)
+            name = f"{'videos' if records[0].video else 'pictures'} of {images.absolute().name}"
         elif images.suffix == ".jsonl":
             records, name = _list(images, prompts or PROMPTS), f"list {images.name}"
         else:
-            raise DataError(f"{images}: give a folder of pictures or a .jsonl file")
+            what = "" if images.exists() else ", which does not exist"
+            raise DataError(f"--images {images}{what}: give a folder of pictures or videos, or a .jsonl file")
         if limit is not None and limit < len(records):
             records = [records[i * len(records) // limit] for i in range(limit)]
         return cls(tuple(records), name)
@@ -120,18 +125,48 @@ def _embedded(model: str, split: str, seed: int) -> tuple[list[Record], str]:
 
 
 def _folder(folder: Path, prompts: Sequence[str]) -> list[Record]:
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS)
-    if not files:
-        raise DataError(f"{folder} holds no pictures ({', '.join(ENDINGS)})")
-    return [Record(str(p), 0, prompts[i % len(prompts)], image=p) for i, p in enumerate(files)]
+    for kind, endings in (("image", ENDINGS), ("video", EXTENSIONS)):
+        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings)
+        if files:
+            return [_record(str(p), prompts[i % len(prompts)], kind, p) for i, p in enumerate(files)]
+    raise DataError(f"{folder} holds no pictures ({', '.join(ENDINGS)}) and no videos ({', '.join(EXTENSIONS)})")
 
 
 def _list(path: Path, prompts: Sequence[str]) -> list[Record]:
-    records = []
+    records: list[Record] = []
+    kinds = set()
+    folders = _beside(path)
     for number, line in enumerate(require_clean(read_jsonl(path, ()))):
-        prompt = line.get("prompt", line.get("question", prompts[number % len(prompts)]))
-        media = {k: path.parent / str(line[k]) for k in ("image", "video") if k in line}
-        if len(media) != 1 or not isinstance(prompt, str):
-            raise DataError(f"{path}: record {number + 1} needs 'image' or 'video', and a text as 'prompt'")
-        records.append(Record(str(number), 0, prompt, **media))  # type: ignore[arg-type]
+        prompt = next((line[k] for k in PROMPT_KEYS if k in line), prompts[number % len(prompts)])
+        media = [k for k in ("image", "video") if line.get(k)]
+        if not media and "image" in line and isinstance(prompt, str):
+            continue  # a question without a picture, as LLaVA's files have them
+        if len(media) != 1 or not isinstance(line[media[0]], str) or not isinstance(prompt, str):
+            keys = ", ".join(map(repr, PROMPT_KEYS))
+            raise DataError(f"{path}: record {number + 1} needs 'image' or 'video', and a text as one of {keys}")
+        kinds.add(media[0])
+        home = next((f for f in folders if (f / line[media[0]]).is_file()), None)
+        if home is None:
+            tried = ", ".join(str(f) for f in folders if f.is_dir() or f.name == "images")
+            raise DataError(
+                f"{path}: record {number + 1}: there is no {line[media[0]]} in {tried}. Give paths relative to the "
+                "list, or put the files into a folder 'images' beside it."
+            )
+        folders.insert(0, folders.pop(folders.index(home)))  # where the others are, too, most likely
+        records.append(_record(str(number), prompt, media[0], home / line[media[0]]))
+    if not records:
+        raise DataError(f"{path}: no record has a picture")
+    if len(kinds) > 1:
+        raise DataError(f"{path} lists pictures and videos: their trends differ, so make a list of each")
     return records
+
+
+def _record(key: str, prompt: str, kind: str, path: Path) -> Record:
+    record = Record(key, 0, prompt)
+    return replace(record, image=path) if kind == "image" else replace(record, video=path)
+
+
+def _beside(path: Path) -> list[Path]:
+    """Where the files of a list may be: beside it, or where a benchmark's layout has them."""
+    names = dict.fromkeys(f.path for b in BENCHMARKS.values() for f in b.files if f.kind == "dir")
+    return [path.parent, path.parent / "images", *(path.parent / n for n in names if n != "images")]

@@ -48,6 +48,7 @@ class Measure:
 
 NAMES = {
     "spearman": "Spearman correlation of score and raster index, padding left out",
+    "spearman_frame": "Spearman correlation of score and frame in a video, padding left out",
     "kept_bottom": "share of the kept tokens in the bottom half of the picture",
     "kept_index": "mean raster index of the kept tokens, as a fraction",
     "kept_padding": "share of the kept tokens that are padding",
@@ -72,12 +73,14 @@ def sample_measures(
     """
     content = (padding or PaddingMask()).valid(tokens).cpu().numpy()
     values = score.detach().double().cpu().numpy()
-    x, low = tokens.x.cpu().numpy(), bottom(tokens)
+    x, low, frame = tokens.x.cpu().numpy(), bottom(tokens), tokens.frame.cpu().numpy()
     chosen = np.zeros(len(values), bool)
     chosen[kept.cpu().numpy()] = True
     found: dict[str, tuple[float, float]] = {}
     if content.sum() > 2 and np.ptp(values[content]) > 0:
         found["spearman"] = (spearman(values[content], x[content]), 0.0)
+        if np.ptp(frame[content]) > 0:
+            found["spearman_frame"] = (spearman(values[content], frame[content]), 0.0)
     inside = chosen & content
     if inside.any():
         found["kept_bottom"] = (float(low[inside].mean()), float(low[content].mean()))
@@ -85,6 +88,12 @@ def sample_measures(
     if chosen.any() and not content.all():
         found["kept_padding"] = (float((~content[chosen]).mean()), float((~content).mean()))
     return found
+
+
+def sigma(summary: Mapping[str, float]) -> Measure:
+    """Sigma of a fit's summary (see `evengaze.debias.fit.Fitted`) as a measure; 0 is even, confidence is the fit's."""
+    low, high = summary.get("sigma_low", float("nan")), summary.get("sigma_high", float("nan"))
+    return Measure(summary["sigma"], low, high, 0.0, int(summary["samples"]), low > 0 or high < 0)
 
 
 def summarise(samples: Sequence[Mapping[str, tuple[float, float]]], level: float = LEVEL) -> dict[str, Measure]:

@@ -84,8 +84,9 @@ class Observations:
         """The measures of bias at a layer, of the plain ranking or of the debiased one."""
         stats = self.stats(layer)
         found = summarise(stats.after if after else stats.before)
-        if not after:
-            ratio = padding_ratio(stats.profile(), stats.profile(padding=True))
+        scores = stats.debiased if after else stats
+        if scores is not None:
+            ratio = padding_ratio(scores.profile(), scores.profile(padding=True))
             if ratio is not None:
                 found["padding_ratio"] = ratio
         return found

@@ -30,6 +30,7 @@ class LayerStats:
         samples: samples added.
         before: measures of each sample's plain ranking.
         after: measures with debiasing, if there is any.
+        debiased: statistics of the debiased scores, if there are any; tokens that may not be chosen are left out.
     """
 
     _SUMS = ("total", "logs", "count", "pad_total", "pad_logs", "pad_count")
@@ -42,6 +43,7 @@ class LayerStats:
         self.frames = np.zeros((2, 0))  # the same over frames
         self.before: list[dict[str, tuple[float, float]]] = []
         self.after: list[dict[str, tuple[float, float]]] = []
+        self.debiased: LayerStats | None = None
 
     def add(
         self,
@@ -69,18 +71,28 @@ class LayerStats:
         if debias is not None:
             better, allowed = debias(score, tokens)
             self.after.append(sample_measures(better, tokens, top_allowed(better, allowed, budget)))
+            self.debiased = self.debiased or LayerStats(self.grid)
+            scores, chosen = better.detach().double().cpu().numpy(), allowed.cpu().numpy()
+            content = valid.cpu().numpy()
+            self.debiased._add(sample % GROUPS, tokens.to("cpu"), scores, content & chosen, chosen & ~content)
         values = score.detach().double().cpu().numpy()
         if target == "frequency":  # of the content: padding would take places that a debiased ranking gives to others
             kept = top_allowed(score, valid, budget)
             values = np.zeros(len(values))
             values[kept.cpu().numpy()] = 1.0
-        self._add(sample % GROUPS, tokens.to("cpu"), values, valid.cpu().numpy())
-        self.samples += 1
+        self._add(sample % GROUPS, tokens.to("cpu"), values, valid.cpu().numpy(), ~valid.cpu().numpy())
 
-    def _add(self, group: int, tokens: VisualTokens, values: Array, content: NDArray[np.bool_]) -> None:
+    def _add(
+        self,
+        group: int,
+        tokens: VisualTokens,
+        values: Array,
+        content: NDArray[np.bool_],
+        padding: NDArray[np.bool_],
+    ) -> None:
         x = tokens.x.numpy()
         place = np.minimum((x * self.positions + 1e-9).astype(int), self.positions - 1)
-        for prefix, who in (("", content), ("pad_", ~content)):
+        for prefix, who in (("", content), ("pad_", padding)):
             if not who.any():
                 continue
             logs, low = floored_log(values[who])
@@ -100,6 +112,7 @@ class LayerStats:
             self.frames = np.pad(self.frames, ((0, 0), (0, missing)))
         np.add.at(self.frames[0], frame[content], values[content])
         np.add.at(self.frames[1], frame[content], 1)
+        self.samples += 1
 
     def profile(self, *, padding: bool = False) -> Profile:
         """Mean scores per position, of the content or of the padding."""
@@ -129,6 +142,7 @@ class LayerStats:
             "floored": self.floored,
             "before": [{k: list(v) for k, v in m.items()} for m in self.before],
             "after": [{k: list(v) for k, v in m.items()} for m in self.after],
+            "debiased": None if self.debiased is None else self.debiased.to_dict(),
             "arrays": {k: _pack(v) for k, v in arrays.items()},
         }
 
@@ -144,6 +158,8 @@ class LayerStats:
             stats.samples, stats.floored = int(values["samples"]), int(values["floored"])
             for name in ("before", "after"):
                 setattr(stats, name, [{k: (v[0], v[1]) for k, v in m.items()} for m in values[name]])
+            if values.get("debiased") is not None:
+                stats.debiased = cls.from_dict(values["debiased"])
             arrays = {k: _unpack(v) for k, v in values["arrays"].items()}
             stats.sums = {name: arrays[name].reshape(GROUPS, stats.positions) for name in cls._SUMS}
             stats.map = arrays["map"].reshape(3, *stats.grid)

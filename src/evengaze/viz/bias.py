@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from evengaze.debias.curve import Curve
 from evengaze.debias.fit import evaluate
-from evengaze.debias.measures import NAMES, Measure
+from evengaze.debias.measures import Measure
 from evengaze.debias.trend import TrendCurve
 from evengaze.viz.style import DEBIASED, FAINT, INK, MUTED, PLAIN, RANDOM, TREND, axes_of_plot, new_figure, title
 
@@ -96,7 +96,7 @@ def plot_layers(
         before: measures of the plain ranking by layer.
         after: the same with debiasing.
     """
-    names = [n for n in (*NAMES, "padding_ratio") if any(n in m for m in before.values())]
+    names = [n for n in _SHORT if any(n in m for m in before.values())]
     figure = new_figure(_PANEL * 1.25 * len(names), 3.2)
     for ax, name in zip(np.ravel(figure.subplots(1, len(names), squeeze=False)), names, strict=True):
         _line(ax, before, name, PLAIN, "plain", "o")
@@ -113,7 +113,9 @@ def plot_layers(
 
 
 _SHORT = {
+    "sigma": "sigma",
     "spearman": "Spearman, score to index",
+    "spearman_frame": "Spearman, score to frame",
     "kept_bottom": "kept in the bottom half",
     "kept_index": "mean index of kept tokens",
     "kept_padding": "padding among kept tokens",
