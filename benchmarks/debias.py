@@ -256,12 +256,14 @@ def main():
         padding = PaddingMask()
         variants = {"plain": None, "padding": Debias(padding)}
         variants |= {f"{n} + padding": Debias(padding, found[n]) for n in ANSWERED if found[n] is not None}
-        default = found["auto, geometric"]
-        variants["auto, geometric alone"] = Debias(None, default)
+        variants["auto, geometric alone"] = Debias(None, found["auto, geometric"])
         budgets = [float(b) for b in options.budgets.split(",")]
         right = accuracy(model, processor, pairs[: options.accuracy], variants, budgets)
         print("\n| ranking | " + " | ".join(f"{b:.1%}" for b in budgets) + " |")
         print("|---|" + "---|" * len(budgets))
+        for name in ANSWERED:
+            if found[name] is None:
+                print(f"| {name} + padding | not positive at layer {layers[one]}" + " |" * len(budgets))
         for name in variants:
             cells = []
             for budget in budgets:

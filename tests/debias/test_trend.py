@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -168,3 +169,14 @@ def test_debias_survives_json(official: bool) -> None:
     assert Debias.preset("llava-1.5-7b/sparsevlm", official=official).padding.formula == formula  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match="strength"):
         Debias.from_dict({"strength": 1})
+
+
+@pytest.mark.parametrize("trend", [Exponential(2.0), Polynomial((1.0, -1.0, 2.0)), Isotonic((0.1, 0.9), (1.0, 3.0))])
+def test_tables_in_single_precision_are_debiased_alike(trend: TrendCurve) -> None:
+    tokens = VisualLayout.from_spans([(0, 576)], (24, 24), image_sizes=[(640, 480)]).rows[0]
+    single = replace(tokens, x=tokens.x.float(), padding=tokens.padding.float())  # as devices without float64 have them
+    score = torch.rand(576, generator=torch.Generator().manual_seed(0))
+    for threshold in (0.01, 0.5):
+        one, other = (Debias(PaddingMask(threshold), trend)(score, t) for t in (tokens, single))
+        assert torch.equal(one[1], other[1]) and 0 < int(one[1].sum()) < 576
+        torch.testing.assert_close(one[0], other[0], rtol=1e-6, atol=0)

@@ -59,7 +59,9 @@ class Debias:
         return valid if official or bool(valid.any()) else torch.ones_like(valid)
 
     def weight(self, tokens: VisualTokens, score: Tensor | None = None) -> Tensor:
-        """(n,) float64 weights of the trend step; 1 without a trend."""
+        """(n,) float64 weights of the trend step; 1 without a trend. On the CPU for tokens on MPS, without float64."""
+        if tokens.x.device.type == "mps":
+            tokens, score = tokens.to("cpu"), None if score is None else score.cpu()
         if self.trend is None:
             return torch.ones(len(tokens), dtype=torch.float64, device=tokens.x.device)
         return self.trend.weights(tokens, score)
@@ -79,7 +81,7 @@ class Debias:
         Returns:
             (n,) float32 scores, and (n,) bool: which tokens may be chosen.
         """
-        weight = self.weight(tokens, score).to(score)
+        weight = self.weight(tokens, score).to(score.dtype).to(score.device)
         valid = self.valid(tokens, official=official).to(score.device)
         if official:
             return (score * valid) * weight, torch.ones_like(valid)
