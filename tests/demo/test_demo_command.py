@@ -40,8 +40,10 @@ def cell(figures, keep, debias="none", baseline=None, layer=2):
 
 
 def test_the_model_answers(demo):
-    figures, _, _ = demo
+    figures, folder, printed = demo
     assert figures["questions"] == QUESTIONS
+    assert f"parameters, {figures['dtype']}" in printed
+    assert f"computed in {figures['dtype']}" in (folder / "report.html").read_text(encoding="utf-8")
     assert figures["dense"]["accuracy"] >= DENSE
     assert figures["dense"]["average_tokens"] == 196
 

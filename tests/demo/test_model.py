@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from evengaze import demo
-from evengaze.demo.model import FOLDER, dequantise, load_model, quantise
+from evengaze.demo.model import FOLDER, choose_dtype, dequantise, load_model, quantise
 from evengaze.demo.scenes import make_scene
-from evengaze.errors import DataError
+from evengaze.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,21 @@ def test_other_dtypes():
     model, _ = demo.load(torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.2, torch.bfloat16), (0.9, torch.float32), (4, torch.float32)])
+def test_the_fastest_dtype(monkeypatch, seconds, expected):
+    now = [0.0]
+
+    def linear(states, weight):
+        now[0] += 1.0 if states.dtype == torch.float32 else seconds
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    monkeypatch.setattr("evengaze.demo.model.perf_counter", lambda: now[0])
+    assert choose_dtype("auto") is expected
+    assert choose_dtype("float32") is torch.float32
+    with pytest.raises(ConfigError, match="int8"):
+        choose_dtype("int8")
 
 
 def test_processor_pads_with_the_mean_colour(loaded):

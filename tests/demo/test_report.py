@@ -103,6 +103,7 @@ def test_json_has_the_promised_keys(result):
     found = json.loads(json.dumps(to_dict(result, 3.0), allow_nan=False))
     assert {"dense", "questions", "seconds", "cells", "bias"} <= set(found)
     assert found["questions"] == len(result.questions) and found["seconds"] == 3.0
+    assert found["dtype"] == "float32"
     assert found["dense"]["accuracy"] == pytest.approx(0.9, abs=0.03)
     wanted = {"method", "layer", "keep", "debias", "baseline", "accuracy", "ci95", "average_tokens", "seconds"}
     for cell in found["cells"]:

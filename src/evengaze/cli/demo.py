@@ -27,6 +27,9 @@ def demo(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help=f"Ask so many questions (default {_QUESTIONS}).")] = None,
     full: Annotated[bool, typer.Option("--full", help="Ask all questions of the evaluation set.")] = False,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, or auto: bfloat16 where this machine is clearly faster in it.")
+    ] = "auto",
 ) -> None:
     """Prune the embedded model with and without debiasing, and report accuracy, tokens and time.
 
@@ -49,15 +52,16 @@ def demo(
     start = perf_counter()
     from evengaze.demo import load, make_dataset, report
     from evengaze.demo.experiment import calibrate, run, settings
+    from evengaze.demo.model import choose_dtype, dtype_of
 
     console = Console()
-    model, processor = load()
+    model, processor = load(choose_dtype(dtype))
     pictures = make_dataset("eval")
     number = sum(len(p.questions) for p in pictures)
     count = number if full else min(limit or _QUESTIONS, number)
     console.print(
-        f"Embedded model: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters; {count} questions, "
-        f"{len(settings())} settings and the dense model",
+        f"Embedded model: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {dtype_of(model)}; "
+        f"{count} questions, {len(settings())} settings and the dense model",
         highlight=False,
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from evengaze.debias.curve import Curve, Origin
 from evengaze.debias.fit import fit_curve
 from evengaze.debias.observe import Observations, Sample, observe
 from evengaze.demo.dataset import DemoImage, DemoQuestion
+from evengaze.demo.model import dtype_of
 from evengaze.layout import VisualLayout
 from evengaze.methods import get
 from evengaze.methods.base import Pruner
@@ -25,6 +26,8 @@ from evengaze.models.padding import MEAN_COLOUR, padding_share
 
 if TYPE_CHECKING:
     from evengaze.trace import Trace
+
+Name = TypeVar("Name")
 
 LAYER = 2
 """Tokens leave before this layer, as in FastV's paper."""
@@ -36,9 +39,11 @@ KEEPS = (0.25, 0.125, 0.06)
 DEBIAS = ("none", "trend", "padding", "both")
 BASELINES = (Random.name, Uniform.name)
 EXAMPLES = 6
-BATCH = 8
+BATCH = 32
 LONGEST = 4
 """Tokens of an answer; all answers are one word."""
+
+ORIGIN = Origin(model="evengaze demo", data="calibration set of the embedded model")
 
 
 @dataclass(frozen=True)
@@ -69,12 +74,18 @@ class Cell:
 
     def pruner(self, curve: Curve) -> Pruner:
         """The method with its debiasing."""
-        steps = None
-        if self.debias != "none":
-            padding = PaddingMask() if self.debias in ("padding", "both") else None
-            trend = curve.at_layer(self.layer - 1) if self.debias in ("trend", "both") else None
-            steps = Debias(padding=padding, trend=trend)
-        return get(self.method)(keep=self.keep, layer=self.layer, debias=steps)  # type: ignore[call-arg]
+        debias = debias_steps(self.debias, curve, self.layer - 1)
+        return get(self.method)(keep=self.keep, layer=self.layer, debias=debias)  # type: ignore[call-arg]
+
+
+def debias_steps(name: str, curve: Curve, layer: int) -> Debias | None:
+    """What one of `DEBIAS` stands for, with the curve's trend at the layer that ranks."""
+    if name == "none":
+        return None
+    return Debias(
+        padding=PaddingMask() if name in ("padding", "both") else None,
+        trend=curve.at_layer(layer) if name in ("trend", "both") else None,
+    )
 
 
 @dataclass
@@ -90,6 +101,12 @@ class Outcome:
     answers: dict[int, str] = field(default_factory=dict)
     average_tokens: list[float] = field(default_factory=list)
     seconds: float = 0.0
+
+    def add(self, more: Outcome) -> None:
+        """Take in the answers to further questions."""
+        self.answers.update(more.answers)
+        self.average_tokens += more.average_tokens
+        self.seconds += more.seconds
 
     def credits(self, questions: Sequence[DemoQuestion]) -> dict[str, float]:
         """1 for a right answer, 0 for a wrong one, by question."""
@@ -145,6 +162,8 @@ class Result:
     cells: list[tuple[Cell, Outcome]]
     calibration: Calibration
     examples: list[Example]
+    dtype: str = "float32"
+    """What the model computes in."""
 
     def outcome(self, keep: float, label: str, layer: int = LAYER) -> Outcome:
         """The outcome of the setting with that budget, label and layer."""
@@ -164,14 +183,19 @@ def settings() -> list[Cell]:
     ]
 
 
+def calibration_samples(pictures: Sequence[DemoImage]) -> list[Sample]:
+    """One question a picture."""
+    return [Sample(p.image, p.questions[0].prompt) for p in pictures]
+
+
 def calibrate(model: Any, processor: Any, pictures: Sequence[DemoImage]) -> Calibration:
     """Fit the trend at the ranking layer and measure all layers' bias, in one pass over one question a picture."""
     start = perf_counter()
-    samples = [Sample(p.image, p.questions[0].prompt) for p in pictures]
+    samples = calibration_samples(pictures)
     keep = KEEPS[1]
     found = observe(model, processor, samples, FastV(keep=keep, layer=LAYER), layers="all", batch_size=BATCH)
-    origin = Origin(model="evengaze demo", data="calibration set of the embedded model")
-    curve = to_curve(found, LAYER - 1, origin=origin)
+    ranking = {layer: found.layers[layer] for layer in (EARLY - 1, LAYER - 1)}
+    curve = to_curve(replace(found, layers=ranking), LAYER - 1, origin=ORIGIN)
     bias = [_bias(found, layer) for layer in found.layers]
     return Calibration(curve, bias, len(samples), perf_counter() - start)
 
@@ -255,24 +279,52 @@ def run(
     questions = [q for p in pictures for q in p.questions][:limit]
     dense = Outcome()
     cells = [(cell, Outcome()) for cell in settings()]
-    pruners = [cell.pruner(calibration.curve) for cell, _ in cells]
+    outcomes: dict[Cell | None, Outcome] = {None: dense, **dict(cells)}
+    pruners = {cell: get("dense")() if cell is None else cell.pruner(calibration.curve) for cell in outcomes}
     wanted = {p.questions[0].question_id: p for p in pictures[:EXAMPLES] if p.questions[0] in questions}
     traces: dict[tuple[int, str], tuple[Trace, int]] = {}
-    for batch in encode(model, processor, pictures, questions):
-        _answer(model, processor, batch, get("dense")(), dense)
-        advance(len(batch.questions))
-        for (cell, outcome), pruner in zip(cells, pruners, strict=True):
-            trace = _answer(model, processor, batch, pruner, outcome)
-            advance(len(batch.questions))
-            if (cell.keep, cell.layer) == (KEEPS[1], LAYER) and cell.label in ("plain", "both"):
-                for row, question in enumerate(batch.questions):
-                    if question.question_id in wanted:
-                        traces[question.question_id, cell.label] = (trace, row)
+    for cell, batch, outcome, trace in ask(model, processor, pictures, questions, pruners):
+        outcomes[cell].add(outcome)
+        advance(len(batch))
+        if cell is not None and (cell.keep, cell.layer) == (KEEPS[1], LAYER) and cell.label in ("plain", "both"):
+            for row, question in enumerate(batch):
+                if question.question_id in wanted:
+                    traces[question.question_id, cell.label] = (trace, row)
     examples = [
         Example(picture, picture.questions[0], traces[number, "plain"][0], *traces[number, "both"])
         for number, picture in wanted.items()
     ]
-    return Result(questions, dense, cells, calibration, examples)
+    return Result(questions, dense, cells, calibration, examples, dtype_of(model))
+
+
+def ask(
+    model: Any,
+    processor: Any,
+    pictures: Sequence[DemoImage],
+    questions: Sequence[DemoQuestion],
+    pruners: Mapping[Name, Pruner],
+    *,
+    skip: Callable[[Name, Sequence[DemoQuestion]], bool] = lambda name, batch: False,
+) -> Iterator[tuple[Name, list[DemoQuestion], Outcome, Trace]]:
+    """Ask batches of questions, each of all methods in turn.
+
+    Args:
+        model: the embedded model.
+        processor: its processor.
+        pictures: what is asked about.
+        questions: about them.
+        pruners: the methods by name.
+        skip: whether a method need not answer a batch.
+
+    Yields:
+        The method's name, the batch, the answers to it and the trace, one after the other.
+    """
+    for batch in encode(model, processor, pictures, questions):
+        for name, pruner in pruners.items():
+            if not skip(name, batch.questions):
+                outcome = Outcome()
+                trace = _answer(model, processor, batch, pruner, outcome)
+                yield name, batch.questions, outcome, trace
 
 
 @torch.inference_mode()

@@ -99,6 +99,7 @@ def to_dict(result: Result, seconds: float) -> dict[str, Any]:
             "fit": result.calibration.curve.fit,
             "summary": result.calibration.curve.summary,
         },
+        "dtype": result.dtype,
         "versions": versions(),
     }
 
@@ -285,7 +286,7 @@ layer {LAYER - 1}.</p>
 <div class="scroll">{_types_table(result)}</div>
 <p class="note">The model is tiny and its pictures are synthetic: it shows how the methods work, not what they are
 worth on a large model. Its bias was inherited from its language model, not planted.
-{seconds:.0f} s in all; {facts}.</p>
+{seconds:.0f} s in all, computed in {result.dtype}; {facts}.</p>
 </html>
 """
 
