@@ -93,10 +93,19 @@ def test_a_folder_that_is_no_model_is_an_error_that_names_it(tmp_path: Path) -> 
         Predictor.load(ModelSpec(str(tmp_path)))
 
 
-@pytest.mark.parametrize(("field", "value"), [("dtype", "float31"), ("dtype", "nn"), ("device", "toaster")])
-def test_dtypes_and_devices_that_do_not_exist(folder: Path, field: str, value: str) -> None:
-    with pytest.raises(ConfigError, match=f"{field} '{value}' does not exist"):
-        Predictor.load(ModelSpec(str(folder), **{field: value}))
+def test_a_name_that_is_neither_folder_nor_hub_id_is_not_looked_for_on_the_hub() -> None:
+    with pytest.raises(DataError, match=r"--model demoo: there is no such folder.*'demo' is the embedded model"):
+        Predictor.load(ModelSpec("demoo"))
+
+
+@pytest.mark.parametrize("source", [None, "demo"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("dtype", "float31"), ("dtype", "nn"), ("dtype", "int8"), ("device", "toaster"), ("device", "cuda:99")],
+)
+def test_dtypes_and_devices_that_do_not_exist(folder: Path, source: str | None, field: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field} '{value}' (does not exist|cannot be used)"):
+        Predictor.load(ModelSpec(source or str(folder), **{field: value}))
 
 
 def test_the_revision_changes_with_the_weights(folder: Path, tmp_path: Path) -> None:

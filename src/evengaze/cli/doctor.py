@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def doctor(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL_OR_PATH", help="Hub id or local folder; only its config is read.")
+        str, typer.Argument(metavar="MODEL_OR_PATH", help="Hub id, local folder, or 'demo'; only its config is read.")
     ],
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
@@ -32,13 +32,15 @@ def doctor(
 
     from transformers import AutoConfig
 
+    from evengaze.demo.model import FOLDER
     from evengaze.errors import ConfigError, UnsupportedModelError
     from evengaze.models.inspect import diagnose, skeleton
 
-    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
-        raise ConfigError(f"there is no folder {model}")
+    where = str(FOLDER) if model == "demo" else str(Path(model).expanduser()) if model.startswith("~") else model
+    if (where.startswith((".", "/")) or "/" not in where) and not Path(where).is_dir():
+        raise ConfigError(f"there is no folder {where}; hub ids look like llava-hf/llava-1.5-7b-hf")
     try:
-        config = AutoConfig.from_pretrained(model, revision=revision)
+        config = AutoConfig.from_pretrained(where, revision=revision)
     except (OSError, ValueError) as error:
         raise ConfigError(f"no config could be read from {model!r}: {str(error).splitlines()[0]}") from error
     try:

@@ -103,14 +103,20 @@ class Predictor:
             DataError: there is no such model, or its files are broken.
             ConfigError: the device or dtype does not exist.
         """
+        dtype, device = _dtype(spec.dtype), _device(spec.device)  # before anything slow
         if spec.source == DEMO:
             from evengaze import demo
 
-            model, processor = demo.load()
-            return cls(model.to(_device(spec.device)), processor, spec)
+            model, processor = demo.load(torch.float32 if dtype == "auto" else dtype)
+            return cls(model.to(device), processor, spec)
+        if "/" not in spec.source and not Path(spec.source).exists():
+            raise DataError(
+                f"--model {spec.source}: there is no such folder here, and hub ids look like llava-hf/llava-1.5-7b-hf; "
+                f"'{DEMO}' is the embedded model"
+            )
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        options: dict[str, Any] = {"dtype": _dtype(spec.dtype)}
+        options: dict[str, Any] = {"dtype": dtype}
         if spec.attention is not None:
             options["attn_implementation"] = spec.attention
         if spec.device == "balanced":
@@ -131,7 +137,7 @@ class Predictor:
             ) from error
         if model.config.model_type == "llava":
             processor = _square(processor)
-        return cls(model if spec.device == "balanced" else model.to(_device(spec.device)), processor, spec)
+        return cls(model if spec.device == "balanced" else model.to(device), processor, spec)
 
     # -- what a run depends on ------------------------------------------------------------------------------------
     def describe(self, template: str = "vicuna_v1") -> dict[str, Any]:
@@ -331,17 +337,18 @@ def _dtype(name: str) -> Any:
     if name == "auto":
         return "auto"
     value = getattr(torch, name, None)
-    if not isinstance(value, torch.dtype):
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
         raise ConfigError(f"dtype {name!r} does not exist; use auto, float32, bfloat16 or float16")
     return value
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
+    if name in ("auto", "balanced"):
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device {name!r} does not exist ({error}); use auto, cpu, cuda, cuda:N or mps") from None
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device {name!r} cannot be used ({reason}); use auto, cpu, cuda, cuda:N or mps") from None
