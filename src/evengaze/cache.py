@@ -21,6 +21,8 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from evengaze.cut import causal_mask, is_flat, mask_columns, take_mask
+
 
 @dataclass(frozen=True, eq=False)
 class Kept:
@@ -112,23 +114,58 @@ def entries(old: Kept | None, past: int, slots: Tensor, real: Tensor | None) -> 
     return torch.cat(parts, 1), torch.cat(flags, 1)
 
 
-def mask_columns_of(
-    layer: Any, slots: Tensor, real: Tensor | None, queries: int, columns: int, total: int, flat: bool
+def cut_mask(
+    mask: Any,
+    layer: Any,
+    old: Kept | None,
+    hidden: Tensor,
+    implementation: str,
+    *,
+    past: int,
+    length: int,
+    slots: Tensor | None = None,
+    real: Tensor | None = None,
+) -> Any:
+    """An attention mask of the whole sequence, cut to what a layer hands to its attention.
+
+    Args:
+        mask: as transformers made it, in one of the forms of `take_mask`; None if attention is merely causal.
+        layer: cache layer or None.
+        old: what the layer remembered before this call.
+        hidden: (B, M, d) the layer's input.
+        implementation: attention implementation, which decides the form of a mask where none came in.
+        past: logical length before this call.
+        length: number of tokens of this call.
+        slots: (B, M) those of them that are left; None for all.
+        real: (B, M) bool, False for fillers; None without fillers.
+    """
+    batch, queries = hidden.shape[:2]
+    new = torch.arange(length, device=hidden.device).expand(batch, -1) if slots is None else slots
+    held, real = entries(old, past, new + past, real)
+    if mask is None:
+        shown = stored(layer) + queries
+        return None if real is None else causal_mask(real[:, -shown:], queries, implementation, hidden.dtype)
+    columns, real = _columns(layer, held, real, queries, mask, past + length)
+    return take_mask(mask, slots, columns, real)
+
+
+def _columns(
+    layer: Any, slots: Tensor, real: Tensor | None, queries: int, mask: Any, total: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Which columns of a full-length mask belong to what the layer hands to its attention.
+    """Which columns of a mask belong to what the layer hands to its attention.
 
     Args:
         layer: cache layer or None.
         slots: (B, K) from `entries`.
         real: (B, K) or None, from `entries`.
         queries: number of new tokens.
-        columns: number of columns that the mask has.
+        mask: covers the whole sequence, or the last of it that a sliding layer sees.
         total: logical length, new tokens included.
-        flat: whether the mask is a 2-D padding mask, which has no columns for unwritten slots of a static buffer.
 
     Returns:
         (B, k) column of each entry and (B, k) bool or None.
     """
+    columns = mask_columns(mask)
     held = slots.shape[1]
     last, unwritten = held, 0
     if isinstance(layer, StaticSlidingWindowLayer):
@@ -149,7 +186,8 @@ def mask_columns_of(
     if columns < total:  # a sliding layer's mask covers the last `columns` logical slots only
         slots = slots - (total - columns)
         real = slots >= 0 if real is None else real & (slots >= 0)
-    if unwritten and not flat:
+    # A 2-D padding mask has no columns for the unwritten slots of a static buffer.
+    if unwritten and not is_flat(mask):
         real = torch.ones_like(slots, dtype=torch.bool) if real is None else real
         slots = torch.nn.functional.pad(slots, (0, unwritten))
         real = torch.nn.functional.pad(real, (0, unwritten))
@@ -157,7 +195,7 @@ def mask_columns_of(
 
 
 def fixed_columns(layer: Any, kept: Kept, columns: int) -> tuple[Tensor, Tensor]:
-    """`mask_columns_of` for decoding into a static buffer: fixed shapes and no counters, as compiled graphs need.
+    """`_columns` for decoding into a static buffer: fixed shapes and no counters, as compiled graphs need.
 
     Slots that are not written yet lie behind the current position, where the mask is False anyway.
     """

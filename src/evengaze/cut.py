@@ -38,6 +38,11 @@ def mask_columns(mask: Any) -> int:
     return int(mask.seq_lengths[1] if isinstance(mask, BlockMask) else mask.shape[-1])
 
 
+def is_flat(mask: Any) -> bool:
+    """Whether a mask is a 2-D padding mask, as flash attention takes it, without queries of its own."""
+    return isinstance(mask, Tensor) and mask.dim() == 2
+
+
 def take_mask(mask: Any, rows: Tensor | None, columns: Tensor, real: Tensor | None) -> Any:
     """Cut an attention mask to the given queries and keys.
 

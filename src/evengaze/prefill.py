@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from evengaze import cache as kv
 from evengaze.attention import AttentionStates
-from evengaze.cut import causal_mask, mask_columns, take, take_mask
+from evengaze.cut import take
 from evengaze.layout import VisualLayout, VisualTokens
 from evengaze.methods.base import Pruner, Selection, Stage, View
 from evengaze.rotary import Rotary
@@ -228,13 +228,10 @@ class Prefill:
 
     def _mask(self, before: kv.Kept | None, mask: Any, cache: Any, hidden: Tensor) -> Any:
         slots, filled = self.on(hidden.device)
-        held, real = kv.entries(before, self.past, slots + self.past, filled)
-        queries, total = slots.shape[1], self.past + self.length
-        if mask is None:
-            return None if real is None else causal_mask(real, queries, self.implementation, hidden.dtype)
-        flat = isinstance(mask, Tensor) and mask.dim() == 2
-        columns, real = kv.mask_columns_of(cache, held, real, queries, mask_columns(mask), total, flat)
-        return take_mask(mask, None if flat else slots, columns, real)
+        past, length = self.past, self.length
+        return kv.cut_mask(
+            mask, cache, before, hidden, self.implementation, past=past, length=length, slots=slots, real=filled
+        )
 
     def _positions(self, before: kv.Kept | None, name: str, value: Any, hidden: Tensor) -> Any:
         if self.rotary is not None and self.rotary.renumbers:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evengaze import cache as kv
-from evengaze.cut import causal_mask, mask_columns, take_mask
+from evengaze.cut import is_flat, mask_columns, take_mask
 from evengaze.rotary import Rotary
 
 
@@ -56,17 +56,8 @@ class Steps:
         return self._memo[key][1]
 
     def _cut(self, mask: Any, kept: kv.Kept, cache: Any, hidden: Tensor) -> Any:
-        queries = hidden.shape[1]
-        flat = isinstance(mask, Tensor) and mask.dim() == 2
-        if mask is not None and not flat and kv.is_fixed(cache):
+        if mask is not None and not is_flat(mask) and kv.is_fixed(cache):
             columns, real = kv.fixed_columns(cache, kept, mask_columns(mask))
             return take_mask(mask, None, columns.to(hidden.device), real.to(hidden.device))
-        past = int(cache.get_seq_length())
-        new = torch.arange(past, past + queries, device=hidden.device).expand(hidden.shape[0], -1)
-        held, filled = kv.entries(kept, past, new, None)
-        if mask is None:
-            assert filled is not None
-            visible = filled[:, -(kv.stored(cache) + queries) :]
-            return causal_mask(visible, queries, self._implementation, hidden.dtype)
-        columns, filled = kv.mask_columns_of(cache, held, filled, queries, mask_columns(mask), past + queries, flat)
-        return take_mask(mask, None, columns, filled)
+        past, length = int(cache.get_seq_length()), hidden.shape[1]
+        return kv.cut_mask(mask, cache, kept, hidden, self._implementation, past=past, length=length)
