@@ -74,6 +74,11 @@ def is_fixed(layer: Any) -> bool:
     return isinstance(layer, StaticLayer) and not isinstance(layer, StaticSlidingWindowLayer)
 
 
+def is_sliding(layer: Any) -> bool:
+    """Whether the layer holds the last tokens only."""
+    return isinstance(layer, (DynamicSlidingWindowLayer, StaticSlidingWindowLayer))
+
+
 def stored(layer: Any) -> int:
     """Entries that a cache layer physically holds."""
     if layer is None or not layer.is_initialized:
@@ -215,18 +220,24 @@ def record(layer: Any, kept: Kept, dropped: int) -> None:
 
 
 def trim(layer: Any, index: Tensor, kept: Kept, dropped: int) -> None:
-    """Throw entries of a layer that has already run out of its cache (TokenCarve crops the caches below its stage).
+    """Throw entries of a layer that has already run out of its cache.
 
     Args:
-        layer: a dynamic cache layer.
-        index: (B, M) which of its entries stay.
+        layer: a cache layer that holds the whole sequence.
+        index: (B, M) which of its entries stay, ascending.
         kept: what it holds afterwards.
         dropped: number of entries that go.
     """
     for name in ("keys", "values"):
         states = getattr(layer, name)
         at = index.to(states.device)[:, None, :, None]
-        setattr(layer, name, states.gather(2, at.expand(-1, states.shape[1], -1, states.shape[3])))
+        left = states.gather(2, at.expand(-1, states.shape[1], -1, states.shape[3]))
+        if isinstance(layer, StaticLayer):  # a buffer stays where it is, as compiled graphs need
+            states[:, :, : index.shape[1]] = left
+        else:
+            setattr(layer, name, left)
+    if isinstance(layer, StaticLayer):
+        layer.cumulative_length.sub_(dropped)
     record(layer, kept, dropped)
 
 

@@ -364,8 +364,6 @@ class Handle:
                 f"{self.pruner.name} never got to prune at layers {missed}: the model's forward does not call them. "
                 "Check that the adapter's decoder() is the module whose layers really run."
             )
-        if self.pruner.trims_earlier_caches and run.slots is not None and run.cache is not None:
-            run.trim(len(self._layers))
         self.trace = run.trace(self.pruner, len(self._layers))
         if self._generating and run.cache is None:
             self._frozen = _Frozen(run.inputs.detach(), run.layout, run.selections)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from evengaze import cache as kv
 from evengaze.attention import AttentionStates
@@ -130,6 +129,8 @@ class Prefill:
         self.slots = old.gather(1, index)
         self.filled = None if bool(filled.all()) else filled
         self._memo.clear()
+        if stage.trims_below:
+            self._trim_below(stage.layer, hidden.device)
         return out
 
     def _move(self, device: torch.device) -> None:
@@ -266,7 +267,7 @@ class Prefill:
         self.before(layer, cache)
         old = self._before[layer]
         kept = self._once(("kept", id(old)), old, functools.partial(self._kept, old, device))
-        kv.record(cache, kept, self.length - kept_length(self.slots, self.length))
+        kv.record(cache, kept, self.length - self.on(device)[0].shape[1])
 
     def _kept(self, old: kv.Kept | None, device: torch.device) -> kv.Kept:
         slots, filled = self.on(device)
@@ -278,22 +279,24 @@ class Prefill:
                 shift = shift + old.shift.to(device)
         return kv.Kept(held, real, self.past + self.length, shift)
 
-    def trim(self, layers: int) -> None:
-        """Crop the caches of the layers below the last stage to what the layers above it hold."""
-        last = kv.kept_of(kv.layer_of(self.cache, layers - 1))
-        if last is None:
-            return
-        end = self.past + self.length
-        new = torch.arange(self.past, end, device=last.slots.device).expand(len(self.tables), -1)
-        for i in range(layers):
+    def _trim_below(self, stage: int, device: torch.device) -> None:
+        """Take what has been dropped out of the caches of the layers below a stage, too."""
+        everything = torch.arange(self.past, self.past + self.length, device=device).expand(len(self.tables), -1)
+        for i in range(stage):
             cache = kv.layer_of(self.cache, i)
-            kept = kv.kept_of(cache)
-            if kept is last or not isinstance(cache, DynamicLayer) or isinstance(cache, DynamicSlidingWindowLayer):
+            if kv.is_sliding(cache) or not kv.stored(cache):
                 continue
-            current = kept is not None and kept.end == end
-            held = kept.slots if kept is not None and current else kv.entries(kept, self.past, new, None)[0]
-            index = torch.searchsorted(held.contiguous(), last.slots.contiguous())
-            kv.trim(cache, index, last, held.shape[1] - index.shape[1])
+            self.before(i, cache)
+            old, now = self._before[i], kv.kept_of(cache)
+            if now is None or now is old:
+                held, _ = kv.entries(old, self.past, everything, None)
+            else:  # above an earlier stage of this call
+                held = now.slots.to(device)
+            kept = self._once(("kept", id(old)), old, functools.partial(self._kept, old, device))
+            if self.rotary is not None:  # the layer has run, at the positions that it knows
+                kept = replace(kept, shift=None if now is None else now.shift)
+            index = torch.searchsorted(held.contiguous(), kept.slots.contiguous())
+            kv.trim(cache, index, kept, held.shape[1] - index.shape[1])
 
     # -- the record ---------------------------------------------------------------------------------------------------
     def _trace(self, b: int, number: int, selection: Selection | None) -> RowTrace:
@@ -318,11 +321,6 @@ class Prefill:
             held.append(sum(t.numel() * t.element_size() for t in states))
             per_token.append(sum(t.numel() // t.shape[-2] * t.element_size() for t in states if t.shape[-2]))
         return Trace(pruner.to_dict(), self.layout, self.length, self.stages, self.entering, held, per_token)
-
-
-def kept_length(slots: Tensor | None, length: int) -> int:
-    """Tokens of the current sequence."""
-    return length if slots is None else slots.shape[1]
 
 
 def _plan(alive: Tensor, table: VisualTokens, chosen: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -79,8 +79,8 @@ class Schedule:
     Attributes:
         visual: visual tokens at the start.
         entering: how many of them enter each decoder layer.
-        cached: how many of them each layer's cache holds after the prefill; less than `entering` below the stage of a
-            method that trims earlier caches.
+        cached: how many of them each layer's cache holds after the prefill; less than `entering` below a stage
+            that trims the caches there.
         name: the method, for `describe`.
     """
 
@@ -106,7 +106,7 @@ class Schedule:
                 )
             before = stage.layer
             current = pruner.size_after(i, current, visual)
-            start = 0 if pruner.trims_earlier_caches else stage.layer
+            start = 0 if stage.trims_below else stage.layer
             entering[stage.layer :] = [current] * (layers - stage.layer)
             cached[start:] = [current] * (layers - start)
         return cls(visual, tuple(entering), tuple(cached), pruner.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_prompt_lookup_equals_greedy():
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "tokencarve:keep=5"])
 def test_static_cache(method, batch):
     model, inputs = tiny("llava", batch=batch)
     with parse(method)(model):
@@ -86,8 +87,30 @@ def test_static_cache(method, batch):
     assert torch.equal(static, again)
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_several_stages_may_trim_the_caches_below(static):
+    class Reaching(eg.HiMAP):
+        def stages(self, layers):
+            return [replace(stage, trims_below=True) for stage in super().stages(layers)]
+
+    pruner = Reaching(keep=(8, 4), layers=(2, 4))
+    model, inputs = tiny("llava", batch=3)
+    mask = inputs["attention_mask"].bool()
+    options = {"cache_implementation": "static", "disable_compile": True} if static else {}
+    with pruner(model):
+        _, together, cache = generate(model, inputs, **options)
+        if not static:
+            assert {layer.keys.shape[-2] for layer in cache.layers} == {mask.shape[1] - 16 + 4 + 5}
+            assert set(pruner.schedule(6, 16).cached) == {4}
+        assert {int(layer.get_seq_length()) for layer in cache.layers} == {mask.shape[1] + 5}
+        for b in range(3):
+            alone = {k: v[b : b + 1] for k, v in inputs.items()}
+            alone = {k: v if k == "pixel_values" else v[:, mask[b]] for k, v in alone.items()}
+            assert (generate(model, alone, **options)[1][0] - together[b]).abs().max() < 1e-4
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["fastv:keep=5", "pyramiddrop:layers=[2,4],keep=[8,4]"])
+@pytest.mark.parametrize("method", ["fastv:keep=5", "pyramiddrop:layers=[2,4],keep=[8,4]", "tokencarve:keep=5"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_compiled_decoding_is_one_graph(method, batch):
     model, inputs = tiny("llava", batch=batch)

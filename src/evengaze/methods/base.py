@@ -4,8 +4,8 @@ A method never sees a batch, a cache or a mask. It says at which decoder layers 
 token of *one* prompt a score (`score`), and, if it does more than keep the best, what becomes of the rest (`choose`).
 The engine (`evengaze.engine`) calls it row by row and owns everything else. Five concepts:
 
-* `Stage`: before which layer, and whose attention is read ("previous": the layer that has just run; "own": the layer
-  about to run; None: no attention).
+* `Stage`: before which layer, whose attention is read ("previous": the layer that has just run; "own": the layer about
+  to run; None: no attention), and whether the layers below forget the dropped tokens, too.
 * `View`: one row at one stage: the surviving visual tokens, hidden states, attention received from chosen queries.
 * `score`: (n,) float32, larger means keep. Debiasing is applied to it here, once, for all methods.
 * `Selection`: which tokens survive (`choose`), and the linear merges, if any, into survivors or recycled tokens.
@@ -49,10 +49,14 @@ class Stage:
         layer: 0-based decoder layer; the tokens leave before it runs.
         attention: "previous" reads the attention that layer `layer - 1` paid while it ran; "own" reads the queries and
             keys with which `layer` is about to attend to the tokens that have not been dropped yet; None reads none.
+        trims_below: the caches of the layers before `layer`, which have read the whole prompt, forget the dropped
+            tokens as well: later tokens do not see them anywhere. Sliding windows, which forget by themselves, stay as
+            they are.
     """
 
     layer: int
     attention: Literal["previous", "own"] | None = "previous"
+    trims_below: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,8 +197,6 @@ class Pruner(ABC):
 
     name: ClassVar[str]
     positions: ClassVar[Positions] = "original"
-    trims_earlier_caches: ClassVar[bool] = False
-    """Whether the layers below a stage lose the dropped tokens' cache entries too (TokenCarve)."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("corrected", "official"):

@@ -5,14 +5,15 @@ Paper: Tan et al., "TokenCarve" (arXiv 2503.10501); code: modeling_llama.py of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from evengaze.errors import ConfigError
-from evengaze.methods.base import Merge, Selection, View
+from evengaze.methods.base import Merge, Selection, Stage, View
 from evengaze.methods.stages import OneStage
 
 
@@ -38,12 +39,15 @@ class TokenCarve(OneStage):
     balance: float = 0.5
 
     name: ClassVar[str] = "tokencarve"
-    trims_earlier_caches: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.balance <= 1:
             raise ConfigError(f"balance={self.balance} must be in [0, 1]")
+
+    def stages(self, layers: int) -> Sequence[Stage]:
+        """One, which reaches back."""
+        return [replace(stage, trims_below=True) for stage in super().stages(layers)]
 
     def score(self, view: View) -> Tensor:
         """Attention from the last prompt token; the contribution enters in `choose`."""

@@ -51,7 +51,8 @@ def replayed(model: Any, pruner: Pruner, trace: Trace, attention_mask: Tensor) -
     decoder = decoder_of(model)
     renumber = pruner.positions == "renumbered" and not _multimodal_rope(decoder.config)
     plan = {s.layer: rows for s, rows in zip(trace.stages, _plan(trace, renumber), strict=True)}
-    state = _State(decoder, plan, attention_mask.bool(), renumber, pruner.trims_earlier_caches)
+    trim = any(stage.trims_below for stage in pruner.stages(len(decoder.layers)))
+    state = _State(decoder, plan, attention_mask.bool(), renumber, trim)
     handles = [
         layer.register_forward_pre_hook(state.hook(i), with_kwargs=True) for i, layer in enumerate(decoder.layers)
     ]
