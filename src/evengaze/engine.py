@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from evengaze import cache as kv
 from evengaze.attention import attention_module, hidden_attention, implementation_of, probe, tap, untap
-from evengaze.debias.curve import architecture_of
 from evengaze.errors import AttachError, ConfigError, LayoutError, NothingPrunedError, UnsupportedModelError
 from evengaze.layout import VisualLayout
-from evengaze.methods.base import Pruner, Stage
 from evengaze.models import BareDecoder, adapter_for, find_decoder
-from evengaze.models.base import Adapter, Call, EncoderCall
+from evengaze.models.base import Adapter, Call, EncoderCall, architecture_of
 from evengaze.prefill import Prefill, Selections
+from evengaze.protocol import Pruner, Stage
 from evengaze.rotary import Rotary
 from evengaze.steps import Steps
 from evengaze.trace import Trace
@@ -161,15 +160,14 @@ class Handle:
                 raise ConfigError(
                     f"{self.pruner.name}: no attention has been paid before layer 0; the first layer to prune at is 1"
                 )
-            if stage.attention is not None:
-                implementation_of(attention_module(self._layers[stage.layer - (stage.attention == "previous")]))
+            if stage.attended is not None:
+                implementation_of(attention_module(self._layers[stage.attended]))
 
     def _check_curve(self, stages: Sequence[Stage]) -> None:
         """Warn if the trend was calibrated for another model, method or layer."""
         if self.pruner.debias is not None and stages:
-            read = stages[0].layer - (stages[0].attention == "previous")
             architecture = architecture_of(self.model.config)
-            self.pruner.debias.check(architecture=architecture, method=self.pruner.name, layer=read)
+            self.pruner.debias.check(architecture=architecture, method=self.pruner.name, layer=stages[0].attended)
 
     def _install(self) -> None:
         keep = self._undo.append
@@ -259,7 +257,7 @@ class Handle:
         if layout is None or layout.total == 0:
             return None
         if self._adapter is not None:
-            reads = [s.layer - (s.attention == "previous") for _, s in self._stages.values() if s.attention]
+            reads = [s.attended for _, s in self._stages.values() if s.attended is not None]
             self._adapter.check_windows(self.model, reads, past + length)
         rows = tuple(row.to(states.device) for row in layout.expand(states.shape[0]).rows)
         return Prefill(

@@ -17,7 +17,7 @@ from evengaze import cache as kv
 from evengaze.attention import AttentionStates
 from evengaze.cut import take
 from evengaze.layout import VisualLayout, VisualTokens
-from evengaze.methods.base import Pruner, Selection, Stage, View
+from evengaze.protocol import Pruner, Selection, Stage, View
 from evengaze.rotary import Rotary
 from evengaze.trace import RowTrace, StageTrace, Trace
 

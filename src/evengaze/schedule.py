@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from evengaze.errors import ConfigError
-from evengaze.methods.base import Pruner, Stage
+from evengaze.protocol import Pruner, Stage
 
 __all__ = ["DecoderShape", "Schedule", "Stage", "solve_for_budget"]
 

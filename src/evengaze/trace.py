@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evengaze.errors import DataError
 from evengaze.layout import ImageInfo, VisualLayout, VisualTokens
-from evengaze.methods.base import Merge
+from evengaze.protocol import Merge
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

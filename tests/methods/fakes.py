@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evengaze.layout import VisualLayout
-from evengaze.methods.base import View
+from evengaze.protocol import View
 
 
 class FakeAttention:

@@ -16,12 +16,12 @@ from evengaze import methods
 from evengaze.debias import Debias, Exponential, PaddingMask
 from evengaze.errors import ConfigError, UnsupportedModelError
 from evengaze.layout import VisualLayout
-from evengaze.methods.base import Pruner
 from evengaze.methods.fastv import FastV
 from evengaze.methods.illava import ILLaVA
 from evengaze.methods.official import FastVMasked, FastVRecompute, HiMAPRecompute
 from evengaze.methods.visionzip import VisionZip
 from evengaze.models import adapter_for
+from evengaze.protocol import Pruner
 from evengaze.schedule import Schedule
 from evengaze.testing import layout_of, tiny
 from evengaze.testing.oracle import replayed

@@ -5,7 +5,6 @@ from transformers import LlamaConfig, MixtralConfig
 
 from evengaze import methods
 from evengaze.errors import ConfigError
-from evengaze.methods.base import Stage
 from evengaze.methods.baselines import Dense
 from evengaze.methods.fastv import FastV
 from evengaze.methods.himap import HiMAP
@@ -13,6 +12,7 @@ from evengaze.methods.illava import ILLaVA
 from evengaze.methods.pyramiddrop import PyramidDrop
 from evengaze.methods.sparsevlm import SparseVLM
 from evengaze.methods.tokencarve import TokenCarve
+from evengaze.protocol import Stage
 from evengaze.schedule import DecoderShape, Schedule, solve_for_budget
 
 SOLVABLE = [n for n in methods.names() if n != "dense"]

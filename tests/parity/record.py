@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from evengaze.layout import VisualLayout
-from evengaze.methods.base import Pruner, Selection, View
+from evengaze.protocol import Pruner, Selection, View
 
 
 class Report:

@@ -21,8 +21,8 @@ from evengaze.debias.observe import Encode, Observations, Sample, observe
 from evengaze.debias.observer import attended_layer, first_stage
 from evengaze.debias.stats import LayerStats
 from evengaze.errors import CurveError
-from evengaze.methods.base import Pruner
 from evengaze.models import adapter_for
+from evengaze.protocol import Pruner
 
 
 def calibrate(

@@ -13,6 +13,7 @@ from typing import Any
 
 from evengaze.debias.trend import TrendCurve, max_log_ratio, trend_from_dict
 from evengaze.errors import CurveError
+from evengaze.models.base import architecture_of as architecture_of
 
 SCHEMA = 1
 
@@ -298,17 +299,6 @@ def warn_if_foreign(
             stacklevel=3,
         )
     return found
-
-
-def architecture_of(config: Any) -> str:
-    """What must agree between two models for their trends to be comparable, from a transformers configuration.
-
-    Returns:
-        model type / decoder type / layers x hidden size, e.g. "llava/llama/32x4096".
-    """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    size = f"{getattr(text, 'num_hidden_layers', '?')}x{getattr(text, 'hidden_size', '?')}"
-    return f"{getattr(config, 'model_type', '?')}/{getattr(text, 'model_type', '?')}/{size}"
 
 
 def hash_data(items: Sequence[bytes | str]) -> str:

@@ -20,8 +20,8 @@ from evengaze.debias.observer import Observer, Sink, attended_layer, first_stage
 from evengaze.debias.stats import LayerStats
 from evengaze.debias.steps import Debias
 from evengaze.errors import ConfigError, CurveError
-from evengaze.methods.base import Pruner, View, resolve_keep
 from evengaze.models import adapter_for
+from evengaze.protocol import Pruner, View, resolve_keep
 
 STATE = 1
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evengaze.errors import ConfigError
-from evengaze.methods.base import Pruner, Selection, Stage, View
+from evengaze.protocol import Pruner, Selection, Stage, View
 
 Sink = Callable[[int, View, Tensor], None]
 

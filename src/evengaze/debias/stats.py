@@ -17,7 +17,7 @@ from evengaze.debias.profile import GROUPS, Array, Profile, floored_log
 from evengaze.debias.steps import Debias
 from evengaze.errors import CurveError
 from evengaze.layout import VisualTokens
-from evengaze.methods.base import top_allowed
+from evengaze.protocol import top_allowed
 
 MAX_POSITIONS = 1024
 

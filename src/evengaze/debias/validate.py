@@ -13,7 +13,7 @@ from evengaze.debias.curve import Curve, CurveWarning
 from evengaze.debias.measures import Measure
 from evengaze.debias.observe import Sample, observe
 from evengaze.debias.steps import Debias
-from evengaze.methods.base import Pruner
+from evengaze.protocol import Pruner
 
 MARGIN = 0.02
 """A mean kept index that is off by more than this fraction of the raster is worth a warning."""

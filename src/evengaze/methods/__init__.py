@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from evengaze.errors import ConfigError
-from evengaze.methods.base import Merge, Pruner, Selection, Stage, View
+from evengaze.protocol import Merge, Pruner, Selection, Stage, View
 
 _METHODS: dict[str, str | type[Pruner]] = {
     "fastv": "evengaze.methods.fastv:FastV",

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from evengaze.methods.base import View
+from evengaze.methods import View
 from evengaze.methods.stages import OneStage
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from evengaze.layout import VisualTokens
-from evengaze.methods.base import Merge, Pruner, Selection, Stage, View
-from evengaze.methods.stages import OneStage, Source
+from evengaze.methods.stages import OneStage
+from evengaze.protocol import Merge, Pruner, Selection, Source, Stage, View
 
 
 @dataclass(frozen=True)

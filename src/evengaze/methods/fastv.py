@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from evengaze.methods.base import Selection, View
 from evengaze.methods.stages import OneStage
+from evengaze.protocol import Selection, View
 
 
 @dataclass(frozen=True)

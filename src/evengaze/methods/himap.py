@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from evengaze.methods.base import View
 from evengaze.methods.stages import ManyStages
+from evengaze.protocol import View
 
 if TYPE_CHECKING:
     from evengaze.debias import Debias

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from evengaze.errors import ConfigError
-from evengaze.methods.base import Merge, Selection, Stage, View, resolve_keep
 from evengaze.methods.stages import OneStage
 from evengaze.methods.vision import shorten
+from evengaze.protocol import Merge, Selection, Stage, View, resolve_keep
 
 if TYPE_CHECKING:
     from evengaze.models.base import Adapter

@@ -10,8 +10,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from evengaze.methods.base import Positions, View
-from evengaze.methods.stages import ManyStages, Source
+from evengaze.methods.stages import ManyStages
+from evengaze.protocol import Positions, Source, View
 
 
 @dataclass(frozen=True)

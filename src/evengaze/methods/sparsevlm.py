@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from evengaze.errors import ConfigError
-from evengaze.methods.base import Merge, Positions, Pruner, Selection, Stage, View, resolve_keep, top_allowed
 from evengaze.methods.stages import check_layers, per_stage, scale_layers
+from evengaze.protocol import Merge, Positions, Pruner, Selection, Stage, View, resolve_keep, top_allowed
 
 if TYPE_CHECKING:
     from typing_extensions import Self

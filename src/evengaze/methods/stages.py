@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from evengaze.errors import ConfigError
-from evengaze.methods.base import Pruner, Stage, resolve_keep
+from evengaze.protocol import Pruner, Source, Stage, resolve_keep
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-Source = Literal["previous", "own"] | None
 
 
 @dataclass(frozen=True)

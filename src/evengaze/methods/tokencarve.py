@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from evengaze.errors import ConfigError
-from evengaze.methods.base import Merge, Selection, Stage, View
 from evengaze.methods.stages import OneStage
+from evengaze.protocol import Merge, Selection, Stage, View
 
 
 @dataclass(frozen=True)

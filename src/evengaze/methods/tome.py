@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from evengaze.methods.base import Merge, Selection, View
-from evengaze.methods.stages import OneStage, Source
+from evengaze.methods.stages import OneStage
+from evengaze.protocol import Merge, Selection, Source, View
 
 
 @dataclass(frozen=True)

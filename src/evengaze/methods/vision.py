@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from evengaze.attention import AttentionStates, attention_module, tap
 from evengaze.errors import ConfigError, LayoutError, UnsupportedModelError
 from evengaze.layout import VisualLayout
-from evengaze.methods.base import Selection, View
 from evengaze.models.base import Adapter, VisionTower
+from evengaze.protocol import Selection, View
 
 Choose = Callable[[Tensor], Selection]
 """From the (n,) scores of one image's current patches to what becomes of them."""

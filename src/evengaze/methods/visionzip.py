@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from evengaze.methods.base import View
-from evengaze.methods.stages import OneStage, Source
+from evengaze.methods.stages import OneStage
 from evengaze.methods.vision import watch
+from evengaze.protocol import Source, View
 
 if TYPE_CHECKING:
     from evengaze.models.base import Adapter

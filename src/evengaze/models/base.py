@@ -170,3 +170,14 @@ def find_decoder(model: nn.Module) -> nn.Module:
         f"{type(model).__name__}: no decoder layers found (looked for a ModuleList called 'layers' under "
         f"{', '.join(_INNER)}). Register an adapter whose decoder() returns the module that holds them."
     )
+
+
+def architecture_of(config: Any) -> str:
+    """What must agree between two models for their trends to be comparable, from a transformers configuration.
+
+    Returns:
+        model type / decoder type / layers x hidden size, e.g. "llava/llama/32x4096".
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = f"{getattr(text, 'num_hidden_layers', '?')}x{getattr(text, 'hidden_size', '?')}"
+    return f"{getattr(config, 'model_type', '?')}/{getattr(text, 'model_type', '?')}/{size}"

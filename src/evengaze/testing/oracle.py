@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from evengaze.layout import VisualTokens
-from evengaze.methods.base import Merge, Pruner
+from evengaze.protocol import Merge, Pruner
 from evengaze.trace import Trace
 
 

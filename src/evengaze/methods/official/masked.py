@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from evengaze.attention import AttentionStates, attention_module, tap
 from evengaze.cut import causal_mask, take_mask
 from evengaze.layout import VisualTokens
-from evengaze.methods.base import Mode, Selection, View
 from evengaze.methods.fastv import FastV
 from evengaze.models import find_decoder
 from evengaze.models.base import Adapter
+from evengaze.protocol import Mode, Selection, View
 
 
 @dataclass(frozen=True)

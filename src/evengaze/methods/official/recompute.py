@@ -13,9 +13,9 @@ from torch import nn
 
 from evengaze.engine import Handle
 from evengaze.layout import VisualLayout
-from evengaze.methods.base import Mode
 from evengaze.methods.fastv import FastV
 from evengaze.methods.himap import HiMAP
+from evengaze.protocol import Mode
 
 
 class RecomputingHandle(Handle):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evengaze.layout import VisualTokens
-from evengaze.methods.base import Merge, Selection, View
+from evengaze.protocol import Merge, Selection, View
 
 
 @dataclass
