@@ -47,7 +47,7 @@ def attach(model: nn.Module, pruner: Pruner, *, layout: VisualLayout | None = No
         UnsupportedModelError: no adapter serves the model.
         ConfigError: the method's stages do not fit the model.
     """
-    return Handle(model, pruner, layout)
+    return pruner(model, layout=layout)
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,27 @@ class _Frozen:
 class Handle:
     """An attached pruner. A context manager: leaving it, also by an exception, restores the model.
 
+    Args:
+        model: as for `attach`.
+        pruner: as for `attach`.
+        layout: as for `attach`.
+        freeze: without a cache, every token of a generation repeats the prefill; repeat the first one's selection then
+            (as a cache would), or rank anew each time.
+
     Attributes:
         model: the model.
         pruner: the method.
         trace: what the last call with visual tokens kept and dropped; None before the first.
     """
 
-    def __init__(self, model: nn.Module, pruner: Pruner, layout: VisualLayout | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, pruner: Pruner, layout: VisualLayout | None = None, *, freeze: bool = True
+    ) -> None:
         unwrap = getattr(model, "get_base_model", None)  # adapters such as LoRA wrap the model whose forward runs
         model = unwrap() if callable(unwrap) else model
         self.model, self.pruner = model, pruner
         self.trace: Trace | None = None
-        self._layout = layout
+        self._layout, self._freeze = layout, freeze
         self._adapter: Adapter | None = None if layout is not None else adapter_for(model)
         if isinstance(self._adapter, BareDecoder):
             raise UnsupportedModelError(
@@ -363,7 +372,7 @@ class Handle:
                 "Check that the adapter's decoder() is the module whose layers really run."
             )
         self.trace = run.trace(self.pruner, len(self._layers))
-        if self._generating and run.cache is None:
+        if self._freeze and self._generating and run.cache is None:
             self._frozen = _Frozen(run.inputs.detach(), run.layout, run.selections)
         if self._labels and run.slots is not None:  # the loss compares with labels of the full length
             states = out.last_hidden_state

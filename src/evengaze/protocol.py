@@ -306,9 +306,9 @@ class Pruner(ABC):
     # -- use ----------------------------------------------------------------------------------------------------
     def __call__(self, model: nn.Module, *, layout: VisualLayout | None = None) -> Handle:
         """Attach to a model; use the result as a context manager, or call its `remove()`."""
-        from evengaze.engine import attach
+        from evengaze.engine import Handle
 
-        return attach(model, self, layout=layout)
+        return Handle(model, self, layout)
 
     def schedule(self, layers: int, visual: int) -> Schedule:
         """Visual tokens entering each layer, for `visual` tokens at the start."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from evengaze import methods
 from evengaze.debias import Debias, Exponential, PaddingMask
+from evengaze.engine import attach
 from evengaze.errors import ConfigError, UnsupportedModelError
 from evengaze.layout import VisualLayout
 from evengaze.methods.fastv import FastV
@@ -193,6 +194,16 @@ def test_recomputing_methods_rank_every_call(pruner: Pruner) -> None:
     with torch.no_grad(), pruner(model, layout=layout):
         fresh = model(input_ids=longer, use_cache=False).logits[:, -1]
     assert torch.allclose(drifting[:, 3], fresh, atol=1e-4)
+
+
+def test_attach_does_what_the_pruner_does() -> None:
+    model, inputs, layout = prompt(1, "sdpa")
+    pruner, ids = FastVRecompute(5), inputs["input_ids"]
+    drifting = generate(model, {"input_ids": ids}, pruner, layout, use_cache=False).logits
+    with attach(model, pruner, layout=layout):
+        assert torch.equal(generate(model, {"input_ids": ids}, None, use_cache=False).logits, drifting)
+    frozen = generate(model, {"input_ids": ids}, FastV(5, mode="official"), layout, use_cache=False).logits
+    assert not torch.allclose(drifting, frozen, atol=1e-4)
 
 
 # -- the vision tower -------------------------------------------------------------------------------------------------

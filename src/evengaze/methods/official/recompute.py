@@ -7,7 +7,7 @@ far, then takes part in the ranking, so that the kept tokens drift while the ans
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -15,39 +15,27 @@ from evengaze.engine import Handle
 from evengaze.layout import VisualLayout
 from evengaze.methods.fastv import FastV
 from evengaze.methods.himap import HiMAP
-from evengaze.protocol import Mode
-
-
-class RecomputingHandle(Handle):
-    """A handle that forgets each call, where the engine would repeat its selection in the calls that follow."""
-
-    def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        out = super()._leave_decoder(module, args, kwargs, out)
-        self._frozen = None
-        return out
+from evengaze.protocol import Mode, Pruner
 
 
 @dataclass(frozen=True)
-class FastVRecompute(FastV):
-    """FastV as `fast_v_inplace=True` runs it. Use it with `use_cache=False`."""
-
+class _Recompute(Pruner):
     mode: Mode = field(default="official", kw_only=True)
+
+    def __call__(self, model: nn.Module, *, layout: VisualLayout | None = None) -> Handle:
+        """Attach to a model, to rank anew in each call of a generation."""
+        return Handle(model, self, layout, freeze=False)
+
+
+@dataclass(frozen=True)
+class FastVRecompute(_Recompute, FastV):
+    """FastV as `fast_v_inplace=True` runs it. Use it with `use_cache=False`."""
 
     name: ClassVar[str] = "fastv-recompute"
 
-    def __call__(self, model: nn.Module, *, layout: VisualLayout | None = None) -> Handle:
-        """Attach to a model."""
-        return RecomputingHandle(model, self, layout)
-
 
 @dataclass(frozen=True)
-class HiMAPRecompute(HiMAP):
+class HiMAPRecompute(_Recompute, HiMAP):
     """HiMAP as its evaluation scripts run it. Use it with `use_cache=False`."""
 
-    mode: Mode = field(default="official", kw_only=True)
-
     name: ClassVar[str] = "himap-recompute"
-
-    def __call__(self, model: nn.Module, *, layout: VisualLayout | None = None) -> Handle:
-        """Attach to a model."""
-        return RecomputingHandle(model, self, layout)
