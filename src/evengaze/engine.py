@@ -214,13 +214,18 @@ class Handle:
                 "prefill_chunk_size splits the prompt, so that visual tokens would be ranked by a question that has "
                 "not been read yet. Set prefill_chunk_size=None; pruning already lowers the prefill's memory."
             )
-        self._encoded.clear()
+        self._forget_encoded()
         self._frozen = None
         self._generating = True
 
     def _leave_generate(self) -> None:
         self._generating = False
         self._frozen = None
+
+    def _forget_encoded(self) -> None:
+        """What has been encoded so far belongs to no later call."""
+        self._encoded.clear()
+        self._shared["prompt"] = self._shared.get("prompt", 0) + 1
 
     def _encode(self, kind: Any, arguments: dict[str, Any]) -> None:
         self._encoded.append(EncoderCall(kind, arguments))
@@ -229,7 +234,7 @@ class Handle:
         if module is self.model:
             self._ids, self._mask, self._labels = None, None, False
             if not self._generating and kwargs.get("mm_encoder_outputs") is None:
-                self._encoded.clear()  # left by a call that failed before it reached the decoder
+                self._forget_encoded()  # left by a call that failed before it reached the decoder, or asked for outside
         ids = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(ids, Tensor) and ids.dim() == 2:
             self._ids = ids
@@ -252,7 +257,8 @@ class Handle:
     def _begin(self, states: Tensor, mask: Any, cache: Any) -> Prefill | None:
         ids, given = self._ids, self._mask if self._mask is not None else mask
         self._ids = self._mask = None
-        encoded, self._encoded = tuple(self._encoded), []
+        encoded = tuple(self._encoded)
+        self._forget_encoded()
         length, past = states.shape[1], 0 if cache is None else int(cache.get_seq_length())
         real = _real_tokens(given, states, past)
         frozen = self._frozen

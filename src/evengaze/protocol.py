@@ -113,7 +113,8 @@ class View:
         initial: the table of all visual tokens at the start (`initial.position` indexes `embeddings`).
         real: (L,) bool, False for batch padding and fillers.
         memory: lives as long as the prompt; a method may carry values from stage to stage in it.
-        shared: lives as long as the attachment (see `Pruner.prepare`). The engine puts the call's `layout` in it.
+        shared: lives as long as the attachment (see `Pruner.prepare`). The engine puts the call's `layout` in it, and
+            `prompt`, a number that changes when what the encoders did so far belongs to no later call.
     """
 
     stage: int

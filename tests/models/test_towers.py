@@ -65,6 +65,19 @@ def test_illava_drops_patches_in_the_tower(family: str, video: bool) -> None:
     assert torch.equal(before, after)
 
 
+@pytest.mark.parametrize("method", ["visionzip:keep=5", "illava:vision_layers=[0,1],vision_drop=0.25"])
+def test_encoding_pictures_in_between_disturbs_nothing(method: str) -> None:
+    model, inputs = tiny("llava", 2)
+    pixels = inputs["pixel_values"]
+    with parse(method)(model), torch.no_grad():
+        expected = greedy(model, inputs)[1]
+        for others in (pixels[:1].flip(-1), pixels.flip(0)):
+            model.get_image_features(pixel_values=others)
+            assert torch.equal(greedy(model, inputs)[1], expected)
+            model.get_image_features(pixel_values=others)
+            assert torch.allclose(model(**inputs).logits[:, -1], expected[:, 0], atol=1e-4)
+
+
 @pytest.mark.parametrize("family", [f for f in families() if f not in ("llama", "llava", "video_llava", "paligemma")])
 def test_refused_with_the_reason(family: str) -> None:
     model, _ = tiny(family)

@@ -8,7 +8,7 @@ before its first layer, where `Patches.of` tells a method what the tower decided
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,17 +25,23 @@ Choose = Callable[[Tensor], Selection]
 
 
 class Patches:
-    """One value for every patch that the tower saw, from the tower's calls to the prefill that uses them."""
+    """One value for every patch that the tower saw, from the tower's calls to the prefill that uses them.
 
-    def __init__(self) -> None:
+    Args:
+        shared: the attachment's dictionary; its `prompt` says when the calls of the next prompt begin.
+    """
+
+    def __init__(self, shared: Mapping[str, Any]) -> None:
+        self._shared = shared
         self._calls: list[Tensor] = []
-        self._used = False
+        self._prompt: int | None = None
 
     def add(self, values: Tensor) -> None:
-        """Values of one call, (pictures, patches); the first call after a prefill begins a new prompt."""
-        if self._used:
+        """Values of one call, (pictures, patches)."""
+        prompt = self._shared.get("prompt")
+        if prompt != self._prompt:
             self._calls.clear()
-        self._used = False
+        self._prompt = prompt
         self._calls.append(values)
 
     def of(self, view: View) -> Tensor:
@@ -45,7 +51,6 @@ class Patches:
             LayoutError: the tower did not run for this prompt, or its patches are not the row's visual tokens.
         """
         layout: VisualLayout = view.shared["layout"]
-        self._used = True
         if not self._calls:
             raise LayoutError("the vision tower did not run for these images; pass pixels, not image embeddings")
         values = torch.cat(self._calls).to(view.hidden.device)
@@ -81,7 +86,7 @@ def watch(model: nn.Module, adapter: Adapter | None, shared: dict[str, Any]) -> 
 
     From the class token where the tower has one, else the mean over all patches, as VisionZip does.
     """
-    patches = shared["patches"] = Patches()
+    patches = shared["patches"] = Patches(shared)
 
     def arm(tower: VisionTower, layer: nn.Module, args: Any) -> None:
         def sink(states: AttentionStates) -> None:
@@ -104,7 +109,7 @@ def shorten(
     model: nn.Module, adapter: Adapter | None, shared: dict[str, Any], layers: Sequence[int], choose: Choose
 ) -> Callable[[], None]:
     """Let patches leave in the given encoder layers; `shared["patches"]` says which survived (1) or not (0)."""
-    patches = shared["patches"] = Patches()
+    patches = shared["patches"] = Patches(shared)
     cuts = [TowerCut(tower, layers, choose) for tower in towers(model, adapter)]
     handles = [h for cut in cuts for h in [*cut.install(), *cut.restore(patches)]]
     return functools.partial(_remove, handles)
