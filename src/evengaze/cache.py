@@ -14,14 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicSlidingWindowLayer,
+    QuantizedLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
 
 from evengaze.cut import causal_mask, is_flat, mask_columns, take_mask
+from evengaze.errors import ConfigError
+
+_QUANTIZED: type = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)  # the base came with the FP8 cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +67,19 @@ def layer_of(cache: Any, index: int) -> Any:
         cache.layers.append(make())
     layer = cache.layers[index] if index < len(cache.layers) else None
     return layer if hasattr(layer, "get_mask_sizes") else None
+
+
+def check(cache: Any) -> None:
+    """Raise a ConfigError unless the entries of a cache's layers can be counted and dropped."""
+    kinds = [type(layer) for layer in getattr(cache, "layers", ())]
+    kinds.append(getattr(cache, "layer_class_to_replicate", None) or type(None))
+    for kind in kinds:
+        if issubclass(kind, _QUANTIZED):
+            raise ConfigError(
+                f"the cache is quantized ({kind.__name__}): it hides its entries, so that it cannot be told which of "
+                "them tokens were dropped from. Leave out cache_implementation='quantized' (or pass a DynamicCache); "
+                "pruning makes the cache smaller by itself."
+            )
 
 
 def kept_of(layer: Any) -> Kept | None:

@@ -271,6 +271,7 @@ class Handle:
             layout = self._find(Call(ids, None if given is None else real, past, encoded), length)
         if layout is None or layout.total == 0:
             return None
+        kv.check(cache)
         if self._adapter is not None:
             reads = [s.attended for _, s in self._stages.values() if s.attended is not None]
             self._adapter.check_windows(self.model, reads, past + length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+from transformers.cache_utils import Cache, QuantizedLayer
 
 import evengaze as eg
 from evengaze.errors import AttachError, ConfigError, LayoutError, NothingPrunedError, ScoreError, UnsupportedModelError
@@ -77,6 +78,25 @@ def test_chunked_prefill():
     model, inputs = tiny("llava")
     with pytest.raises(ConfigError, match="prefill_chunk_size"), eg.FastV(keep=4)(model):
         generate(model, inputs, prefill_chunk_size=8)
+
+
+class Halved(QuantizedLayer):
+    def _quantize(self, tensor, axis=0):
+        return tensor.half()
+
+    def _dequantize(self, q_tensor):
+        return q_tensor.float()
+
+
+def test_quantized_caches():
+    model, inputs = tiny("llava")
+    layers = len(model.model.language_model.layers)
+    caches = [Cache(layers=[Halved() for _ in range(layers)]), Cache(layer_class_to_replicate=Halved)]
+    with eg.FastV(keep=4)(model):
+        for cache in caches:
+            with pytest.raises(ConfigError, match="cache_implementation"):
+                generate(model, inputs, past_key_values=cache)
+        generate(model, inputs)
 
 
 def test_nan_scores():
