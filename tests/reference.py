@@ -13,11 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def decoder_of(model: Any) -> Any:
-    """The module with the decoder layers, found without the library's help."""
-    found = [m for n, m in model.named_modules() if hasattr(m, "layers") and hasattr(m, "embed_tokens")]
-    return found[0]
+from evengaze.testing.oracle import additive_mask, decoder_of, hide
 
 
 @contextmanager
@@ -43,17 +39,9 @@ def masked_from(model: Any, plan: Sequence[tuple[int, Tensor]]) -> Iterator[None
 
 def _hide(dropped: Tensor) -> Any:
     def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        states, mask = args[0], kwargs["attention_mask"]
-        length = states.shape[1]
-        lowest = torch.finfo(states.dtype).min
-        if mask is None:
-            future = torch.ones(length, length, dtype=torch.bool).triu(1)
-            mask = torch.zeros(1, 1, length, length, dtype=states.dtype).masked_fill(future, lowest)
-        column = torch.zeros(states.shape[0], length, dtype=torch.bool)
-        column[:, : dropped.shape[1]] = dropped
-        # A dropped token's own row means nothing; it may see itself so that no row is empty.
-        blocked = column[:, None, None, :] & ~torch.eye(length, dtype=torch.bool)
-        mask = mask.expand(states.shape[0], -1, -1, -1).masked_fill(blocked, lowest)
+        states = args[0]
+        later = states.shape[1] - dropped.shape[1]
+        mask = hide(additive_mask(kwargs["attention_mask"], states), torch.nn.functional.pad(dropped, (0, later)))
         return args, {**kwargs, "attention_mask": mask}
 
     return hook

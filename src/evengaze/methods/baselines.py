@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evengaze.layout import VisualTokens
-from evengaze.methods.stages import OneStage
+from evengaze.methods.stages import Grouping, OneStage
 from evengaze.protocol import Merge, Pruner, Selection, Source, Stage, View
 
 
@@ -75,22 +75,10 @@ class Uniform(OneStage):
 
 
 @dataclass(frozen=True)
-class Pool(OneStage):
-    """Average pooling over the cells of the lattice of `Uniform`: a quarter of the tokens is 2 x 2 pooling.
-
-    Attributes:
-        keep: visual tokens left: a number, or a fraction in (0, 1].
-        layer: where they are averaged; 0 is before the decoder.
-    """
-
-    layer: int = 0
+class Pool(Grouping):
+    """Average pooling over the cells of the lattice of `Uniform`: a quarter of the tokens is 2 x 2 pooling."""
 
     name: ClassVar[str] = "pool"
-    attention: ClassVar[Source] = None
-
-    def score(self, view: View) -> Tensor:
-        """All equal; `choose` groups them."""
-        return torch.zeros(len(view), device=view.hidden.device)
 
     def choose(self, view: View, count: int) -> Selection:
         """The mean of each cell, at the cell's middle."""

@@ -1,4 +1,4 @@
-"""What methods have in common: one stage with a budget, or several; and the checks of their parameters."""
+"""What methods have in common: one stage with a budget, or several, or groups; and the checks of their parameters."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+from torch import Tensor
+
 from evengaze.errors import ConfigError
-from evengaze.protocol import Pruner, Source, Stage, resolve_keep
+from evengaze.protocol import Pruner, Source, Stage, View, resolve_keep
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -50,6 +53,25 @@ class OneStage(Pruner):
     def with_keep(self, tokens: int, visual: int) -> Self:
         """Another `keep`."""
         return self.replace(keep=tokens)
+
+
+@dataclass(frozen=True)
+class Grouping(OneStage):
+    """A method that merges tokens into groups and ranks none, before the decoder if not told otherwise. It only has to
+    say `choose`.
+
+    Attributes:
+        keep: visual tokens left: a number, or a fraction in (0, 1].
+        layer: where they are merged; 0 is before the decoder.
+    """
+
+    layer: int = 0
+
+    attention: ClassVar[Source] = None
+
+    def score(self, view: View) -> Tensor:
+        """No token is better than another."""
+        return torch.zeros(len(view), device=view.hidden.device)
 
 
 @dataclass(frozen=True)

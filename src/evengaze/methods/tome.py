@@ -10,33 +10,21 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 from torch.nn.functional import normalize
 
-from evengaze.methods.stages import OneStage
-from evengaze.protocol import Merge, Selection, Source, View
+from evengaze.methods.stages import Grouping
+from evengaze.protocol import Merge, Selection, View
 
 
 @dataclass(frozen=True)
-class ToMe(OneStage):
+class ToMe(Grouping):
     """Repeat: split the tokens alternately into A and B, link each of A to its most similar of B, merge the closest.
 
     Every pass merges at most half of the tokens. Means are weighted by the number of tokens that went into them, as in
     the paper, so the result is the plain mean of each group.
-
-    Attributes:
-        keep: visual tokens left: a number, or a fraction in (0, 1].
-        layer: where they are merged; 0 is before the decoder.
     """
 
-    layer: int = 0
-
     name: ClassVar[str] = "tome"
-    attention: ClassVar[Source] = None
-
-    def score(self, view: View) -> Tensor:
-        """No token is better than another; `choose` groups them."""
-        return torch.zeros(len(view), device=view.hidden.device)
 
     def choose(self, view: View, count: int) -> Selection:
         """Group by repeated bipartite matching; a group stands at the place of its last target."""

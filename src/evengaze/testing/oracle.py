@@ -131,7 +131,7 @@ class _State:
         def enter(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             states: Tensor = args[0] if args else kwargs["hidden_states"]
             kwargs = dict(kwargs)
-            mask = _additive(kwargs["attention_mask"], states)
+            mask = additive_mask(kwargs["attention_mask"], states)
             total = states.shape[1]
             if i in self.plan:
                 states = self.edit(states, self.plan[i])
@@ -139,7 +139,7 @@ class _State:
             if gone is not None:
                 if self.renumber:
                     kwargs.update(self.positions(i, states, gone, kwargs["position_ids"]))
-                mask = _hide(mask, gone)
+                mask = hide(mask, gone)
             elif self.trim and self.sees_all(i):
                 # The caches below the stage lose the dropped tokens once the prompt has been read; those of sliding
                 # windows, which forget by themselves, do not.
@@ -184,7 +184,7 @@ class _State:
         return {"position_ids": new, "position_embeddings": rotary(states, new, *extra)}
 
 
-def _additive(mask: Tensor | None, states: Tensor) -> Tensor:
+def additive_mask(mask: Tensor | None, states: Tensor) -> Tensor:
     """(B, 1, L, L) additive mask, also where the model made none."""
     batch, length = states.shape[:2]
     if mask is None:
@@ -194,7 +194,7 @@ def _additive(mask: Tensor | None, states: Tensor) -> Tensor:
     return mask.expand(batch, -1, -1, -1)
 
 
-def _hide(mask: Tensor, gone: Tensor) -> Tensor:
+def hide(mask: Tensor, gone: Tensor) -> Tensor:
     """Mask the columns of slots that are gone. Their own rows mean nothing, but must not be empty."""
     itself = torch.eye(gone.shape[1], dtype=torch.bool)
     return mask.masked_fill(gone[:, None, None] & ~itself, torch.finfo(mask.dtype).min)
