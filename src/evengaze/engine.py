@@ -112,7 +112,7 @@ class Handle:
         self._encoded: list[EncoderCall] = []
         self._ids: Tensor | None = None
         self._mask: Tensor | None = None
-        self._labels = False
+        self._restores = False
         self._generating = False
         self._shared: dict[str, Any] = {}
         self._undo: list[Callable[[], Any]] = []
@@ -232,7 +232,7 @@ class Handle:
 
     def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is self.model:
-            self._ids, self._mask, self._labels = None, None, False
+            self._ids, self._mask, self._restores = None, None, False
             if not self._generating and kwargs.get("mm_encoder_outputs") is None:
                 self._forget_encoded()  # left by a call that failed before it reached the decoder, or asked for outside
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -241,7 +241,9 @@ class Handle:
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             self._mask = mask
-        self._labels = self._labels or kwargs.get("labels") is not None
+        # The loss compares with labels of the full length, and positions to predict at count from its start.
+        positions = isinstance(kwargs.get("logits_to_keep"), Tensor)
+        self._restores = self._restores or positions or kwargs.get("labels") is not None
 
     def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._run = None
@@ -381,7 +383,7 @@ class Handle:
         self.trace = run.trace(self.pruner, len(self._layers))
         if self._freeze and self._generating and run.cache is None:
             self._frozen = _Frozen(run.inputs.detach(), run.layout, run.selections)
-        if self._labels and run.slots is not None:  # the loss compares with labels of the full length
+        if self._restores and run.slots is not None:
             states = out.last_hidden_state
             index = run.slots.to(states.device)[..., None].expand_as(states)
             full = states.new_zeros(states.shape[0], run.length, states.shape[2])

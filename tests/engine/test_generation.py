@@ -279,6 +279,15 @@ def test_labels_keep_their_length():
     out.loss.backward()
 
 
+def test_positions_to_predict_at_count_in_the_whole_prompt():
+    model, inputs = tiny("llava")
+    with torch.no_grad(), eg.FastV(keep=5)(model) as run:
+        full = model(**inputs, labels=inputs["input_ids"]).logits
+        left = (~dropped_from(run.trace)[0][1][0]).nonzero().flatten()
+        for keep, expected in ((left, full[:, left]), (1, full[:, -1:])):
+            assert torch.allclose(model(**inputs, logits_to_keep=keep).logits, expected, atol=1e-5)
+
+
 def test_deepcopy_of_an_attached_model():
     model, inputs = tiny("llava")
     with eg.FastV(keep=5)(model):
