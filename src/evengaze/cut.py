@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,6 +42,20 @@ def mask_columns(mask: Any) -> int:
 def is_flat(mask: Any) -> bool:
     """Whether a mask is a 2-D padding mask, as flash attention takes it, without queries of its own."""
     return isinstance(mask, Tensor) and mask.dim() == 2
+
+
+def real_tokens(mask: Any, states: Tensor, past: int) -> Tensor:
+    """(B, L) bool: which tokens of a call are no padding, from a 2-D or 4-D mask, one for each layer type, or none."""
+    batch, length = states.shape[:2]
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask[:, -length:].bool().to(states.device)
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        seen = mask[:, 0, -1, past : past + length]  # the last query sees every real token
+        seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
+        return seen.expand(batch, -1).to(states.device)
+    return torch.ones(batch, length, dtype=torch.bool, device=states.device)
 
 
 def take_mask(mask: Any, rows: Tensor | None, columns: Tensor, real: Tensor | None) -> Any:

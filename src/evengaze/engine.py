@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from evengaze import cache as kv
 from evengaze.attention import attention_module, hidden_attention, implementation_of, probe, tap, untap
+from evengaze.cut import real_tokens
 from evengaze.errors import AttachError, ConfigError, LayoutError, NothingPrunedError, UnsupportedModelError
 from evengaze.layout import VisualLayout
 from evengaze.models import BareDecoder, adapter_for, find_decoder
@@ -262,7 +263,7 @@ class Handle:
         encoded = tuple(self._encoded)
         self._forget_encoded()
         length, past = states.shape[1], 0 if cache is None else int(cache.get_seq_length())
-        real = _real_tokens(given, states, past)
+        real = real_tokens(given, states, past)
         frozen = self._frozen
         if not states.is_floating_point():
             states = self._decoder.get_input_embeddings()(states)
@@ -422,17 +423,3 @@ def _intercept(
 
     owner.__dict__[name] = call
     return undo
-
-
-def _real_tokens(mask: Any, states: Tensor, past: int) -> Tensor:
-    """(B, L) bool: which tokens of a call are no padding, from a 2-D or 4-D mask, one for each layer type, or none."""
-    batch, length = states.shape[:2]
-    if isinstance(mask, Mapping):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask[:, -length:].bool().to(states.device)
-    if isinstance(mask, Tensor) and mask.dim() == 4:
-        seen = mask[:, 0, -1, past : past + length]  # the last query sees every real token
-        seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
-        return seen.expand(batch, -1).to(states.device)
-    return torch.ones(batch, length, dtype=torch.bool, device=states.device)
