@@ -6,6 +6,7 @@ The layouts are those people already have: LLaVA's ``playground/data/eval`` and 
 
 from __future__ import annotations
 
+import json
 import uuid
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -25,6 +26,7 @@ from evengaze.evaluate.benchmarks.types import (
     ScoreOptions,
 )
 from evengaze.evaluate.files import Answer, Lines, read_answers, read_jsonl, require_clean
+from evengaze.evaluate.metrics.normalize import evalai_normalize
 
 
 def number_repeats(bases: Iterable[str]) -> list[str]:
@@ -172,13 +174,29 @@ class Benchmark(ABC):
     def score_default(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
         """Score correctly: joined by key, problems named, nothing missing counted as wrong."""
 
-    @abstractmethod
     def score_official(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
-        """Score as the official code does, quirks included.
+        """Score as the official code does, quirks included; as by default where there is none to reproduce.
 
         Raises:
             OfficialError: Where the official code stops.
         """
+        score = self.score_default(answers, data, options)
+        score.mode = "official"
+        return score
+
+    def result(
+        self,
+        mode: Mode,
+        value: float | None,
+        metrics: dict[str, Any],
+        *,
+        n_records: int,
+        per_record: dict[str, float],
+        **more: Any,
+    ) -> Score:
+        """Return a score of this benchmark; what has credit counts as scored unless `more` says otherwise."""
+        more = {"n_scored": len(per_record), **more}
+        return Score(self.name, self.split, mode, self.metric, value, metrics, n_records, per_record=per_record, **more)
 
     def score(self, answers: Path, data: Path, mode: Mode = "default", options: ScoreOptions | None = None) -> Score:
         """Score a predictions file.
@@ -354,23 +372,47 @@ def question_rows(benchmark: Benchmark, data: Path, name: str) -> dict[str, dict
     return dict(zip(number_repeats(str(row["question_id"]) for row in rows), rows, strict=True))
 
 
-def unscored(benchmark: Benchmark, mode: Mode, keys: Sequence[str], problems: Problems) -> Score:
+def unscored(benchmark: Benchmark, keys: Sequence[str], problems: Problems) -> Score:
     """Return the score of predictions that only a server can score."""
-    return Score(
-        benchmark.name,
-        benchmark.split,
-        mode,
-        benchmark.metric,
+    return benchmark.result(
+        "default",
         None,
         {"answered": len(keys) - len(problems.missing)},
         n_records=len(keys),
-        n_scored=0,
+        per_record={},
         problems=problems,
         notes=[
             f"The answers of {benchmark.title} {benchmark.split} are not public: write the submission file with "
             f"`--submission FILE` and upload it to {benchmark.server}."
         ],
     )
+
+
+def write_normalised(
+    out: Path, lines: Lines, rows: Iterable[dict[str, Any]], field: str, default: str | None = None
+) -> dict[str, Any]:
+    """Write a server's JSON: for each question its `field` and the prediction as EvalAI normalises it.
+
+    Args:
+        out: File to write.
+        lines: The predictions; of several for one question the last counts.
+        rows: The questions, in the file's order.
+        field: What names a question there.
+        default: Stands in for a missing prediction.
+
+    Returns:
+        The path and the counts that LLaVA's converters print.
+    """
+    found = {str(answer["question_id"]): evalai_normalize(answer["text"]) for answer in lines.records}
+    written = [{field: row[field], "answer": found.get(str(row["question_id"]), default)} for row in rows]
+    write_text(out, json.dumps(written))
+    return {
+        "path": str(out),
+        "total_results": len(found),
+        "total_split": len(written),
+        "error_line": sum(not item.is_json for item in lines.malformed),
+        "empty": sum(not row["answer"] for row in written),
+    }
 
 
 def write_text(out: Path, text: str) -> None:

@@ -93,15 +93,11 @@ class GQA(Benchmark):
             metrics = {**gqa.evaluate(without, predictions, choices, options.consistency), "distribution": None}
         balanced = [key for key, question in questions.items() if question["isBalanced"]]
         scored = {k: float(predictions[k] == questions[k]["answer"]) for k in balanced if k in predictions}
-        return Score(
-            self.name,
-            self.split,
+        return self.result(
             "default",
-            self.metric,
             metrics["accuracy"],
             metrics,
             n_records=len(balanced),
-            n_scored=len(scored),
             per_record=scored,
         )
 

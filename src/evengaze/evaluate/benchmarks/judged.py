@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,9 +72,17 @@ class JudgedBenchmark(Benchmark):
             "these."
         ]
 
+    def judged_result(self, mode: Mode, options: ScoreOptions, models: Iterable[str], **values: Any) -> Score:
+        """Return ``result`` with what there is to say about the judge; ``models`` are the names in its replies."""
+        score = self.result(mode, judge=self.describe_judge(options, models), **values)
+        score.notes = self.judge_notes(score)
+        return score
+
     @staticmethod
-    def check_judged(found: dict[str, Any], keys: Iterable[str], path: Path) -> None:
-        """Check that recorded judgements belong to this dataset.
+    def take_judged(
+        found: dict[str, Any], keys: Collection[str], path: Path
+    ) -> tuple[dict[str, Any], list[dict[str, str]]]:
+        """Return the recorded judgements of some records by key, and an error for each record without one.
 
         Raises:
             DataError: None does.
@@ -84,3 +92,5 @@ class JudgedBenchmark(Benchmark):
                 f"none of the {len(found)} judgements in {path} belongs to the predictions (their ids are like "
                 f"{', '.join(list(found)[:3])}). Give the judgements of these answers."
             )
+        missing = [{"key": key, "error": f"not in {path}"} for key in keys if key not in found]
+        return {key: found[key] for key in keys if key in found}, missing

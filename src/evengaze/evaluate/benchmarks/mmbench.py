@@ -260,11 +260,8 @@ class MMBench(Benchmark):
         every = {name: sum(found.values()) / len(found) for name, found in hits.items()}
         single = {index: int(text == truth[index]) for index, text in texts.items()}
         first = [hit for index, hit in single.items() if index < MILLION]
-        return Score(
-            self.name,
-            self.split,
+        return self.result(
             mode,
-            self.metric,
             100 * every[rule],
             {
                 "rule": rule,

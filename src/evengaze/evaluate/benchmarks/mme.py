@@ -203,11 +203,8 @@ class MME(Benchmark):
         sums = totals(subtasks)
         absent = [name for name in (*PERCEPTION, *COGNITION) if name not in subtasks]
         n_scored = sum(item["n_questions"] for item in subtasks.values())
-        return Score(
-            self.name,
-            self.split,
+        return self.result(
             mode,
-            self.metric,
             sums["perception"]["total"],
             {**sums, "subtasks": subtasks},
             n_records=n_records or n_scored,

@@ -99,10 +99,7 @@ class MMVet(JudgedBenchmark):
         if options.judged is not None:
             read = read_json(options.judged, dict, "Give the evaluator's ...-grade-<n>runs.json.")
             found = {name.removeprefix("v1_"): row for name, row in read.items()}
-            self.check_judged(found, texts, options.judged)
-            return {key: found[key] for key in texts if key in found}, [
-                {"key": key, "error": f"not in {options.judged}"} for key in texts if key not in found
-            ]
+            return self.take_judged(found, texts, options.judged)
         judge = options.judge
         if judge is None:
             return {}, []
@@ -125,20 +122,10 @@ class MMVet(JudgedBenchmark):
             value = sum(metrics["total_unrounded_per_run"]) / len(metrics["total_unrounded_per_run"])
             per_record = {key: sum(runs) / len(runs) for key, runs in scores.items()}
             metrics["grades"] = {f"v1_{key}": row for key, row in grades.items()}
-        score = Score(
-            self.name,
-            self.split,
-            mode,
-            self.metric,
-            value,
-            metrics,
-            n_records=len(items),
-            n_scored=len(grades),
-            per_record=per_record,
-            judge=self.describe_judge(options, (name for row in grades.values() for name in row["model"])),
+        models = (name for row in grades.values() for name in row["model"])
+        return self.judged_result(
+            mode, options, models, value=value, metrics=metrics, n_records=len(items), per_record=per_record
         )
-        score.notes = self.judge_notes(score)
-        return score
 
     def write_submission(self, answers: Path, data: Path, out: Path) -> dict[str, Any]:
         """Write the JSON that the official evaluator takes."""

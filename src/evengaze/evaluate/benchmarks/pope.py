@@ -145,11 +145,8 @@ class POPE(Benchmark):
         notes: list[str],
     ) -> Score:
         means = {f"mean_{name}": sum(m[name] for m in metrics.values()) / len(metrics) for name in ("f1", "accuracy")}
-        return Score(
-            self.name,
-            self.split,
+        return self.result(
             mode,
-            self.metric,
             100 * means["mean_f1"],
             {**means, "categories": metrics},
             n_records=n_records,

@@ -72,22 +72,12 @@ class Questions(Benchmark):
                 for name, values in sorted(groups.items())
             },
         }
-        return Score(
-            self.name,
-            self.split,
+        return self.result(
             "default",
-            self.metric,
             100 * accuracy,
             metrics,
             n_records=len(truth),
-            n_scored=len(credit),
             problems=joined.problems,
             per_record=credit,
             notes=notes,
         )
-
-    def score_official(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
-        """There is no official scorer to reproduce: the same as by default."""
-        score = self.score_default(answers, data, options)
-        score.mode = "official"
-        return score

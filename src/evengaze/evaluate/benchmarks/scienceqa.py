@@ -131,11 +131,8 @@ class ScienceQA(Benchmark):
             raise DataError(f"no image question of {self.name} has a prediction; give the whole test split's.")
         correct, count = sum(right.values()), len(right)
         img_acc = img_correct / len(images) * 100
-        return Score(
-            self.name,
-            self.split,
+        return self.result(
             mode,
-            self.metric,
             img_acc,
             {
                 "acc": correct / count * 100,

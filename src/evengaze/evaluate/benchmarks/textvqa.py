@@ -122,15 +122,11 @@ class TextVQA(Benchmark):
 
     def _score(self, mode: Any, credit: dict[str, float], n_records: int, extra: dict[str, Any]) -> Score:
         accuracy = sum(credit.values()) / len(credit)
-        return Score(
-            self.name,
-            self.split,
+        return self.result(
             mode,
-            self.metric,
             100 * accuracy,
             {"accuracy": accuracy, "samples": len(credit)},
             n_records=n_records,
-            n_scored=len(credit),
             per_record=credit,
             **extra,
         )

@@ -135,10 +135,7 @@ class VideoQA(JudgedBenchmark):
         """Return verdicts by key, from the judge or recorded ones."""
         if options.judged is not None:
             found = _read_judged(options.judged)
-            self.check_judged(found, texts, options.judged)
-            return {key: found[key] for key in texts if key in found}, [
-                {"key": key, "error": f"not in {options.judged}"} for key in texts if key not in found
-            ]
+            return self.take_judged(found, texts, options.judged)
         judge = options.judge
         if judge is None:
             return {}, []
@@ -151,19 +148,16 @@ class VideoQA(JudgedBenchmark):
 
     def _score(self, mode: Mode, verdicts: dict[str, Any], n_records: int, options: ScoreOptions) -> Score:
         model = options.judge.describe()["model"] if options.judge is not None else ""
-        score = Score(
-            self.name,
-            self.split,
+        return self.judged_result(
             mode,
-            self.metric,
-            None,
-            {"verdicts": verdicts},
+            options,
+            [model] if model else [],
+            value=None,
+            metrics={"verdicts": verdicts},
             n_records=n_records,
             n_scored=len(verdicts),
-            judge=self.describe_judge(options, [model] if model else []),
+            per_record={},
         )
-        score.notes = self.judge_notes(score)
-        return score
 
     def write_submission(self, answers: Path, data: Path, out: Path) -> dict[str, Any]:
         """Write Video-LLaVA's prediction file (JSON lines of id, question, answer, pred), answers joined by id."""

@@ -5,15 +5,13 @@ LLaVA ``scripts/convert_vizwiz_for_submission.py``; lmms-eval ``tasks/vizwiz_vqa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from evengaze.evaluate.benchmarks.base import Benchmark, clean_or_stop, question_rows, unscored, write_text
+from evengaze.evaluate.benchmarks.base import Benchmark, clean_or_stop, question_rows, unscored, write_normalised
 from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, Mode, OfficialError, Record, Score, ScoreOptions
 from evengaze.evaluate.files import Lines, read_json
-from evengaze.evaluate.metrics.normalize import evalai_normalize
 from evengaze.evaluate.metrics.soft_accuracy import evalai_accuracy
 
 QUESTIONS = "llava_test.jsonl"
@@ -49,14 +47,8 @@ class VizWiz(Benchmark):
         """Check the predictions; only the server knows the answers."""
         questions = {key: row["text"] for key, row in question_rows(self, data, QUESTIONS).items()}
         joined = self.join(list(questions), answers)
-        score = unscored(self, "default", list(questions), joined.problems)
+        score = unscored(self, list(questions), joined.problems)
         score.notes += self.check_prompts(joined, {key: text.split("\n")[0] for key, text in questions.items()})
-        return score
-
-    def score_official(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
-        """Check the predictions as in default mode."""
-        score = self.score_default(answers, data, options)
-        score.mode = "official"
         return score
 
     def write_submission(self, answers: Path, data: Path, out: Path) -> dict[str, Any]:
@@ -67,7 +59,6 @@ class VizWiz(Benchmark):
         """
         lines = self.read_answers(answers)
         wanted = question_rows(self, data, QUESTIONS)
-        found = {str(answer["question_id"]): evalai_normalize(answer["text"]) for answer in lines.records}
         problems = self.join(list(wanted), lines).problems
         if problems.missing:
             raise OfficialError(
@@ -75,15 +66,7 @@ class VizWiz(Benchmark):
                 f"{answers} answers only {len(wanted) - len(problems.missing)} of {len(wanted)} questions; missing are "
                 f"{', '.join(problems.missing[:5])}. Resume the run first.",
             )
-        rows = [{"image": row["image"], "answer": found[str(row["question_id"])]} for row in wanted.values()]
-        write_text(out, json.dumps(rows))
-        return {
-            "path": str(out),
-            "total_results": len(found),
-            "total_split": len(rows),
-            "error_line": sum(not item.is_json for item in lines.malformed),
-            "duplicate": problems.duplicate,
-        }
+        return {**write_normalised(out, lines, wanted.values(), "image"), "duplicate": problems.duplicate}
 
 
 class VizWizVal(Benchmark):
@@ -136,15 +119,11 @@ class VizWizVal(Benchmark):
             for key, text in texts.items()
         }
         accuracy = sum(credit.values()) / len(credit)
-        return Score(
-            self.name,
-            self.split,
+        return self.result(
             mode,
-            self.metric,
             100 * accuracy,
             {"accuracy": accuracy},
             n_records=len(rows),
-            n_scored=len(credit),
             per_record=credit,
             notes=["VizWiz's own evaluation code is not public; the rule is lmms-eval's."],
         )

@@ -5,13 +5,12 @@ LLaVA ``scripts/convert_vqav2_for_submission.py``; GT-Vision-Lab/VQA ``vqaEval.p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from evengaze.errors import DataError
-from evengaze.evaluate.benchmarks.base import Benchmark, question_rows, unscored, write_text
+from evengaze.evaluate.benchmarks.base import Benchmark, question_rows, unscored, write_normalised
 from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, Mode, OfficialError, Record, Score, ScoreOptions
 from evengaze.evaluate.files import Lines, read_json
 from evengaze.evaluate.metrics.normalize import evalai_normalize
@@ -50,31 +49,14 @@ class VQAv2(Benchmark):
     def score_default(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
         """Check the predictions; only the server knows the answers."""
         keys = list(question_rows(self, data, TEST_DEV))
-        return unscored(self, "default", keys, self.join(keys, answers).problems)
-
-    def score_official(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
-        """Check the predictions as in default mode."""
-        score = self.score_default(answers, data, options)
-        score.mode = "official"
-        return score
+        return unscored(self, keys, self.join(keys, answers).problems)
 
     def write_submission(self, answers: Path, data: Path, out: Path) -> dict[str, Any]:
         """Write the server's JSON: every question of the whole test split, normalised, unanswered ones empty."""
         lines = self.read_answers(answers)
-        wanted = question_rows(self, data, TEST).values()
-        found = {str(answer["question_id"]): evalai_normalize(answer["text"]) for answer in lines.records}
         problems = self.join(list(question_rows(self, data, TEST_DEV)), lines).problems
-        rows = [{"question_id": row["question_id"], "answer": found.get(str(row["question_id"]), "")} for row in wanted]
-        write_text(out, json.dumps(rows))
-        return {
-            "path": str(out),
-            "total_results": len(found),
-            "total_split": len(rows),
-            "error_line": sum(not item.is_json for item in lines.malformed),
-            "empty": sum(not row["answer"] for row in rows),
-            "missing": problems.missing,
-            "duplicate": problems.duplicate,
-        }
+        written = write_normalised(out, lines, question_rows(self, data, TEST).values(), "question_id", default="")
+        return {**written, "missing": problems.missing, "duplicate": problems.duplicate}
 
 
 class VQAv2Val(Benchmark):
@@ -136,15 +118,11 @@ class VQAv2Val(Benchmark):
         for name, text in (("submitted", evalai_normalize), ("raw", str)):
             credits[name] = {key: vqa_accuracy(text(texts[key]), human[key]) for key in texts}
             reports[name] = {**vqa_report(credits[name], answer_type, question_type), "per_record": credits[name]}
-        return Score(
-            self.name,
-            self.split,
+        return self.result(
             mode,
-            self.metric,
             reports["submitted"]["overall"],
             {**reports["submitted"], "raw_answers": reports["raw"]},
             n_records=len(annotations),
-            n_scored=len(texts),
             per_record=credits["submitted"],
             notes=[
                 "Answers are normalised as LLaVA's converter does before submission; 'raw_answers' are scored as they "
