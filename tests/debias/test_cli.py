@@ -228,6 +228,8 @@ def test_bad_input_is_an_error_that_names_the_fix(pictures: Path) -> None:
             invoke(*begin, "--images", pictures / "list.jsonl", *option)
     with pytest.raises(ConfigError, match=r"\.json"):
         invoke("calibrate", "--model", "m", "--images", pictures, "-o", "curve.txt")
+    with pytest.raises(DataError, match="nowhere is no folder"):
+        invoke("curves", "list", "nowhere")
     with pytest.raises(CurveError, match="Nearest"):
         invoke("curves", "show", "llava-1.5-7b/fastw")
     assert issubclass(CurveWarning, UserWarning)

@@ -7,6 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from evengaze.cli import main
 from evengaze.cli.score import register
 
 EVAL = "playground/data/eval"
@@ -37,14 +38,21 @@ def test_score_for_people_names_problems(golden: Path) -> None:
     assert code == 0 and "3 missing: 1, 8, 10000007" in out and "mean F1 (%): 51.87" in out
 
 
-def test_errors_go_to_stderr_with_exit_status_1(golden: Path, tmp_path: Path) -> None:
-    code, out, err = call("score", "pope", "--answers", tmp_path / "no.jsonl", "--data", golden, "--json")
-    assert code == 1 and out == "" and "no.jsonl does not exist" in err
+def test_errors_go_to_stderr_with_exit_status_2(
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main(["score", "pope", "--data", str(golden), *map(str, args)])
+        out, err = capsys.readouterr()
+        assert stopped.value.code == 2 and out == ""
+        return " ".join(err.split())
+
+    assert "Error: " in fail("--answers", tmp_path / "no.jsonl", "--json")
+    assert "no.jsonl does not exist" in fail("--answers", tmp_path / "no.jsonl", "--json")
     answers = golden / EVAL / "pope/answers/gold.jsonl"
-    code, _, err = call("score", "pope", "--answers", answers, "--data", golden, "--mode", "fast")
-    assert code == 1 and "mode must be default or official" in err
-    code, _, err = call("score", "pope", "--answers", answers, "--data", golden, "--judge-url", "http://x")
-    assert code == 1 and "--judge-url needs --judge" in err
+    assert "mode must be default or official" in fail("--answers", answers, "--mode", "fast")
+    assert "--judge-url needs --judge" in fail("--answers", answers, "--judge-url", "http://x")
 
 
 def test_score_writes_submission_and_result(golden: Path, tmp_path: Path) -> None:

@@ -39,7 +39,18 @@ def build() -> typer.Typer:
     for name in _LISTING:
         import_module(f"evengaze.cli.{name}").register(app, listing)
     app.add_typer(listing, name="list", help="List methods, models, presets and benchmarks.")
+    _reflow(app)
     return app
+
+
+def _reflow(app: typer.Typer) -> None:
+    """Let help text wrap where the screen ends: in a docstring's later paragraphs typer keeps the source's lines."""
+    for command in app.registered_commands:
+        paragraphs = (getattr(command.callback, "__doc__", None) or "").split("\n\n")
+        command.help = command.help or "\n\n".join(" ".join(text.split()) for text in paragraphs)
+    for group in app.registered_groups:
+        if group.typer_instance is not None:
+            _reflow(group.typer_instance)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

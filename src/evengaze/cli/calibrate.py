@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
+from evengaze.cli.options import BatchSize, Device, DType, Images, Limit, Model, Prompts, Revision
 from evengaze.errors import ConfigError, CurveError
 
 if TYPE_CHECKING:
@@ -27,20 +28,9 @@ INTERRUPTED = 130
 SAVE_EVERY = 15.0
 """Seconds between two writes of the state."""
 
-Model = Annotated[str, typer.Option("--model", help="Hub id, local folder, or 'demo' (embedded).")]
-Images = Annotated[
-    Path | None,
-    typer.Option(help="Folder of pictures, or .jsonl of {image or video, prompt}. Default: the embedded set."),
+Method = Annotated[
+    str, typer.Option("--method", "-m", help="Whose ranking, as in `evengaze list methods`; the budget only measures.")
 ]
-Method = Annotated[str, typer.Option("--method", "-m", help="Whose ranking; e.g. fastv:keep=0.25,layer=2.")]
-Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Asked in turn; repeatable.")]
-Layers = Annotated[str | None, typer.Option(help="Layers whose attention is ranked by: all, or 1,2,3. 0-based.")]
-Target = Annotated[str, typer.Option(help="attention (mean score) or frequency (how often kept).")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use so many samples.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Samples a forward call.")]
-Revision = Annotated[str | None, typer.Option(help="Commit, branch or tag of the model on the hub.")]
-DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda:1, ..., or balanced (several GPUs).")]
 
 console = Console(stderr=True)
 
@@ -61,10 +51,17 @@ def calibrate(
     model: Model = "demo",
     images: Images = None,
     method: Method = "fastv:keep=0.25,layer=2",
-    layers: Layers = None,
-    target: Target = "attention",
+    layers: Annotated[
+        str | None,
+        typer.Option(help="0-based layers whose attention is ranked by: all, or 1,2,3; default: the method's."),
+    ] = None,
+    target: Annotated[str, typer.Option(help="attention (mean score) or frequency (how often kept).")] = "attention",
     family: Annotated[
-        str, typer.Option(help="auto, exponential (the paper's), exponential-floor, polynomial, isotonic, ...")
+        str,
+        typer.Option(
+            help="auto, exponential (the paper's), exponential-floor, polynomial, reciprocal-polynomial, isotonic or "
+            "rows-columns."
+        ),
     ] = "auto",
     fit: Annotated[str | None, typer.Option(help="geometric (default), log, or least-squares (the paper's).")] = None,
     prompt: Prompts = None,
@@ -85,7 +82,7 @@ def calibrate(
     An interrupted calibration goes on where it stopped when the command is given again.
     """
     from evengaze.cli import session
-    from evengaze.cli.samples import Source, encoder
+    from evengaze.cli.samples import Source, encode
     from evengaze.debias.calibrate import tight as is_tight
     from evengaze.debias.calibrate import to_curve
     from evengaze.debias.curve import Origin
@@ -117,7 +114,7 @@ def calibrate(
                 layers=_layers(layers),
                 target=cast("Literal['attention', 'frequency']", target),
                 batch_size=batch_size,
-                encode=encoder(predictor),
+                encode=encode,
                 state=state,
                 after_batch=lambda now: bool(after_batch(now)) or enough(now),
             )
@@ -139,9 +136,9 @@ def bias(
     model: Model = "demo",
     images: Images = None,
     method: Method = "fastv:keep=0.25,layer=2",
-    layers: Layers = "all",
+    layers: Annotated[str, typer.Option(help="0-based layers whose attention is ranked by: all, or 1,2,3.")] = "all",
     debias: Annotated[
-        str | None, typer.Option(help="Measure with this, too: padding, a preset, or curve.json.")
+        str | None, typer.Option(help="Measure with this, too: padding, a preset's name, or curve.json.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the figures and bias.json.")] = Path("bias"),
     prompt: Prompts = None,
@@ -157,7 +154,7 @@ def bias(
     debiased by its own trend.
     """
     from evengaze.cli import session
-    from evengaze.cli.samples import Source, encoder
+    from evengaze.cli.samples import Source, encode
     from evengaze.debias.calibrate import to_curve
     from evengaze.debias.fit import fit_curve
     from evengaze.debias.measures import sigma
@@ -184,7 +181,7 @@ def bias(
             layers=chosen,
             debias=steps,
             batch_size=batch_size,
-            encode=encoder(predictor),
+            encode=encode,
             after_batch=after_batch,
         )
     if not found.layers:

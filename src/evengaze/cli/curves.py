@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from evengaze.cli.calibrate import BatchSize, Device, DType, Images, Limit, Model, Prompts, Revision
-from evengaze.errors import CurveError
+from evengaze.cli.options import BatchSize, Device, DType, Images, Limit, Model, Prompts, Revision
+from evengaze.errors import CurveError, DataError
 
 if TYPE_CHECKING:
     from evengaze.debias.curve import Curve
@@ -35,6 +35,8 @@ def list_curves(
     from evengaze.debias.curve import Curve
     from evengaze.debias.presets import preset, preset_names
 
+    if folder is not None and not folder.is_dir():
+        raise DataError(f"{folder} is no folder")
     table = RichTable("curve", "method", "layer", "trend", "last/first", box=None)
     for name in preset_names():
         one = preset(name)
@@ -130,7 +132,7 @@ def validate(
     Exit status 1 if it does.
     """
     from evengaze.cli import session
-    from evengaze.cli.samples import Source, encoder
+    from evengaze.cli.samples import Source, encode
     from evengaze.debias.curve import CurveWarning
     from evengaze.debias.measures import NAMES
     from evengaze.debias.validate import validate as check
@@ -148,7 +150,7 @@ def validate(
             source.samples(loaded.predictor),
             session.method(spec),
             batch_size=batch_size,
-            encode=encoder(loaded.predictor),
+            encode=encode,
         )
     for warning in found:
         typer.secho(f"Warning: {warning.message}", fg=typer.colors.YELLOW, err=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evengaze.cli.run import Device, DType, Model, Revision
+from evengaze.cli.options import Device, DType, Model, Revision
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,7 +27,8 @@ def register(app: typer.Typer) -> None:
 def profile(
     model: Model = "demo",
     methods: Annotated[
-        list[str] | None, typer.Option("--methods", "-m", help="E.g. 'fastv:keep=64;random:keep=64'.")
+        list[str] | None,
+        typer.Option("--methods", "-m", help="E.g. 'fastv:keep=64;random:keep=64'; see `evengaze list methods`."),
     ] = None,
     image: Annotated[Path | None, typer.Option("--image", "-i", help="Picture; a synthetic one if left out.")] = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")] = "what is in this picture?",

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from evengaze.cli.options import Device, DType, Model, Revision
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -14,12 +16,8 @@ if TYPE_CHECKING:
     from evengaze.methods import Pruner
     from evengaze.viz.compare import Compared
 
-Model = Annotated[str, typer.Option("--model", help="Hub id, local folder, or 'demo' (embedded).")]
 Images = Annotated[list[Path], typer.Option("--image", "-i", help="Picture; repeat for several.")]
 Prompt = Annotated[str, typer.Option("--prompt", "-p", help="The question, without image marker.")]
-Revision = Annotated[str | None, typer.Option(help="Commit, branch or tag of the model on the hub.")]
-DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda:1, ..., or balanced (several GPUs).")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
 
 
@@ -33,8 +31,12 @@ def run(
     image: Images,
     prompt: Prompt,
     model: Model = "demo",
-    method: Annotated[str, typer.Option("--method", "-m", help="E.g. fastv:keep=128,layer=2.")] = "fastv:keep=0.25",
-    debias: Annotated[str | None, typer.Option(help="padding, a preset's name, or curve.json.")] = None,
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="E.g. fastv:keep=128,layer=2, or none; see `evengaze list methods`.")
+    ] = "fastv:keep=0.25",
+    debias: Annotated[
+        str | None, typer.Option(help="padding, a preset's name (`evengaze list presets`), or curve.json.")
+    ] = None,
     trace: Annotated[Path | None, typer.Option(help="Write what was kept as JSON.")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Write the picture with the kept patches (.png, .pdf, .svg).")

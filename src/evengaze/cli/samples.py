@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evengaze.cli.session import TEMPLATE
 from evengaze.debias.observe import Sample
 from evengaze.errors import DataError
+from evengaze.evaluate import predictor
 from evengaze.evaluate.benchmarks import BENCHMARKS, Record
 from evengaze.evaluate.files import read_jsonl, require_clean
 from evengaze.evaluate.predictor import DEMO, open_media
@@ -31,8 +33,6 @@ PROMPTS = (
     "What is happening here?",
 )
 """Asked in turn where the user gives no prompts: a trend should not be that of a single question."""
-
-_TEMPLATE = "vicuna_v1"
 
 
 @dataclass(frozen=True)
@@ -83,27 +83,18 @@ class Source:
             records = [records[i * len(records) // limit] for i in range(limit)]
         return cls(tuple(records), name)
 
-    def samples(self, predictor: Predictor) -> Iterator[Sample]:
+    def samples(self, model: Predictor) -> Iterator[Sample]:
         """Read the pictures one by one, with the prompts as the model's template has them."""
         for record in self.records:
             _, media = open_media(record)
-            yield Sample(media, predictor.prompt(record, _TEMPLATE))
+            yield Sample(media, model.prompt(record, TEMPLATE))
 
 
-def encoder(predictor: Predictor) -> Callable[[Any, Sequence[Sample]], Mapping[str, Any]]:
-    """From samples to the model's inputs, pictures or videos."""
-
-    def encode(processor: Any, batch: Sequence[Sample]) -> Mapping[str, Any]:
-        tokenizer = processor.tokenizer
-        begins = tokenizer.bos_token is not None and batch[0].prompt.startswith(tokenizer.bos_token)
-        kind = "videos" if isinstance(batch[0].image, np.ndarray) else "images"
-        options: dict[str, Any] = {kind: [s.image for s in batch], "add_special_tokens": not begins}
-        made: Mapping[str, Any] = processor(
-            text=[s.prompt for s in batch], padding=True, return_tensors="pt", **options
-        )
-        return made
-
-    return encode
+def encode(processor: Any, batch: Sequence[Sample]) -> Mapping[str, Any]:
+    """From samples, all pictures or all videos, to the model's inputs."""
+    kind = "videos" if isinstance(batch[0].image, np.ndarray) else "images"
+    made: Mapping[str, Any] = predictor.encode(processor, [s.prompt for s in batch], {kind: [s.image for s in batch]})
+    return made
 
 
 def _embedded(model: str, split: str, seed: int) -> tuple[list[Record], str]:

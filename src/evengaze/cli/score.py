@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from evengaze.errors import ConfigError, EvengazeError
+from evengaze.errors import ConfigError
 
 if TYPE_CHECKING:
     from evengaze.evaluate.benchmarks import Score
@@ -45,22 +44,19 @@ def score(
     from evengaze.evaluate.benchmarks.base import write_text
     from evengaze.evaluate.scoring import score_file
 
-    def work() -> Score:
-        options = ScoreOptions(
-            rule=rule,
-            consistency=consistency,
-            judge=make_judge(judge, judge_url, judge_local),
-            judged=judged,
-            cache=judge_cache,
-            runs=runs,
-            workers=workers,
-        )
-        return score_file(benchmark, answers, data, mode, options, submission)  # type: ignore[arg-type]
-
-    result = _or_exit(work)
+    options = ScoreOptions(
+        rule=rule,
+        consistency=consistency,
+        judge=make_judge(judge, judge_url, judge_local),
+        judged=judged,
+        cache=judge_cache,
+        runs=runs,
+        workers=workers,
+    )
+    result = score_file(benchmark, answers, data, mode, options, submission)  # type: ignore[arg-type]
     text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False)
     if out is not None:
-        _or_exit(lambda: write_text(out, text + "\n"))
+        write_text(out, text + "\n")
     if as_json:
         typer.echo(text)
     else:
@@ -74,7 +70,7 @@ def list_benchmarks(
     """List benchmarks: split, metric, the files they need, which are missing and where to get them."""
     from evengaze.evaluate import scoring
 
-    items = _or_exit(lambda: scoring.list_benchmarks(data))
+    items = scoring.list_benchmarks(data)
     if as_json:
         typer.echo(json.dumps(items, indent=2, ensure_ascii=False))
         return
@@ -120,15 +116,6 @@ def make_judge(model: str | None, url: str | None, local: str | None) -> Judge |
     if local:
         return LocalJudge(local)
     return OpenAIJudge(model, base_url=url) if model else None
-
-
-def _or_exit(work: Callable[[], Any]) -> Any:
-    """Do something; an error of ours becomes a message and exit status 1."""
-    try:
-        return work()
-    except EvengazeError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
 
 
 def _show_score(result: Score, console: Console) -> None:

@@ -10,13 +10,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers.utils.logging import disable_progress_bar
 
 from evengaze.debias import Debias
 from evengaze.errors import ConfigError, DataError
 from evengaze.evaluate.benchmarks.types import Record
-from evengaze.evaluate.conversation import render
 from evengaze.evaluate.predictor import ModelSpec, Predictor, open_media
 from evengaze.methods import parse
 from evengaze.models import adapter_for
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
     from evengaze.methods import Pruner
     from evengaze.trace import Trace
 
-_TEMPLATE = "vicuna_v1"
+TEMPLATE = "vicuna_v1"
 
 
 @dataclass(frozen=True)
@@ -59,38 +57,15 @@ class Session:
 
     def inputs(self, images: Sequence[Image], question: str) -> Any:
         """What `generate` takes, on the model's device."""
-        processor = self.predictor.processor
-        if self.predictor.style == "chat":
-            content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-            messages = [{"role": "user", "content": content}]
-            text = str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        else:
-            text = render(_TEMPLATE, question, "\n".join("<image>" for _ in images))
-        tokenizer = processor.tokenizer
-        begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        options: dict[str, Any] = {"images": list(images)} if images else {}
-        made = processor(text=[text], return_tensors="pt", add_special_tokens=not begins, **options)
-        return made.to(self.predictor.model.device, self.predictor.model.dtype)
+        text = self.predictor.ask(question, ["image"] * len(images), TEMPLATE)
+        return self.predictor.inputs([text], {"images": list(images)} if images else {})
 
-    @torch.inference_mode()
     def answer(self, images: Sequence[Image], question: str, pruner: Pruner, max_new_tokens: int = 64) -> Answer:
         """Answer a question greedily with a method attached."""
-        model, tokenizer = self.predictor.model, self.predictor.processor.tokenizer
         inputs = self.inputs(images, question)
         start = perf_counter()
-        with pruner(model) as run:
-            out = model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        seconds = perf_counter() - start
-        text = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        return Answer(text, run.trace, seconds)
+        (text,), trace = self.predictor.complete(inputs, pruner, max_new_tokens=max_new_tokens)
+        return Answer(text, trace, perf_counter() - start)
 
 
 def read_pictures(paths: Sequence[Path]) -> list[Image]:

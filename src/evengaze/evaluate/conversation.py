@@ -6,6 +6,7 @@ its wording.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from evengaze.errors import ConfigError
@@ -13,8 +14,6 @@ from evengaze.evaluate.templates import render_template
 
 Style = Literal["auto", "official", "chat"]
 """Which prompt: the benchmark's official template, the processor's chat template, or "auto", see `resolve`."""
-TEMPLATES = ("vicuna_v1", "llava_v1")
-"""The templates of the image benchmarks and of the video benchmarks; `evengaze.evaluate.templates` has more."""
 
 
 def render(template: str, text: str, marker: str = "<image>") -> str:
@@ -31,10 +30,9 @@ def render(template: str, text: str, marker: str = "<image>") -> str:
     return render_template(template, f"{marker}\n{text}" if marker else text)
 
 
-def chat(processor: Any, text: str, media: Literal["image", "video"] | None) -> str:
-    """Write a question in the chat template that the model's processor carries."""
-    content = [] if media is None else [{"type": media}]
-    messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+def chat(processor: Any, text: str, media: Sequence[str] = ()) -> str:
+    """Write a question in the chat template that the model's processor carries, behind each "image" or "video"."""
+    messages = [{"role": "user", "content": [*({"type": kind} for kind in media), {"type": "text", "text": text}]}]
     return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
@@ -57,5 +55,5 @@ def resolve(style: Style, processor: Any, model_type: str) -> Literal["official"
         )
     if style == "chat":
         return "chat"
-    probe = chat(processor, "?", None)
+    probe = chat(processor, "?")
     return "official" if "USER:" in probe and "ASSISTANT:" in probe else "chat"

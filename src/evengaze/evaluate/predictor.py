@@ -23,6 +23,7 @@ from evengaze.evaluate.conversation import Style, chat, render, resolve
 from evengaze.methods import Pruner, parse
 from evengaze.models import adapter_for
 from evengaze.schedule import DecoderShape
+from evengaze.trace import Trace
 
 DEMO = "demo"
 """Name of the embedded model."""
@@ -169,10 +170,14 @@ class Predictor:
             record: the record.
             template: the benchmark's conversation template; used if the model gets official prompts.
         """
-        media = "video" if record.video is not None else None if record.image is None else "image"
+        media = ["video"] if record.video is not None else [] if record.image is None else ["image"]
+        return self.ask(record.prompt, media, template)
+
+    def ask(self, question: str, media: Sequence[str], template: str) -> str:
+        """The string that is tokenised for a question about some of "image" and "video"; `template` as in `prompt`."""
         if self.style == "chat":
-            return chat(self.processor, record.prompt, media)  # type: ignore[arg-type]
-        return render(template, record.prompt, "" if media is None else f"<{media}>")
+            return chat(self.processor, question, media)
+        return render(template, question, "\n".join(f"<{kind}>" for kind in media))
 
     def geometry(self, records: Sequence[Record], template: str = "vicuna_v1") -> tuple[int, int]:
         """Decoder layers, and the visual tokens of the first record that has a readable picture.
@@ -238,26 +243,30 @@ class Predictor:
         Raises:
             ConfigError: memory ran out.
         """
-        tokenizer = self.processor.tokenizer
-        begins = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
-        options = {"return_tensors": "pt", "padding": True, "add_special_tokens": not begins, **media}
-        inputs = self.processor(text=list(texts), **options).to(self.model.device, self.model.dtype)
-        length = inputs["input_ids"].shape[1]
-        greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
         try:
-            with pruner(self.model) as run:
-                output = self.model.generate(
-                    **inputs, **{**greedy, "pad_token_id": tokenizer.pad_token_id, **generation}
-                )
+            inputs = self.inputs(texts, media)
+            answers, trace = self.complete(inputs, pruner, **generation)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"out of memory with {len(texts)} questions at a time ({error}). Give a smaller --batch-size; answers "
                 "that are on disk are kept."
             ) from error
         real = inputs["attention_mask"].sum(1).tolist()
-        traces = [self._trace(run.trace, row, real[row]) for row in range(len(texts))]
-        answers = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
-        return [(text.strip(), trace) for text, trace in zip(answers, traces, strict=True)]
+        return [(answers[row], self._trace(trace, row, real[row])) for row in range(len(texts))]
+
+    def inputs(self, texts: Sequence[str], media: Mapping[str, Sequence[Any]]) -> Any:
+        """What the model's `generate` takes, on its device; `texts` and `media` as in `generate`."""
+        return encode(self.processor, texts, media).to(self.model.device, self.model.dtype)
+
+    @torch.inference_mode()
+    def complete(self, inputs: Any, pruner: Pruner, **generation: Any) -> tuple[list[str], Trace | None]:
+        """The new text, stripped, of each row of `inputs`, and the whole trace; `generation` as in `generate`."""
+        tokenizer = self.processor.tokenizer
+        greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+        with pruner(self.model) as run:
+            output = self.model.generate(**inputs, **{**greedy, "pad_token_id": tokenizer.pad_token_id, **generation})
+        new = output[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)], run.trace
 
     def _trace(self, trace: Any, row: int, tokens: int) -> dict[str, float]:
         if trace is None or not len(trace.layout.rows[row]):
@@ -270,6 +279,13 @@ class Predictor:
             "average_tokens": round(trace.average_tokens(row), 4),
             "relative_flops": round(cost / (len(entering) * self._shape.layer_flops(tokens)), 6),
         }
+
+
+def encode(processor: Any, texts: Sequence[str], media: Mapping[str, Sequence[Any]]) -> Any:
+    """What a processor makes of prompts and their media, without a second token of beginning."""
+    tokenizer = processor.tokenizer
+    begins = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
+    return processor(text=list(texts), return_tensors="pt", padding=True, add_special_tokens=not begins, **media)
 
 
 def open_media(record: Record) -> tuple[str, Any]:
