@@ -139,10 +139,10 @@ def test_bias_prints_a_table_and_writes_figures(pictures: Path) -> None:
 
 
 def test_bias_with_a_curve_of_the_same_pictures_is_flagged(pictures: Path) -> None:
-    def measure(chosen: str) -> list[str]:
+    def measure(chosen: str, layers: str = "1") -> list[str]:
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always", CurveWarning)
-            invoke("bias", "--model", "m", "--images", pictures / chosen, "--debias", "c.json", "--layers", "1")
+            invoke("bias", "--model", "m", "--images", pictures / chosen, "--debias", "c.json", "--layers", layers)
         return [str(w.message) for w in found if issubclass(w.category, CurveWarning)]
 
     lines = (pictures / "list.jsonl").read_text().splitlines()
@@ -150,6 +150,7 @@ def test_bias_with_a_curve_of_the_same_pictures_is_flagged(pictures: Path) -> No
     (pictures / "two.jsonl").write_text("\n".join(lines[4:]) + "\n")
     invoke("calibrate", "--model", "m", "--images", pictures / "one.jsonl", "-o", "c.json", "--family", "exponential")
     assert any("4 of these 4" in text for text in measure("one.jsonl")) and not measure("two.jsonl")
+    assert "of layer 1 and used at layers 2, 3; calibrate with --layers all" in measure("two.jsonl", "1,2,3")[0]
 
 
 def test_lists_find_their_pictures_where_layouts_have_them(pictures: Path, tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def bias(
         )
     if not found.layers:
         raise CurveError("no sample with visual tokens was seen; were there pictures at all?")
-    _warn_of_overlap(steps, found)
+    _warn_of_misuse(steps, found, pruner.name)
     before: dict[int, dict[str, Measure]] = {}
     after: dict[int, dict[str, Measure]] = {}
     rows: dict[str, Any] = {}
@@ -230,10 +230,17 @@ def _by_layer(text: str) -> Debias | dict[int, Debias]:
     return {layer: Debias.of(curve, layer=layer) for layer in (curve.origin.layer, *curve.layers)}
 
 
-def _warn_of_overlap(steps: Debias | dict[int, Debias] | None, found: Observations) -> None:
+def _warn_of_misuse(steps: Debias | dict[int, Debias] | None, found: Observations, method: str) -> None:
     from evengaze.debias.curve import CurveWarning
 
     one = next(iter(steps.values()), None) if isinstance(steps, dict) else steps
+    if one is not None:
+        one.check(architecture=found.architecture, method=method)
+        own = None if one.origin is None else one.origin.layer
+        others = [str(k) for k in found.layers if k != own]
+        if own is not None and others and not isinstance(steps, dict):
+            text = f"the curve is of layer {own} and used at layers {', '.join(others)}; calibrate with --layers all"
+            warnings.warn(text, CurveWarning, stacklevel=3)
     known = frozenset(() if one is None or one.curve is None else one.curve.images)
     seen = sum(digest in known for digest in found.digests)
     if seen:
