@@ -1,5 +1,6 @@
-"""`python -m evengaze`, for launchers that start modules (torchrun, accelerate)."""
+"""`python -m evengaze` is the command `evengaze`."""
 
 from evengaze.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

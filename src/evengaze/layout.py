@@ -71,7 +71,7 @@ class VisualTokens:
     def empty(cls, device: torch.device | str = "cpu") -> VisualTokens:
         """The table of a row without images."""
         index = torch.zeros(0, dtype=torch.long, device=device)
-        real = torch.zeros(0, dtype=torch.float64, device=device)
+        real = torch.zeros(0, dtype=precise(device), device=device)
         return cls(index, index, index, index, real, real)
 
     @classmethod
@@ -114,11 +114,12 @@ class VisualTokens:
             cell = torch.cat([torch.arange(i.cells).repeat(i.frames) for i in images])
             image, frame, cell = image.to(device), frame.to(device), cell.to(device)
         if x is None:
-            cells = torch.tensor([float(i.cells) for i in images], dtype=torch.float64, device=device)
-            x = cell.double() / cells[image]
+            cells = torch.tensor([float(i.cells) for i in images], dtype=torch.float64)
+            x = cell.cpu().double() / cells[image.cpu()]
         if padding is None:
-            padding = torch.zeros(position.shape[0], dtype=torch.float64, device=device)
-        return cls(position, image, frame, cell, x.double(), padding.double().to(device), tuple(images))
+            padding = torch.zeros(position.shape[0])
+        x, padding = (values.to(device, precise(device)) for values in (x, padding))
+        return cls(position, image, frame, cell, x, padding, tuple(images))
 
     def take(self, index: Tensor) -> VisualTokens:
         """The tokens at `index` (m,), in that order."""
@@ -126,7 +127,9 @@ class VisualTokens:
 
     def to(self, device: torch.device | str) -> VisualTokens:
         """The same table on another device."""
-        return replace(self, **{k: getattr(self, k).to(device) for k in _COLUMNS})
+        whole = {k: getattr(self, k).to(device) for k in _COLUMNS[:-2]}
+        real = {k: getattr(self, k).to(device, precise(device)) for k in _COLUMNS[-2:]}
+        return replace(self, **whole, **real)
 
 
 _COLUMNS = ("position", "image", "frame", "cell", "x", "padding")
@@ -217,6 +220,11 @@ class VisualLayout:
                 share = torch.cat([square_padding(i.size, i.grid).flatten().repeat(i.frames) for i in images])  # type: ignore[arg-type]
             rows.append(VisualTokens.build(position, images, padding=share))
         return cls(tuple(rows))
+
+
+def precise(device: torch.device | str) -> torch.dtype:
+    """float64 where the device has it; Apple's GPUs do not."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def _pairs(entry: Span | Sequence[Span] | None) -> list[Span]:

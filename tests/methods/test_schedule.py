@@ -70,6 +70,14 @@ def test_the_solution_is_the_closest_one() -> None:
     assert solve_for_budget(PyramidDrop(), 128, layers=32, visual=576).keep == (184, 92, 46)
 
 
+@pytest.mark.parametrize("average", [30, 97, 128, 160, 190])
+def test_sparsevlm_has_a_table_for_any_average(average: int) -> None:
+    """Also where the default budget is more than half of a picture's tokens."""
+    schedule = Schedule.of(SparseVLM(average, layers=(2, 6, 15)), 32, 196)
+    assert schedule.average == pytest.approx(average, abs=2)
+    assert list(schedule.entering) == sorted(schedule.entering, reverse=True)
+
+
 def test_a_budget_out_of_reach_says_what_is_in_reach() -> None:
     with pytest.raises(ConfigError, match=r"36\.9 to 576\.0.*earlier layer"):
         solve_for_budget(FastV(), 20, layers=32, visual=576)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from evengaze.layout import VisualTokens
+from evengaze.layout import VisualTokens, precise
 from evengaze.methods.stages import Grouping, OneStage
 from evengaze.protocol import Merge, Pruner, Selection, Source, Stage, View
 
@@ -120,10 +120,10 @@ def lattice(tokens: VisualTokens, count: int) -> tuple[Tensor, Tensor]:
     group = torch.where(shares[part] > 0, group, -1)
 
     inside = (group >= 0).nonzero().flatten()
-    cell = torch.stack([row, column], 1)[inside].double()
+    cell = torch.stack([row, column], 1)[inside].to(precise(device))
     members = group[inside]
     size = torch.bincount(members, minlength=count)[:, None]
-    centre = torch.zeros(count, 2, dtype=torch.float64, device=device).index_add_(0, members, cell) / size
+    centre = torch.zeros(count, 2, dtype=precise(device), device=device).index_add_(0, members, cell) / size
     distance = (cell - centre[members]).square().sum(1)
     by_distance = torch.sort(distance, stable=True).indices
     by_group = by_distance[torch.sort(members[by_distance], stable=True).indices]

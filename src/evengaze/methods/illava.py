@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from evengaze.errors import ConfigError
+from evengaze.layout import precise
 from evengaze.methods.stages import OneStage
 from evengaze.methods.vision import shorten
 from evengaze.protocol import Merge, Selection, Stage, View, resolve_keep
@@ -111,6 +112,6 @@ def recycle(score: Tensor, allowed: Tensor, count: int) -> Selection:
     keep, merged = order[:count], order[count - 1 :]
     if len(merged) < 2:
         return Selection(keep.sort().values)
-    weight = torch.arange(1, len(merged) + 1, dtype=torch.float64, device=score.device)
+    weight = torch.arange(1, len(merged) + 1, dtype=precise(score.device), device=score.device)
     merge = Merge(merged, merged[:1].expand(len(merged)), weight / weight.sum())
     return Selection(keep.sort().values, merge)

@@ -85,8 +85,9 @@ class SparseVLM(Pruner):
         return current if kept >= current else kept + recycling(current - kept)[1]
 
     def with_keep(self, tokens: int, visual: int) -> Self:
-        """A table that halves at each stage."""
-        return self.replace(keep=tuple(max(1, tokens // 2**i) for i in range(len(self.layers or _LAYERS))))
+        """A table that halves at each stage, and falls more slowly if it begins with over half of the tokens."""
+        ratio = max(0.5, tokens / visual)
+        return self.replace(keep=tuple(max(1, int(tokens * ratio**i)) for i in range(len(self.layers or _LAYERS))))
 
     def select(self, view: View) -> Selection:
         """Choose the raters before anything is dropped, then as usual."""
@@ -176,7 +177,7 @@ def density_peaks(x: Tensor, clusters: int, noise: Tensor | None = None) -> tupl
 
 @lru_cache
 def derive_table(average: int, visual: int) -> tuple[float, ...]:
-    """Tokens kept at each stage so that about `average` tokens enter a layer: a table that halves at every stage.
+    """Tokens kept at each stage so that about `average` tokens enter a layer, as `SparseVLM.with_keep` spreads them.
 
     Made for 32 layers and the published stage layers; `schedule.solve_for_budget` makes one for any model. An average
     of at least `visual` keeps everything.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from evengaze.errors import ConfigError
+from evengaze.layout import precise
 from evengaze.methods.stages import OneStage
 from evengaze.protocol import Merge, Selection, Stage, View
 
@@ -107,7 +108,7 @@ def contribution(features: Tensor, *, exact: bool = False) -> Tensor:
         u, sigma, _ = torch.linalg.svd(features.float(), full_matrices=False)
         scaled: Tensor = u * sigma
         return scaled.abs().sum(-1)
-    x = features.double()
+    x = features.to(precise(features.device))
     if x.shape[0] <= x.shape[1]:
         squares, u = torch.linalg.eigh(x @ x.T)
         scaled = u * squares.clamp(min=0).sqrt()
