@@ -141,7 +141,8 @@ class View:
     def text(self) -> Tensor:
         """Indices of the real tokens behind the last visual token: the ones that can attend to all visual tokens.
 
-        The last visual token itself if nothing follows it.
+        The last visual token itself if nothing follows it. Once every visual token behind a piece of text has been
+        dropped, later stages find that text here, too; counted from the end, indices stay the same.
         """
         index = torch.arange(len(self.real), device=self.real.device)
         after = index[self.real & (index > self.tokens.position.max())]

@@ -20,9 +20,10 @@ from evengaze.layout import VisualLayout
 from evengaze.methods.fastv import FastV
 from evengaze.methods.illava import ILLaVA
 from evengaze.methods.official import FastVMasked, FastVRecompute, HiMAPRecompute
+from evengaze.methods.sparsevlm import SparseVLM
 from evengaze.methods.visionzip import VisionZip
 from evengaze.models import adapter_for
-from evengaze.protocol import Pruner
+from evengaze.protocol import Pruner, View
 from evengaze.schedule import Schedule
 from evengaze.testing import layout_of, tiny
 from evengaze.testing.oracle import replayed
@@ -299,3 +300,20 @@ def test_tower_methods_need_the_whole_model() -> None:
     qwen, _ = tiny("qwen2_vl")
     with pytest.raises(UnsupportedModelError, match="merge"):
         VisionZip(5)(qwen)
+
+
+def test_sparsevlm_asks_the_same_raters_after_a_row_of_patches_is_gone() -> None:
+    """Breaks between rows of patches are text; behind the last patch that is left they come before the question."""
+    model, inputs = tiny("mistral3", num_hidden_layers=6)
+    texts, asked = [], []
+
+    class Watched(SparseVLM):
+        def score(self, view: View) -> Tensor:
+            texts.append(len(view.text))
+            asked.append((len(view.real) - view.text[view.memory["raters"]]).tolist())
+            return super().score(view)
+
+    with torch.no_grad(), Watched((4, 3, 2), (1, 2, 3))(model):
+        model(**inputs)
+    assert texts[0] < texts[1] <= texts[2]
+    assert asked[0] == asked[1] == asked[2]

@@ -83,7 +83,7 @@ def test_keeping_all_changes_nothing(pruner: Pruner) -> None:
 def test_padding_is_neither_kept_nor_recycled_nor_merged(pruner: Pruner, stage: int) -> None:
     if stage >= len(pruner.stages(32)):
         pytest.skip("one stage only")
-    memory = {"raters": torch.arange(5)}
+    memory = {"raters": torch.arange(-5, 0)}
     v = view(size=(40, 20), stage=stage, memory=memory)  # first and last row of four are padding
     selection = pruner.replace(debias=Debias(PaddingMask())).select(v)
     assert used(selection) <= set(range(4, 12))

@@ -177,7 +177,7 @@ def _stages(report: Report, recorded: Recorded, *, ties: bool) -> None:
 
 def _sparsevlm(report: Report, recorded: Recorded, pruner: Pruner, case: dict[str, Any]) -> None:
     first = recorded.log[0].view
-    report.equal("raters", first.memory["raters"])
+    report.equal("raters", first.memory["raters"] + len(first.text))
     report.close(
         "rater_scores", relevance(first.embeddings[first.initial.position], first.embeddings[first.text]), atol=SCORE
     )

@@ -51,9 +51,10 @@ class SparseVLM(Pruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_layers(self.layers or _LAYERS)
-        per_stage(self.keep, len(self.layers or _LAYERS), 1.0)
-        if not isinstance(self.keep, tuple) and len(self.layers or _LAYERS) > len(_LAYERS):
+        layers = _LAYERS if self.layers is None else self.layers
+        check_layers(layers)
+        per_stage(self.keep, len(layers), 1.0)
+        if not isinstance(self.keep, tuple) and len(layers) > len(_LAYERS):
             raise ConfigError(
                 f"keep={self.keep} is an average over three stages, but layers={self.layers} are more. "
                 "Give the tokens kept at each stage, or let schedule.solve_for_budget find them."
@@ -93,7 +94,9 @@ class SparseVLM(Pruner):
         """Choose the raters before anything is dropped, then as usual."""
         if "raters" not in view.memory:
             visual = view.embeddings[view.initial.position]
-            view.memory["raters"] = raters(visual, view.question).to(view.hidden.device)
+            chosen = raters(visual, view.question).to(view.hidden.device)
+            # Counted from the end: once all patches behind a row's break are gone, the break joins `view.text` in front.
+            view.memory["raters"] = chosen - len(view.text)
         return super().select(view)
 
     def score(self, view: View) -> Tensor:
