@@ -110,6 +110,19 @@ def stored(layer: Any) -> int:
     return min(count, int(layer.sliding_window) - 1) if isinstance(layer, DynamicSlidingWindowLayer) else count
 
 
+def sizes(layer: Any, total: int) -> tuple[int, int]:
+    """Bytes that a cache layer holds, and bytes that it would hold of `total` tokens if none had been dropped."""
+    if layer is None or not layer.is_initialized:
+        return 0, 0
+    held = sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+    if isinstance(layer, StaticLayer):  # a buffer, whatever is in it
+        return held, held
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        total = min(total, int(layer.sliding_window) - 1)
+    count = int(layer.keys.shape[-2])
+    return held, held // count * total if count else 0
+
+
 def entries(old: Kept | None, past: int, slots: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Logical index of everything a cache layer was ever given, the new tokens included.
 

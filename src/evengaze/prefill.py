@@ -314,13 +314,10 @@ class Prefill:
 
     def trace(self, pruner: Pruner, layers: int) -> Trace:
         """What happened, once the call is over."""
-        held, per_token = [], []
-        for i in range(layers):
-            cache = kv.layer_of(self.cache, i)
-            states = [] if cache is None or not cache.is_initialized else [cache.keys, cache.values]
-            held.append(sum(t.numel() * t.element_size() for t in states))
-            per_token.append(sum(t.numel() // t.shape[-2] * t.element_size() for t in states if t.shape[-2]))
-        return Trace(pruner.to_dict(), self.layout, self.length, self.stages, self.entering, held, per_token)
+        total = self.past + self.length
+        sizes = [kv.sizes(kv.layer_of(self.cache, i), total) for i in range(layers)]
+        held, unpruned = [list(column) for column in zip(*sizes, strict=True)]
+        return Trace(pruner.to_dict(), self.layout, self.length, self.stages, self.entering, held, unpruned)
 
 
 def _plan(alive: Tensor, table: VisualTokens, chosen: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-_SCHEMA = 1
+_SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class Trace:
         stages: what happened, by ascending layer.
         entering: for every layer, the length of the sequence that entered it.
         kv_bytes: for every layer, the bytes its cache held after the call; zeros without a cache.
-        kv_bytes_per_token: for every layer, the bytes that one token of all rows takes.
+        kv_bytes_unpruned: for every layer, the bytes that it would hold if no token had been dropped, in this call or
+            in earlier turns. A static cache holds its whole buffer either way.
     """
 
     pruner: Mapping[str, Any]
@@ -83,7 +84,7 @@ class Trace:
     stages: Sequence[StageTrace]
     entering: Sequence[int]
     kv_bytes: Sequence[int]
-    kv_bytes_per_token: Sequence[int]
+    kv_bytes_unpruned: Sequence[int]
 
     @property
     def layers(self) -> int:
@@ -105,16 +106,6 @@ class Trace:
         """(m,) indices, into the row's visual tokens, of those that survived a stage (the last one by default)."""
         return self.stages[stage].rows[row].kept.cpu()
 
-    @property
-    def kv_bytes_dense(self) -> int:
-        """Bytes that the caches would hold without pruning."""
-        return self.length * sum(self.kv_bytes_per_token)
-
-    @property
-    def kv_bytes_predicted(self) -> int:
-        """Bytes that the caches should hold, from the tokens that entered each layer."""
-        return sum(n * b for n, b in zip(self.entering, self.kv_bytes_per_token, strict=True))
-
     def __str__(self) -> str:
         steps = []
         rows = [b for b, r in enumerate(self.layout.rows) if len(r)]
@@ -126,7 +117,7 @@ class Trace:
         average = sum(self.average_tokens(b) for b in rows) / max(1, len(rows))
         text = f"{'; '.join(steps) or 'nothing pruned'}; {average:.1f} average tokens over {self.layers} layers"
         if sum(self.kv_bytes):
-            text += f"; KV cache {_megabytes(self.kv_bytes_dense)} -> {_megabytes(sum(self.kv_bytes))}"
+            text += f"; KV cache {_megabytes(sum(self.kv_bytes_unpruned))} -> {_megabytes(sum(self.kv_bytes))}"
         return text
 
     def plot(self, image: Image | None = None, row: int = 0, stage: int = 0) -> Figure:
@@ -152,7 +143,7 @@ class Trace:
             "length": self.length,
             "entering": list(self.entering),
             "kv_bytes": list(self.kv_bytes),
-            "kv_bytes_per_token": list(self.kv_bytes_per_token),
+            "kv_bytes_unpruned": list(self.kv_bytes_unpruned),
             "layout": [
                 {
                     "images": [
@@ -195,7 +186,7 @@ class Trace:
                 stages,
                 data["entering"],
                 data["kv_bytes"],
-                data["kv_bytes_per_token"],
+                data["kv_bytes_unpruned"],
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise DataError(f"malformed trace: {error!r}") from error

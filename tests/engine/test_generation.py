@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 import evengaze as eg
 from evengaze.methods import parse
@@ -148,8 +148,6 @@ def test_second_turn_on_the_same_cache(images, batch, static):
     model, inputs = tiny("llava", batch=batch)
     slow, _ = tiny("llava", batch=batch, attention="eager")
     if static:
-        from transformers import StaticCache
-
         cache = StaticCache(config=model.config.get_text_config(), max_cache_len=96)
     else:
         cache = DynamicCache(config=model.config.get_text_config())
@@ -305,4 +303,29 @@ def test_trace_survives_a_file(tmp_path):
     again = eg.Trace.load(tmp_path / "trace.json")
     assert again.to_dict() == json.loads(json.dumps(run.trace.to_dict()))
     assert str(again) == str(run.trace)
-    assert sum(run.trace.kv_bytes) == run.trace.kv_bytes_predicted < run.trace.kv_bytes_dense
+    held = zip(run.trace.kv_bytes, run.trace.kv_bytes_unpruned, run.trace.entering, strict=True)
+    assert all(now * run.trace.length == before * entering for now, before, entering in held)
+    assert sum(run.trace.kv_bytes) < sum(run.trace.kv_bytes_unpruned)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "sliding", "static"])
+def test_unpruned_caches_are_as_large_as_the_trace_says(kind):
+    """In a second turn, too, with windows, and in buffers."""
+    model, inputs = tiny("gemma3" if kind == "sliding" else "llava")
+
+    def cache():
+        config = model.config.get_text_config()
+        return StaticCache(config=config, max_cache_len=96) if kind == "static" else DynamicCache(config=config)
+
+    def sizes(cache):
+        return [sum(t.numel() * t.element_size() for t in (c.keys, c.values)) for c in cache.layers]
+
+    more = {**inputs, "attention_mask": torch.cat([inputs["attention_mask"]] * 2, 1)}
+    dense, pruned = cache(), cache()
+    with torch.no_grad():
+        for turn in (inputs, more):
+            model(**turn, past_key_values=dense)
+            with eg.FastV(keep=5, layer=2)(model) as run:
+                model(**turn, past_key_values=pruned)
+            assert list(run.trace.kv_bytes_unpruned) == sizes(dense)
+            assert list(run.trace.kv_bytes) == sizes(pruned)

@@ -95,7 +95,7 @@ class SparseVLM(Pruner):
         if "raters" not in view.memory:
             visual = view.embeddings[view.initial.position]
             chosen = raters(visual, view.question).to(view.hidden.device)
-            # Counted from the end: once all patches behind a row's break are gone, the break joins `view.text` in front.
+            # From the end: once all patches behind a row's break are gone, the break joins `view.text` in front.
             view.memory["raters"] = chosen - len(view.text)
         return super().select(view)
 
