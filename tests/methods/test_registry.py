@@ -53,7 +53,15 @@ def test_debias_by_name_and_in_dictionaries() -> None:
         ("himap:layers=[8,2]", "must ascend"),
         ("pyramiddrop:keep=[0.5,0.25,0]", "drop every visual token"),
         ("tokencarve:balance=2", "balance"),
+        ("tokencarve:balance=half", "balance"),
         ("illava:vision_drop=0", "vision_drop"),
+        ("illava:vision_drop=some", "vision_drop"),
+        ("illava:vision_layers=5", "vision_layers must be a sequence"),
+        ("illava:vision_layers=[5,-1]", "0-based index"),
+        ("random:seed=two", "seed"),
+        ("fastv:keep=NaN", "drop every visual token"),
+        ("fastv:debias=5", "debias must be"),
+        ("sparsevlm:layers=[]", "must be a sequence"),
     ],
 )
 def test_bad_text_says_what_is_wrong(text: str, message: str) -> None:
@@ -85,6 +93,18 @@ def test_registering_another_class_under_a_taken_name_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="is taken"):
         methods.register(Impostor)
+
+
+def test_names_of_registered_methods_are_looked_up_whatever_their_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
+
+    @dataclass(frozen=True)
+    class Shouted(Norm):
+        name: ClassVar[str] = "MyNorm"
+
+    methods.register(methods.register(Shouted))
+    assert methods.parse("MyNorm:keep=3") == Shouted(3)
+    assert methods.from_dict(Shouted(3).to_dict()) == Shouted(3)
 
 
 def test_the_template_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:

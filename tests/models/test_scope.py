@@ -118,3 +118,9 @@ def test_names() -> None:
     assert "scope" not in parse("fastv:keep=3").to_dict()
     with pytest.raises(ConfigError, match="scope must be"):
         parse("fastv:keep=3,scope=video")
+
+
+def test_random_tokens_are_another_draw_in_each_picture() -> None:
+    _, parts = kept("llava", "random:keep=5,scope=image", images=2)
+    first, second = (sorted(t % 16 for t in parts[0].kept.tolist() if t // 16 == k) for k in (0, 1))
+    assert len(first) == len(second) == 5 and first != second

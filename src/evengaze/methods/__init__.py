@@ -65,9 +65,10 @@ def register(method: type[Pruner]) -> type[Pruner]:
     Raises:
         ConfigError: another class has the name already.
     """
-    if method.name in _METHODS and get(method.name) is not method:
-        raise ConfigError(f"the method name {method.name!r} is taken by {get(method.name).__qualname__}")
-    _METHODS[method.name] = method
+    key = method.name.lower()  # as `get` looks names up
+    if key in _METHODS and get(key) is not method:
+        raise ConfigError(f"the method name {method.name!r} is taken by {get(key).__qualname__}")
+    _METHODS[key] = method
     return method
 
 
@@ -130,6 +131,10 @@ def _build(name: str, values: Mapping[str, Any]) -> Pruner:
     missing = [k for k, f in known.items() if f.default is MISSING and f.default_factory is MISSING and k not in values]
     if missing:
         raise ConfigError(f"{method.name} needs {', '.join(missing)}")
+    if not callable(getattr(values.get("debias"), "valid", None)) and values.get("debias") is not None:
+        raise ConfigError(
+            f"debias must be 'padding', a preset's name or a curve file that ends in .json, not {values['debias']!r}"
+        )
     return method(**values)
 
 

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from evengaze.errors import ConfigError
 from evengaze.layout import VisualTokens, precise
 from evengaze.methods.stages import Grouping, OneStage
 from evengaze.protocol import Merge, Pruner, Selection, Source, Stage, View
@@ -49,11 +50,19 @@ class Random(OneStage):
     name: ClassVar[str] = "random"
     attention: ClassVar[Source] = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"seed={self.seed!r} must be a whole number")
+
     def score(self, view: View) -> Tensor:
         """Uniform noise, seeded by `seed` and by the embeddings of the question (table look-ups, hence exact)."""
         question = view.question.float().cpu().contiguous().numpy().tobytes()
         generator = torch.Generator().manual_seed(zlib.crc32(question, self.seed & 0xFFFFFFFF))
-        return torch.rand(len(view), generator=generator).to(view.hidden.device)
+        noise = torch.rand(len(view.initial), generator=generator).to(view.hidden.device)
+        # Where pictures have budgets of their own, each has its own part of the draw.
+        place = torch.searchsorted(view.initial.position.to(noise.device), view.tokens.position)
+        return noise[place]
 
 
 @dataclass(frozen=True)

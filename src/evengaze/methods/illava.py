@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from evengaze.errors import ConfigError
 from evengaze.layout import precise
-from evengaze.methods.stages import OneStage
+from evengaze.methods.stages import OneStage, check_layers
 from evengaze.methods.vision import shorten
 from evengaze.protocol import Merge, Selection, Stage, View, resolve_keep
 
@@ -50,8 +50,11 @@ class ILLaVA(OneStage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.vision_drop > 0 or (self.vision_drop > 1 and not float(self.vision_drop).is_integer()):
-            raise ConfigError(f"vision_drop={self.vision_drop} must be a number of patches or a fraction in (0, 1)")
+        drop = self.vision_drop
+        if not isinstance(drop, (int, float)) or not drop > 0 or (drop > 1 and not float(drop).is_integer()):
+            raise ConfigError(f"vision_drop={drop!r} must be a number of patches or a fraction in (0, 1)")
+        if self.vision_layers:
+            check_layers(self.vision_layers, name="vision_layers")
 
     def stages(self, layers: int) -> Sequence[Stage]:
         """One, ranked by the layer before it; before that, where the tower dropped patches, these leave."""

@@ -125,7 +125,7 @@ def check_keep(keep: float, name: str = "keep") -> None:
     """Raise a ConfigError unless `keep` is a positive number of tokens or a fraction in (0, 1]."""
     if isinstance(keep, bool) or not isinstance(keep, (int, float)):
         raise ConfigError(f"{name} must be a number of tokens or a fraction in (0, 1], not {keep!r}")
-    if keep <= 0:
+    if not keep > 0:
         raise ConfigError(f"{name}={keep} would drop every visual token; give at least 1 token or a fraction in (0, 1]")
     if isinstance(keep, float) and keep > 1 and not keep.is_integer():
         raise ConfigError(f"{name}={keep} is neither a whole number of tokens nor a fraction in (0, 1]")
@@ -165,21 +165,23 @@ def check_layer(layer: int, layers: int | None = None, *, reads_previous: bool =
         name: the parameter's name, for the message.
     """
     if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-        raise ConfigError(f"{name} must be the 0-based index of a decoder layer, not {layer!r}")
+        raise ConfigError(f"{name} must be the 0-based index of a layer, not {layer!r}")
     if reads_previous and layer == 0:
         raise ConfigError(f"{name}=0: no layer has run yet whose attention could rank the tokens; use {name} >= 1")
     if layers is not None and layer >= layers:
         raise ConfigError(f"{name}={layer} is outside the model: its decoder has layers 0 to {layers - 1}")
 
 
-def check_layers(layers: tuple[int, ...], depth: int | None = None, *, reads_previous: bool = False) -> None:
+def check_layers(
+    layers: tuple[int, ...], depth: int | None = None, *, reads_previous: bool = False, name: str = "layers"
+) -> None:
     """`check_layer` for every stage; the layers must ascend."""
     if not isinstance(layers, tuple) or not layers:
-        raise ConfigError(f"layers must be a sequence of decoder layers, not {layers!r}")
+        raise ConfigError(f"{name} must be a sequence of layers such as [2,8], not {layers!r}")
     for layer in layers:
-        check_layer(layer, depth, reads_previous=reads_previous, name="layers")
+        check_layer(layer, depth, reads_previous=reads_previous, name=name)
     if any(a >= b for a, b in pairwise(layers)):
-        raise ConfigError(f"layers={layers} must ascend")
+        raise ConfigError(f"{name}={layers} must ascend")
 
 
 def scale_layers(published: tuple[int, ...], depth: int, *, of: int = 32, first: int = 1) -> tuple[int, ...]:
