@@ -177,7 +177,8 @@ class Handle:
         """Warn if the trend was calibrated for another model, method or layer."""
         if self.pruner.debias is not None and stages:
             architecture = architecture_of(self.model.config)
-            self.pruner.debias.check(architecture=architecture, method=self.pruner.name, layer=stages[0].attended)
+            layer = self.pruner.ranked_layer(len(self._layers))
+            self.pruner.debias.check(architecture=architecture, method=self.pruner.name, layer=layer)
 
     def _install(self) -> None:
         keep = self._undo.append

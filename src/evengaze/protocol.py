@@ -242,6 +242,11 @@ class Pruner(ABC):
         """Whether a stage ranks visual tokens by attention from text, which is what debiasing corrects."""
         return True
 
+    def ranked_layer(self, layers: int) -> int | None:
+        """The decoder layer by whose attention from text tokens are first ranked, of `layers`; None if by none."""
+        ranked = [s.attended for i, s in enumerate(self.stages(layers)) if self.language_to_vision(i)]
+        return ranked[0] if ranked else None
+
     def prepare(self, model: nn.Module, adapter: Adapter | None, shared: dict[str, Any]) -> Callable[[], None]:
         """Called when the pruner is attached. A method that acts outside the decoder (in a vision tower) hooks it here.
 

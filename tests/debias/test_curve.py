@@ -12,6 +12,9 @@ import pytest
 from evengaze.debias import Curve, CurveWarning, Debias, Exponential, ExponentialFloor, Origin
 from evengaze.debias.curve import Band, Samples, architecture_of, hash_data, warn_if_foreign
 from evengaze.errors import CurveError
+from evengaze.methods import get
+from evengaze.methods.illava import ILLaVA
+from evengaze.testing import tiny
 
 CURVE = Curve(
     trend=ExponentialFloor(0.01, 5.0, 0.2),
@@ -100,6 +103,19 @@ def test_use_for_another_model_or_layer_warns_and_says_how_far_off(tmp_path: Pat
         assert debias.check(architecture="llava/llama/10x576", method="fastv", layer=1) == []
         assert Debias(trend=CURVE.trend).check(architecture="anything") == []
         assert warn_if_foreign(None) == []
+
+
+def test_the_layer_that_is_warned_about_is_the_first_that_ranks_by_text() -> None:
+    model, _ = tiny("llava")
+    debias = Debias(trend=CURVE.trend, origin=Origin(layer=1))
+    tower = ILLaVA(keep=4, layer=3, vision_layers=(0,), debias=debias)  # its first stage is the tower's
+    with pytest.warns(CurveWarning, match="attention of layer 2 instead of 1"):
+        tower(model).remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tower.replace(layer=2)(model).remove()
+        get("dense")(debias=debias)(model).remove()
+    assert [get("divprune")().ranked_layer(32), get("pyramiddrop")().ranked_layer(32)] == [None, 2]
 
 
 def test_architecture_and_data_hash() -> None:

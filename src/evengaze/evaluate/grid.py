@@ -267,13 +267,12 @@ def _notes(cell: Cell, task: Task, outcome: Outcome) -> list[str]:
     """Whether the debias curve belongs to another model, method or layer, or knows the benchmark's pictures."""
     if cell.pruner.debias is None:
         return []
-    stage = cell.pruner.stages(task.layers)[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CurveWarning)  # said in the result instead
         foreign = cell.pruner.debias.check(
             architecture=outcome.fingerprint["model"]["architecture"],
             method=cell.pruner.name,
-            layer=stage.layer - (stage.attention == "previous"),
+            layer=cell.pruner.ranked_layer(task.layers),
         )
     notes = [f"The debias curve was calibrated elsewhere: it is used for {'; '.join(foreign)}."] if foreign else []
     return notes + overlap_notes(outcome)
