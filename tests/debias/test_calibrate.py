@@ -232,7 +232,12 @@ def test_digests_are_of_pixels() -> None:
 
     picture = Image.new("L", (4, 6), 7)
     assert image_digest(picture) == image_digest(picture.convert("RGB")) != image_digest(Image.new("L", (6, 4), 7))
-    assert image_digest([picture, picture]) != image_digest(picture)
+    frames = [picture, Image.new("RGB", (4, 6), 9)]
+    assert image_digest(frames) != image_digest(picture)
+    # A video is the same one as PIL images, arrays, or one array.
+    arrays = [np.asarray(frame.convert("RGB")) for frame in frames]
+    assert image_digest(frames) == image_digest(arrays) == image_digest(np.stack(arrays))
+    assert image_digest(torch.zeros(90, 90, 3)) != image_digest(torch.eye(90)[..., None].expand(-1, -1, 3))
 
 
 def test_a_state_from_a_file_is_known_again_for_methods_with_lists_of_parameters() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -244,13 +245,13 @@ def priors(model: nn.Module, inputs: Mapping[str, Any], method: Pruner, *, stren
 
 
 def image_digest(image: Any) -> str:
-    """12 hex digits of a PIL image's pixels, or of several frames' together."""
+    """12 hex digits of a picture's pixels, or of several frames' together; PIL images and their arrays are equal."""
     digest = hashlib.sha256()
-    for frame in image if isinstance(image, (list, tuple)) else [image]:
-        picture = frame.convert("RGB") if hasattr(frame, "convert") else frame
-        size = getattr(picture, "size", "") if hasattr(frame, "convert") else getattr(picture, "shape", "")
-        digest.update(f"{size}".encode())
-        digest.update(picture.tobytes() if hasattr(picture, "tobytes") else repr(picture).encode())
+    several = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
+    for frame in image if several else [image]:
+        pixels = np.ascontiguousarray(frame.convert("RGB") if hasattr(frame, "convert") else frame)
+        digest.update(f"{pixels.shape[1::-1]}".encode())  # width and height
+        digest.update(pixels.tobytes())
     return digest.hexdigest()[:12]
 
 
