@@ -130,7 +130,10 @@ class Handle:
         self.remove()
 
     def remove(self) -> None:
-        """Take all hooks off; the model is as it was. Calling it twice does no harm."""
+        """Take all hooks off; the model is as it was. Calling it twice does no harm.
+
+        Caches that were filled before stay pruned; to go on with one, attach a pruner again.
+        """
         while self._undo:
             self._undo.pop()()
         self._disarm()
