@@ -318,7 +318,7 @@ def test_the_report_sets_published_figures_beside_measured_ones(tmp_path: Path) 
     made = call("report", str(tmp_path / "r"), "-o", str(tmp_path / "out"))
     assert made.exit_code == 0, made.exception
     markdown = (tmp_path / "out" / "report.md").read_text()
-    assert "| fastv | 128 | 59.6 | 50.6 | 49.6 | 1490 |" in " ".join(markdown.split()) or "| fastv | 128 |" in markdown
+    assert "| fastv | 128 | 49.6 | 50.6 | 59.6 | 1490 |" in " ".join(markdown.split())
     assert "(second-hand)" in markdown
     assert "| `fastv:keep=128 + preset` | 156.0 |" in markdown
     assert "+6.0" in markdown
