@@ -81,6 +81,11 @@ def test_a_layer_outside_the_model_is_an_error(name: str) -> None:
         far.stages(32)
 
 
+def test_sparsevlm_names_the_layers_that_were_given() -> None:
+    with pytest.raises(ConfigError, match=r"layers=\(1, 3\).*outside the model.*0 to 3"):
+        methods.parse("sparsevlm:keep=[6,3],layers=[1,3]").stages(4)
+
+
 def test_dictionaries_need_a_method() -> None:
     with pytest.raises(ConfigError, match="'method' entry"):
         methods.from_dict({"keep": 3})

@@ -63,7 +63,11 @@ class SparseVLM(Pruner):
     def stages(self, layers: int) -> Sequence[Stage]:
         """Layer l ranks while it runs, and layer l + 1 is the first without the dropped tokens."""
         chosen = self.layers or (_LAYERS if self.mode == "official" else scale_layers(_LAYERS, layers, first=0))
-        check_layers(tuple(layer + 1 for layer in chosen), layers)
+        if max(chosen) + 1 >= layers:
+            raise ConfigError(
+                f"layers={chosen}: tokens leave behind a layer that ranks, and what is behind layer {max(chosen)} is "
+                f"outside the model, whose decoder has layers 0 to {layers - 1}"
+            )
         return [Stage(layer + 1, "previous") for layer in chosen]
 
     def budget(self, stage: int, current: int, original: int) -> int:
