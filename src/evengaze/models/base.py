@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class Call:
         encoded: the image and video encodings since the last call, in order. With beams or `num_return_sequences` the
             rows of `input_ids` are repeated, but each image was encoded once: row b belongs to sample
             `b // (B // samples)`.
-        device: where the decoder's input lives.
+        device: where the layout is made; the engine moves it to the decoder's.
     """
 
     input_ids: Tensor | None
@@ -48,7 +48,6 @@ class Call:
     past: int
     encoded: Sequence[EncoderCall]
     device: Any = "cpu"
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
