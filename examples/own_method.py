@@ -26,7 +26,7 @@ class MiddleOut(eg.Pruner):
 
 
 model, processor = eg.demo.load()
-pictures = eg.demo.make_dataset("eval", images=20)
+pictures = eg.demo.make_dataset("eval", images=8)
 for pruner in (MiddleOut(), eg.FastV(keep=0.25)):
     right = total = 0
     with pruner(model) as run:
