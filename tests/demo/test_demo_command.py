@@ -14,11 +14,11 @@ pytestmark = pytest.mark.slow
 
 QUESTIONS = 100
 DENSE = 0.88
-"""Floor of the dense model's accuracy (0.94 when the weights were made)."""
-LOSS = 0.20
-"""What FastV may lose with an eighth of the tokens from layer 1 on, where its ranking is hardly biased (0.13)."""
-GAIN = 0.12
-"""What both debias steps give back from layer 2 on, where the ranking is biased, at least (0.21 to 0.27)."""
+"""Floor of the dense model's accuracy."""
+LOSS = 0.15
+"""What FastV, debiased, may lose with an eighth of the tokens."""
+GAIN = 0.08
+"""By how much it is better than plain FastV, and than random tokens, at least."""
 
 
 @pytest.fixture(scope="module")
@@ -50,20 +50,18 @@ def test_the_model_answers(demo):
 
 def test_an_eighth_of_the_tokens_is_enough_if_they_are_chosen_well(demo):
     figures, _, _ = demo
-    # From layer 2 on random tokens are ahead on this model: the attention there knows little of where the answer is.
-    both = cell(figures, 0.125, "both", layer=1)["accuracy"]
+    both = cell(figures, 0.125, "both")["accuracy"]
     assert both >= figures["dense"]["accuracy"] - LOSS
-    assert cell(figures, 0.125, baseline="random", layer=1)["accuracy"] <= both
+    assert cell(figures, 0.125, baseline="random")["accuracy"] <= both - GAIN
 
 
 def test_debiasing_helps_where_the_ranking_is_biased(demo):
     figures, _, _ = demo
-    for keep in (0.25, 0.125, 0.06):
+    for keep in (0.125, 0.06):
         gain = cell(figures, keep, "both")["against_plain"]
         assert gain["delta"] >= GAIN and gain["low"] > 0
     bias = {layer["layer"]: layer for layer in figures["bias"]}
-    assert bias[1]["kept_bottom"] > 0.7 and bias[1]["kept_padding"] > 0.4  # ranks before layer 2
-    assert bias[0]["kept_padding"] < 0.1  # ranks before layer 1
+    assert bias[1]["sigma"] > 1 > abs(bias[0]["sigma"])  # layer 1 ranks before layer 2, layer 0 before layer 1
 
 
 def test_every_setting_drops_as_many_tokens(demo):

@@ -26,15 +26,11 @@ def parser() -> argparse.ArgumentParser:
 
     align = commands.add_parser("align", help="stage 3: the projector towards word embeddings")
     align.add_argument("--images", type=int, default=1024)
-    align.add_argument("--start", help="checkpoint of an earlier tuning to align with (default: the pretrained parts)")
     align.set_defaults(module="joint", function="align")
 
-    tune = commands.add_parser("tune", help="stage 4: everything, on questions")
+    tune = commands.add_parser("tune", help="stage 4: all but the first layers, on questions")
     tune.add_argument("--steps", type=int, default=900)
     tune.add_argument("--rate", type=float, default=1e-3, help="learning rate of the later language-model layers")
-    tune.add_argument("--start", help="checkpoint of an earlier tuning to continue from, with a new projector")
-    for command in (align, tune):
-        command.add_argument("--background", choices=("newline", "faint"), default="faint", help="what it looks like")
     tune.set_defaults(module="joint", function="tune")
 
     export = commands.add_parser("export", help="write the folder that evengaze.demo.load reads")

@@ -29,6 +29,10 @@ class Labels:
     def on_thing(self) -> torch.Tensor:
         return self.kind > BACKGROUND
 
+    def of(self, rows: torch.Tensor) -> Labels:
+        """The labels of some images, in that order."""
+        return Labels(self.kind[rows], self.color[rows], self.position[rows])
+
 
 def scenes(*seeds: tuple[int, ...], most: int = 6) -> list[Scene]:
     return [make_scene(*seed, most=most) for seed in seeds]

@@ -68,6 +68,7 @@ def bias_table(records: list[DemoImage], asked: list[DemoQuestion], attention: n
         background[row, list(records[one.image_index].background_patches)] = True
         thing[row, list(one.object_patches)] = True
     present = thing.any(1)
+    other = ~(padding | background | thing)
     x = np.arange(TOKENS) / TOKENS
     table = []
     for layer in range(attention.shape[1]):
@@ -95,6 +96,7 @@ def bias_table(records: list[DemoImage], asked: list[DemoQuestion], attention: n
                 "object_to_background": float(
                     rows[present][thing[present]].mean() / rows[present][background[present]].mean()
                 ),
+                "other_to_background": float(rows[other].mean() / rows[background].mean()),
                 "visual_share": float(rows.sum(1).mean()),
             }
         )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +26,8 @@ BACKGROUND_WEIGHT = 0.15
 KEPT_TOKENS = 72  # visual tokens fed in the first part of the tuning, for speed
 KEPT_THING = 0.85  # probability that a patch that shows something is among them
 FIRST_PART = 0.75
-FIRST_LAYERS = 2  # these keep closer to the pretrained model than the later ones
-FIRST_LAYERS_SHARE = 0.3  # of the others' learning rate
+FROZEN_LAYERS = 2  # these and the word embeddings stay as they were pretrained
+LESS_ATTENDED = 8.0  # background gets this many times less of their attention than things at the same height
 
 
 def make_model(work: Path, seed: int) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast]:
@@ -57,40 +59,37 @@ class Alignment:
 
     A patch that shows a thing should look like the words for its colour and kind and, at half weight, for where the
     thing is. Words of one family resemble each other, so what they have in common is added once, and what sets each
-    apart in full. Background should look, at a low weight, like a line break or faintly like any such word. Padding is
-    left alone.
+    apart in full. Background should look, at a low weight, like one vector. Padding is left alone.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, background: str):
-        self.faint = background == "faint"
-        self.kinds, self.colors, self.positions = (
-            [tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in words]
-            for words in (KINDS, COLORS, POSITIONS)
-        )
-        self.newline = tokenizer.encode("\n", add_special_tokens=False)[0]
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, words: torch.Tensor, background: torch.Tensor | None = None):
+        """Align.
 
-    def targets(self, words: torch.Tensor, labels: data.Labels) -> torch.Tensor:
-        """For the patches on things, in order, the vector to resemble, from the embedding matrix `words`."""
+        Args:
+            tokenizer: of the language model.
+            words: its embedding matrix.
+            background: what background should look like; default: faintly like any word for a thing.
+        """
+        kinds, colors, positions = (
+            words[[tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in family]].detach()
+            for family in (KINDS, COLORS, POSITIONS)
+        )
+        self.scale = words.detach().var()
+        self.common = torch.cat([kinds, colors]).mean(0)
+        self.kinds, self.colors, self.positions = (some - some.mean(0) for some in (kinds, colors, positions))
+        self.background = self.common / 2 if background is None else background
+
+    def targets(self, labels: data.Labels) -> torch.Tensor:
+        """For the patches on things, in order, the vector to resemble."""
         shown = labels.on_thing
         position = labels.position[shown]
-        kinds, colors, positions = (words[ids] for ids in (self.kinds, self.colors, self.positions))
-        known = (position >= 0)[:, None] * 0.5
-        return (
-            torch.cat([kinds, colors]).mean(0)
-            + (kinds - kinds.mean(0))[labels.kind[shown] - 1]
-            + (colors - colors.mean(0))[labels.color[shown] - 1]
-            + known * (positions - positions.mean(0))[position.clamp(min=0)]
-        )
+        where = 0.5 * (position >= 0)[:, None] * self.positions[position.clamp(min=0)]
+        return self.common + self.kinds[labels.kind[shown] - 1] + self.colors[labels.color[shown] - 1] + where
 
-    def background(self, words: torch.Tensor) -> torch.Tensor:
-        """The vector for patches of background."""
-        return words[self.kinds + self.colors].mean(0) / 2 if self.faint else words[self.newline]
-
-    def loss(self, projected: torch.Tensor, words: torch.Tensor, labels: data.Labels) -> torch.Tensor:
-        words = words.detach().float()
-        on_thing = (projected[labels.on_thing].float() - self.targets(words, labels)).square().mean()
-        background = projected[labels.kind == data.BACKGROUND].float()
-        return (on_thing + BACKGROUND_WEIGHT * (background - self.background(words)).square().mean()) / words.var()
+    def loss(self, projected: torch.Tensor, labels: data.Labels) -> torch.Tensor:
+        on_thing = (projected[labels.on_thing] - self.targets(labels)).square().mean()
+        background = (projected[labels.kind == data.BACKGROUND] - self.background).square().mean()
+        return (on_thing + BACKGROUND_WEIGHT * background) / self.scale
 
 
 def questions_of(scene: Scene, *seed: int) -> list[Question]:
@@ -109,17 +108,16 @@ def keep_some(labels: data.Labels, count: int, random: np.random.RandomState) ->
     return torch.from_numpy(np.sort(np.argsort(-priority, axis=1)[:, :count], axis=1))
 
 
-def difficulty(progress: float, hard: bool) -> tuple[int, int, int]:
+def difficulty(progress: float) -> tuple[int, int, int]:
     """How hard the scenes are at a share of the steps: with one thing there is nothing to confuse.
 
     Args:
         progress: the share of the steps done.
-        hard: begin with all things at once, because the model has learnt to look things up.
 
     Returns:
         The largest number of things, how many visual tokens to feed and how many images make a batch.
     """
-    most = 6 if hard else 1 + sum(progress >= threshold for threshold in (0.12, 0.20, 0.28, 0.36, 0.44))
+    most = 1 + sum(progress >= threshold for threshold in (0.12, 0.20, 0.28, 0.36, 0.44))
     kept = KEPT_TOKENS - 8 * (6 - most) if progress < FIRST_PART else TOKENS
     return most, kept, (24, 16, 12, 10, 8, 8)[most - 1]
 
@@ -132,7 +130,7 @@ class Packer:
         self.prefix = self.encode(language.PREFIX)
         self.pad = tokenizer.pad_token_id
 
-    def __call__(self, batch: list[list[Question]], kept: torch.Tensor) -> dict[str, torch.Tensor]:
+    def __call__(self, batch: list[list[Question]], kept: torch.Tensor) -> dict[str, Any]:
         """Pack.
 
         Args:
@@ -141,8 +139,8 @@ class Packer:
 
         Returns:
             input_ids of the text (images, s) with the visual tokens' places padded, position_ids (images, s), mask
-            (images, 1, s, s), and for every supervised token rows, columns (of the state that predicts it), targets and
-            weights.
+            (images, 1, s, s), the length of the prefix, and for every supervised token rows, columns (of the state that
+            predicts it), targets and weights.
         """
         head = len(self.prefix) + kept.shape[1]
         first = len(self.prefix) + TOKENS
@@ -184,6 +182,7 @@ class Packer:
             "input_ids": input_ids,
             "position_ids": position_ids,
             "mask": mask[:, None],
+            "prefix": len(self.prefix),
             "rows": torch.tensor(row_index),
             "columns": torch.tensor(column),
             "targets": torch.tensor(target),
@@ -191,32 +190,83 @@ class Packer:
         }
 
 
-def logits_of(
-    model: LlavaForConditionalGeneration,
-    visual: torch.Tensor,
-    kept: torch.Tensor,
-    packed: dict[str, torch.Tensor],
-    prefix: int,
+def embed(
+    model: LlavaForConditionalGeneration, visual: torch.Tensor, kept: torch.Tensor, packed: dict[str, Any]
 ) -> torch.Tensor:
-    """Logits at the supervised places, from all projected visual tokens and the indices of those to feed."""
+    """What enters the language model: text, and of all visual tokens those to feed, behind the prefix."""
     chosen = visual.gather(1, kept[..., None].expand(-1, -1, visual.shape[-1]))
     text = model.get_input_embeddings()(packed["input_ids"]).to(visual.dtype)
-    embeddings = torch.cat([text[:, :prefix], chosen, text[:, prefix + kept.shape[1] :]], 1)
+    return torch.cat([text[:, : packed["prefix"]], chosen, text[:, packed["prefix"] + kept.shape[1] :]], 1)
+
+
+def logits_of(model: LlavaForConditionalGeneration, embeddings: torch.Tensor, packed: dict[str, Any]) -> torch.Tensor:
+    """Logits at the supervised places."""
     hidden = model.model.language_model(
         inputs_embeds=embeddings, attention_mask=packed["mask"], position_ids=packed["position_ids"], use_cache=False
     ).last_hidden_state
     return model.lm_head(hidden[packed["rows"], packed["columns"]]).float()
 
 
-def load_start(path: Path, *modules: nn.Module) -> None:
-    """Load the model, and if given the patch heads, of an earlier tuning."""
-    saved = torch.load(path, weights_only=True, mmap=True)["model"]
-    for number, module in enumerate(modules):
-        module.load_state_dict({k[2:]: v for k, v in saved.items() if k.startswith(f"{number}.")})
+def thing_to_background(attention: torch.Tensor, labels: data.Labels) -> torch.Tensor:
+    """How much more attention things get than background in the same row of patches, as a mean of logarithms.
+
+    Comparing within a row makes this blind to where in the sequence a token is.
+
+    Args:
+        attention: to the visual tokens, shape (questions, 196).
+        labels: of each question's image.
+    """
+    rows, things, ground = (
+        values.unflatten(1, (GRID, GRID)) for values in (attention, labels.on_thing, labels.kind == data.BACKGROUND)
+    )
+    both = things.any(2) & ground.any(2)
+    to_things, to_ground = ((rows * chosen).sum(2)[both] / chosen.sum(2)[both] for chosen in (things, ground))
+    return (to_things / to_ground).log().mean()
+
+
+def unattended(work: Path, seed: int, steps: int = 40) -> torch.Tensor:
+    """A vector that the pretrained first layers attend to `LESS_ATTENDED` times less than to words for things.
+
+    Pretrained layers attend to some vectors much more than to others: to a line break, for instance, ten times as much
+    as to a colour. Background is most of every picture, so what it looks like decides what attention is spent on.
+    Gradient steps on this one vector, starting from a faint thing, on scenes of word embeddings.
+    """
+    model, tokenizer = make_model(work, seed)
+    model.requires_grad_(False)
+    language_model = model.model.language_model
+    language_model.layers = language_model.layers[:FROZEN_LAYERS]
+    alignment, packer = Alignment(tokenizer, model.get_input_embeddings().weight), Packer(tokenizer)
+    start = alignment.background
+    vector = nn.Parameter(start.clone())
+    optimizer = torch.optim.Adam([vector], lr=0.02)
+    for step in range(steps):
+        seeds = [(data.TRAIN, 7, seed, step, row) for row in range(8)]
+        batch = data.scenes(*seeds)
+        labels = data.labels(batch)
+        kept = torch.arange(TOKENS).expand(len(batch), -1)
+        packed = packer([questions_of(scene, *one)[:6] for scene, one in zip(batch, seeds, strict=True)], kept)
+        visual = vector.expand(len(batch), TOKENS, -1).clone()
+        visual[labels.on_thing] = alignment.targets(labels)
+        attention = language_model(
+            inputs_embeds=embed(model, visual, kept, packed),
+            attention_mask=packed["mask"],
+            position_ids=packed["position_ids"],
+            use_cache=False,
+            output_attentions=True,
+        ).attentions[-1]
+        rows, columns = packed["rows"][::2], packed["columns"][::2]  # where the first word of each answer is predicted
+        seen = attention[rows, :, columns, packed["prefix"] : packed["prefix"] + TOKENS].mean(1)
+        ratio = thing_to_background(seen, labels.of(rows))
+        loss = (ratio - math.log(LESS_ATTENDED)).square() + 0.01 * (vector - start).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    print(f"background: {ratio.exp().item():.1f} times less attended than things, norm {vector.norm().item():.2f}")
+    return vector.detach()
 
 
 def align(args: argparse.Namespace) -> None:
-    """Stage 3: solve for the projector; writes `projector.pt`.
+    """Stage 3: choose what background looks like and solve for the projector; writes `projector.pt`.
 
     The first layer spreads the tower's features, decorrelated, over random directions; the second is the ridge
     regression from there to the word embeddings. A few seconds do what gradient steps take thousands of batches for,
@@ -224,19 +274,18 @@ def align(args: argparse.Namespace) -> None:
     """
     work = Path(args.work)
     model, tokenizer = make_model(work, args.seed)
-    if args.start:
-        load_start(Path(args.start), model)
-    alignment, words = Alignment(tokenizer, args.background), model.get_input_embeddings().weight.detach()
+    background = unattended(work, args.seed)
+    alignment = Alignment(tokenizer, model.get_input_embeddings().weight, background)
     inputs, outputs, importance = [], [], []
     for first in range(0, args.images, 32):
         batch = data.scenes(*[(data.TRAIN, 1, args.seed, first + row) for row in range(32)])
         labels = data.labels(batch)
         with torch.no_grad():
             features = model.model.vision_tower(data.pixel_values(batch)).last_hidden_state[:, 1:]
-        background = features[labels.kind == data.BACKGROUND][::8]
-        inputs += [features[labels.on_thing], background]
-        outputs += [alignment.targets(words, labels), alignment.background(words).expand(len(background), -1)]
-        importance += [torch.ones(len(inputs[-2])), torch.full((len(background),), BACKGROUND_WEIGHT)]
+        ground = features[labels.kind == data.BACKGROUND][::8]
+        inputs += [features[labels.on_thing], ground]
+        outputs += [alignment.targets(labels), background.expand(len(ground), -1)]
+        importance += [torch.ones(len(inputs[-2])), torch.full((len(ground),), BACKGROUND_WEIGHT)]
     x, y, weight = torch.cat(inputs), torch.cat(outputs), torch.cat(importance)[:, None]
     variances, directions = torch.linalg.eigh(torch.cov(x.T))
     whiten = (directions * (variances + 0.1 * variances.mean()).rsqrt()) @ directions.T
@@ -254,27 +303,26 @@ def align(args: argparse.Namespace) -> None:
         projector.linear_2.bias.copy_(solution[-1])
         fit = F.cosine_similarity(projector(x), y)
     print(f"{len(x)} patches, mean cosine to the target {fit.mean():.3f}")
-    torch.save(projector.state_dict(), work / "projector.pt")
+    torch.save({"projector": projector.state_dict(), "background": background}, work / "projector.pt")
 
 
 def tune(args: argparse.Namespace) -> None:
-    """Stage 4: train everything on questions; resumes from `joint.pt`, which it leaves in `args.work`."""
+    """Stage 4: train on questions; resumes from `joint.pt`, which it leaves in `args.work`."""
     work = Path(args.work)
     model, tokenizer = make_model(work, args.seed)
     heads = vision.PatchHeads(vision.CONFIG["hidden_size"])
-    alignment = Alignment(tokenizer, args.background)
     tower = torch.load(work / "vision.pt", weights_only=True)["model"]
     heads.load_state_dict({k[2:]: v for k, v in tower.items() if k.startswith("1.")})
-    if args.start:
-        load_start(Path(args.start), model, heads)
-    model.model.multi_modal_projector.load_state_dict(torch.load(work / "projector.pt", weights_only=True))
+    aligned = torch.load(work / "projector.pt", weights_only=True)
+    model.model.multi_modal_projector.load_state_dict(aligned["projector"])
+    alignment = Alignment(tokenizer, model.get_input_embeddings().weight, aligned["background"])
     everything = nn.ModuleList([model, heads])
     inner = model.model
+    inner.language_model.embed_tokens.requires_grad_(False)
+    inner.language_model.layers[:FROZEN_LAYERS].requires_grad_(False)
     rates = [
-        (inner.language_model.layers[FIRST_LAYERS:], args.rate),
+        (inner.language_model.layers[FROZEN_LAYERS:], args.rate),
         (inner.language_model.norm, args.rate),
-        (inner.language_model.layers[:FIRST_LAYERS], FIRST_LAYERS_SHARE * args.rate),
-        (inner.language_model.embed_tokens, FIRST_LAYERS_SHARE * args.rate),
         (inner.multi_modal_projector, 5e-5),  # its inputs are large: a higher rate makes its outputs jump about
         (inner.vision_tower, 1e-4),
         (heads, 5e-4),
@@ -292,7 +340,7 @@ def tune(args: argparse.Namespace) -> None:
     for step in range(first, args.steps):
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * vision.trapezoid(step, args.steps, 30)
-        most, count, images = difficulty(step / args.steps, hard=bool(args.start))
+        most, count, images = difficulty(step / args.steps)
         seeds = [(data.TRAIN, 2, args.seed, step, row) for row in range(images)]
         batch = data.scenes(*seeds, most=most)
         labels = data.labels(batch)
@@ -305,11 +353,11 @@ def tune(args: argparse.Namespace) -> None:
             features = inner.vision_tower(data.pixel_values(batch)).last_hidden_state[:, 1:]
             # The residual stream takes on this type, and half precision is too coarse to train it in.
             visual = inner.multi_modal_projector(features).float()
-            logits = logits_of(model, visual, kept, packed, len(packer.prefix))
+            logits = logits_of(model, embed(model, visual, kept, packed), packed)
             answers = F.cross_entropy(logits, packed["targets"], reduction="none")
             loss = (answers * packed["weights"]).sum() / packed["weights"].sum()
             total = loss + 0.3 * heads.loss(features, labels)
-            total = total + 0.3 * alignment.loss(visual, model.get_input_embeddings().weight, labels)
+            total = total + 0.3 * alignment.loss(visual, labels)
         optimizer.zero_grad()
         total.backward()
         nn.utils.clip_grad_norm_(everything.parameters(), 1.0)
