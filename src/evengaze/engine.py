@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,14 @@ from torch import Tensor, nn
 from evengaze import cache as kv
 from evengaze.attention import attention_module, hidden_attention, implementation_of, probe, tap, untap
 from evengaze.cut import real_tokens
-from evengaze.errors import AttachError, ConfigError, LayoutError, NothingPrunedError, UnsupportedModelError
+from evengaze.errors import (
+    AttachError,
+    ConfigError,
+    LayoutError,
+    LayoutWarning,
+    NothingPrunedError,
+    UnsupportedModelError,
+)
 from evengaze.layout import VisualLayout
 from evengaze.models import BareDecoder, adapter_for, find_decoder
 from evengaze.models.base import Adapter, Call, EncoderCall, architecture_of
@@ -115,6 +123,7 @@ class Handle:
         self._mask: Tensor | None = None
         self._restores = False
         self._generating = False
+        self._warned = False
         self._shared: dict[str, Any] = {}
         self._undo: list[Callable[[], Any]] = []
         try:
@@ -269,7 +278,9 @@ class Handle:
         length, past = states.shape[1], 0 if cache is None else int(cache.get_seq_length())
         real = real_tokens(given, states, past)
         frozen = self._frozen
-        if not states.is_floating_point():
+        if states.is_floating_point():
+            self._warn_blind(ids, past, encoded)
+        else:
             states = self._decoder.get_input_embeddings()(states)
         if frozen is not None and cache is None and frozen.continued_by(states):
             layout: VisualLayout | None = frozen.layout
@@ -292,6 +303,19 @@ class Handle:
             rotary=self._rotary if self.pruner.positions == "renumbered" else None,
             shared=self._shared,
             replay=None if frozen is None else frozen.selections,
+        )
+
+    def _warn_blind(self, ids: Tensor | None, past: int, encoded: Sequence[EncoderCall]) -> None:
+        """Say once that a prompt of embeddings only may hold pictures that cannot be seen."""
+        if self._warned or self._adapter is None or not self._stages or ids is not None or past or encoded:
+            return
+        self._warned = True
+        warnings.warn(
+            f"{type(self.model).__name__} was called with embeddings and no input_ids, which would say where images "
+            f"are: {self.pruner.name} prunes nothing. If there are images in them, pass input_ids, or say where they "
+            "are: pruner(model, layout=VisualLayout.from_spans(spans, grid)).",
+            LayoutWarning,
+            stacklevel=2,
         )
 
     def _find(self, call: Call, length: int) -> VisualLayout | None:

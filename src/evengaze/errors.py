@@ -1,4 +1,4 @@
-"""Every error that evengaze raises on purpose, with one common base class."""
+"""Every error that evengaze raises on purpose, with one common base class; and the core's warnings."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ class ConfigError(EvengazeError, ValueError):
 
 class LayoutError(EvengazeError, ValueError):
     """The visual tokens of a call could not be located, or a given layout does not fit the call."""
+
+
+class LayoutWarning(UserWarning):
+    """It cannot be known whether a call has visual tokens."""
 
 
 class UnsupportedModelError(EvengazeError, TypeError):

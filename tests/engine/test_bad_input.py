@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
+import torch
 from transformers.cache_utils import Cache, QuantizedLayer
 
 import evengaze as eg
-from evengaze.errors import AttachError, ConfigError, LayoutError, NothingPrunedError, ScoreError, UnsupportedModelError
+from evengaze.errors import (
+    AttachError,
+    ConfigError,
+    LayoutError,
+    LayoutWarning,
+    NothingPrunedError,
+    ScoreError,
+    UnsupportedModelError,
+)
 from evengaze.testing import tiny
 from reference import generate
 
@@ -49,6 +59,30 @@ def test_images_without_placeholders():
     inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, 7)
     with pytest.raises((LayoutError, ValueError), match="image"), eg.FastV(keep=4)(model):
         generate(model, inputs)
+
+
+def test_embeddings_hide_where_pictures_are():
+    model, inputs = tiny("llava")
+    ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, 7)
+    embedded = {"inputs_embeds": model.get_input_embeddings()(ids).detach(), "attention_mask": inputs["attention_mask"]}
+    expected = model(**embedded).logits
+    with eg.FastV(keep=4)(model) as run:
+        with pytest.warns(LayoutWarning, match="layout=") as found:
+            assert torch.equal(model(**embedded).logits, expected)
+            generate(model, embedded, use_cache=False)
+        assert len(found) == 1
+        assert run.trace is None
+    span = eg.VisualLayout.from_spans([(4, 20)], (4, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with eg.FastV(keep=4)(model) as run:
+            generate(model, {"input_ids": ids})  # text that is known to be text
+            generate(model, inputs)
+        with eg.FastV(keep=4)(model, layout=span) as run:
+            generate(model, embedded)
+        assert run.trace.visual_tokens()[-1] == 4
+        with eg.methods.parse("dense")(model):
+            generate(model, embedded)
 
 
 def test_hidden_attention_is_named(monkeypatch):
