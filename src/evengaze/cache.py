@@ -4,6 +4,7 @@ A pruned layer of a transformers cache stores fewer entries than the sequence ha
 lives on the cache layer itself, so that interleaved generations, second turns, beams and reused caches need nothing
 else. A pruned layer keeps reporting the *logical* length of the sequence: transformers then goes on building masks and
 positions for the whole sequence, whichever layer it asks, and every layer's mask is cut to what the layer really holds.
+That takes an attached pruner: without one, the layers of a pruned cache refuse what they are given.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from transformers.cache_utils import (
 )
 
 from evengaze.cut import causal_mask, is_flat, mask_columns, take_mask
-from evengaze.errors import ConfigError
+from evengaze.errors import AttachError, ConfigError
 
 _QUANTIZED: type = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)  # the base came with the FP8 cache
 
@@ -244,10 +245,27 @@ def fixed_columns(layer: Any, kept: Kept, columns: int) -> tuple[Tensor, Tensor]
 def record(layer: Any, kept: Kept, dropped: int) -> None:
     """Make a cache layer remember what it holds, `dropped` tokens less than the sequence has in this call."""
     layer.__class__ = _logical(layer.__class__)
-    layer.kept = kept
+    layer.kept, layer.guarded = kept, True
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length += dropped  # its own counter of the logical length
     layer.dropped = getattr(layer, "dropped", 0) + dropped
+
+
+def guard(cache: Any) -> None:
+    """From now on the layers of a cache store tokens only for an attached pruner, which `admit`s them.
+
+    All layers, also those that have nothing dropped: the first one refuses before any has stored anything.
+    """
+    for layer in getattr(cache, "layers", ()):
+        if hasattr(layer, "get_mask_sizes"):
+            layer.__class__ = _logical(layer.__class__)
+            layer.guarded = True
+
+
+def admit(layer: Any) -> None:
+    """An attached pruner has seen to the arguments of the call in which a guarded layer is about to store tokens."""
+    if getattr(layer, "guarded", False):
+        layer.admitted = True
 
 
 def trim(layer: Any, index: Tensor, kept: Kept, dropped: int) -> None:
@@ -284,9 +302,19 @@ def _logical(base: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
         _evengaze = True
         kept: Kept | None = None
         dropped = 0
+        guarded = admitted = False
+
+        def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if self.guarded and not self.admitted:
+                raise AttachError(
+                    "this cache was pruned: masks and positions fit it only while a pruner is attached. Go on with it "
+                    "inside the `with` block (or before the handle's remove()), or attach a pruner again."
+                )
+            self.admitted = False
+            return super().update(*args, **kwargs)  # type: ignore[no-any-return]
 
         def reset(self) -> None:
-            self.kept, self.dropped = None, 0
+            self.kept, self.dropped, self.guarded, self.admitted = None, 0, False, False
             super().reset()
 
         def reorder_cache(self, beam_idx: Tensor) -> None:

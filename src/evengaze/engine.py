@@ -141,7 +141,7 @@ class Handle:
     def remove(self) -> None:
         """Take all hooks off; the model is as it was. Calling it twice does no harm.
 
-        Caches that were filled before stay pruned; to go on with one, attach a pruner again.
+        Caches that were filled before stay pruned, and refuse further tokens until a pruner is attached again.
         """
         while self._undo:
             self._undo.pop()()
@@ -340,6 +340,7 @@ class Handle:
         cache = kv.layer_of(kwargs.get("past_key_values"), i)
         run = self._run
         if run is None:
+            kv.admit(cache)
             return self._steps.arguments(i, args, kwargs, cache)
         run.cache = kwargs.get("past_key_values")
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
@@ -351,10 +352,11 @@ class Handle:
         if i in self._taps and run.replay is None:
             tap(attention_module(layer), functools.partial(setattr, run, "states"), past=kv.stored(cache))
         run.entering.append(hidden.shape[1])
+        if run.slots is not None and cache is not None:
+            run.remember(i, cache, hidden.device)
+        kv.admit(cache)
         if run.slots is None:
             return self._steps.arguments(i, args, kwargs, cache)
-        if cache is not None:
-            run.remember(i, cache, hidden.device)
         return run.arguments(i, hidden, args, kwargs, cache)
 
     def _read(

@@ -24,7 +24,7 @@ class UnsupportedModelError(EvengazeError, TypeError):
 
 
 class AttachError(EvengazeError, RuntimeError):
-    """A pruner is already attached, or the model cannot be tapped."""
+    """A pruner is already attached, the model cannot be tapped, or a pruned cache is used without a pruner."""
 
 
 class NothingPrunedError(EvengazeError, RuntimeError):

@@ -129,6 +129,7 @@ class Prefill:
         self.slots = old.gather(1, index)
         self.filled = None if bool(filled.all()) else filled
         self._memo.clear()
+        kv.guard(self.cache)
         if stage.trims_below:
             self._trim_below(stage.layer, hidden.device)
         return out

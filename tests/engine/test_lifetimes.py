@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import evengaze as eg
 from evengaze.debias import SinkMask
-from evengaze.errors import ConfigError
+from evengaze.errors import AttachError, ConfigError
 from evengaze.methods import parse
 from evengaze.testing import tiny
 from reference import generate
@@ -42,6 +43,41 @@ def test_a_pruned_cache_may_go_on_under_another_handle(method, other):
             with parse(later)(model):
                 results.append(second_turn(model, inputs, cache, first))
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "tokencarve:keep=5", "uniform:keep=5,layer=0"])
+@pytest.mark.parametrize("kind", ["dynamic", "lazy", "static", "sliding"])
+def test_a_pruned_cache_is_refused_without_a_pruner(method, kind):
+    """By its first layer, so that nothing has been stored and it can be gone on with."""
+    model, inputs = tiny("gemma3" if kind == "sliding" else "llava", batch=3)
+    config = model.config.get_text_config()
+    caches = {"lazy": lambda: DynamicCache(), "static": lambda: StaticCache(config=config, max_cache_len=96)}
+    cache = caches.get(kind, lambda: DynamicCache(config=config))()
+    pruner = parse(method)
+    with pruner(model):
+        first = model.generate(**inputs, max_new_tokens=3, do_sample=False, past_key_values=cache, disable_compile=True)
+        expected = second_turn(model, inputs, copy.deepcopy(cache), first)
+    token, mask = first[:, -1:], torch.ones(first.shape, dtype=torch.long)
+    for refused in (
+        lambda: second_turn(model, inputs, cache, first),
+        lambda: model(input_ids=token, attention_mask=mask, past_key_values=cache),
+    ):
+        with pytest.raises(AttachError, match="with"):
+            refused()
+    with pruner(model):
+        assert torch.equal(second_turn(model, inputs, cache, first), expected)
+
+
+def test_a_cache_that_was_pruned_can_be_used_anew_after_a_reset():
+    model, inputs = tiny("llava")
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=96)
+    options = {"past_key_values": cache, "disable_compile": True}
+    expected = generate(model, inputs, **options)[1]
+    cache.reset()
+    with eg.FastV(keep=5)(model):
+        generate(model, inputs, **options)
+    cache.reset()
+    assert torch.equal(generate(model, inputs, **options)[1], expected)
 
 
 @pytest.mark.parametrize("method", ["fastv:keep=5", "pyramiddrop:layers=[2,4],keep=[8,4]"])
