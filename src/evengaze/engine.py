@@ -2,7 +2,9 @@
 
 The only cutting point is the input of a decoder layer. Pre-hooks on the layers replace the hidden states at a stage,
 and from there on the position ids, rotary tables and attention mask by the parts that belong to the surviving tokens.
-What outlives the forward call is on the cache (`evengaze.cache`); the rest (`evengaze.prefill`) ends with it.
+What outlives the forward call is on the cache (`evengaze.cache`); the rest (`evengaze.prefill`) ends with it. A call of
+the model itself returns states, and so logits, of the length of its inputs, with zeros where tokens were dropped;
+`generate`, which looks at the last one only, is spared that.
 """
 
 from __future__ import annotations
@@ -121,7 +123,6 @@ class Handle:
         self._encoded: list[EncoderCall] = []
         self._ids: Tensor | None = None
         self._mask: Tensor | None = None
-        self._restores = False
         self._generating = False
         self._warned = False
         self._shared: dict[str, Any] = {}
@@ -246,7 +247,7 @@ class Handle:
 
     def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is self.model:
-            self._ids, self._mask, self._restores = None, None, False
+            self._ids = self._mask = None
             if not self._generating and kwargs.get("mm_encoder_outputs") is None:
                 self._forget_encoded()  # left by a call that failed before it reached the decoder, or asked for outside
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -255,9 +256,6 @@ class Handle:
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             self._mask = mask
-        # The loss compares with labels of the full length, and positions to predict at count from its start.
-        positions = isinstance(kwargs.get("logits_to_keep"), Tensor)
-        self._restores = self._restores or positions or kwargs.get("labels") is not None
 
     def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._run = None
@@ -414,13 +412,15 @@ class Handle:
         self.trace = run.trace(self.pruner, len(self._layers))
         if self._freeze and self._generating and run.cache is None:
             self._frozen = _Frozen(run.inputs.detach(), run.layout, run.selections)
-        if self._restores and run.slots is not None:
-            states = out.last_hidden_state
-            index = run.slots.to(states.device)[..., None].expand_as(states)
-            full = states.new_zeros(states.shape[0], run.length, states.shape[2])
-            out.last_hidden_state = full.scatter(1, index, states)
-            return out
-        return None
+        return None if run.slots is None or self._generating else _restored(out, run)
+
+
+def _restored(out: Any, run: Prefill) -> Any:
+    """A decoder's output with a state for each token of the call again, as callers other than `generate` expect."""
+    if isinstance(out, tuple):
+        return (run.restored(out[0]), *out[1:])
+    out.last_hidden_state = run.restored(out.last_hidden_state)
+    return out
 
 
 def _intercept(

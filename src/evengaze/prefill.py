@@ -258,6 +258,14 @@ class Prefill:
         there = self.real.to(device).gather(1, slots)
         return there if filled is None else there & filled
 
+    def restored(self, states: Tensor) -> Tensor:
+        """(B, L, d) states at their places in the call, zeros where tokens were dropped, from those that are left."""
+        slots, filled = self.on(states.device)
+        if filled is not None:
+            states = states.masked_fill(~filled[..., None], 0.0)
+        full = states.new_zeros(states.shape[0], self.length, states.shape[2])
+        return full.scatter(1, slots[..., None].expand_as(states), states)
+
     # -- the cache ----------------------------------------------------------------------------------------------------
     def before(self, layer: int, cache: Any) -> None:
         """Note what a layer's cache remembered when the call began."""

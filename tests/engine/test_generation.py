@@ -277,13 +277,46 @@ def test_labels_keep_their_length():
     out.loss.backward()
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("method", [*METHODS, "sparsevlm:layers=[1,3],keep=[9,4]"])
+def test_logits_keep_their_places(method, side):
+    """Rows keep unlike numbers of tokens; those that were dropped, fillers included, are 0."""
+    model, inputs = tiny("llava", batch=3, images=[0, 1, 2])
+    if side == "right":
+        ends = inputs["attention_mask"].argmax(1)
+        for name in ("input_ids", "attention_mask"):
+            inputs[name] = torch.stack([row.roll(-int(n)) for row, n in zip(inputs[name], ends, strict=True)])
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad(), parse(method)(model) as run:
+        logits = model(**inputs).logits
+        gone = torch.stack([dropped for _, dropped in dropped_from(run.trace)]).any(0)
+        moved = any(row.recycled is not None for stage in run.trace.stages for row in stage.rows)
+        assert logits.shape[:2] == real.shape
+        if not moved:
+            assert torch.equal((logits == 0).all(-1) & real, gone)
+        first = 0
+        for b, count in enumerate([0, 1, 2]):
+            pixels = inputs["pixel_values"][first : first + count]
+            first += count
+            alone = {"input_ids": inputs["input_ids"][b : b + 1, real[b]]}
+            alone |= {"pixel_values": pixels} if count else {}
+            assert torch.allclose(model(**alone).logits[0], logits[b, real[b]], atol=1e-5)
+
+
 def test_positions_to_predict_at_count_in_the_whole_prompt():
     model, inputs = tiny("llava")
-    with torch.no_grad(), eg.FastV(keep=5)(model) as run:
-        full = model(**inputs, labels=inputs["input_ids"]).logits
-        left = (~dropped_from(run.trace)[0][1][0]).nonzero().flatten()
-        for keep, expected in ((left, full[:, left]), (1, full[:, -1:])):
+    with torch.no_grad(), eg.FastV(keep=5)(model):
+        full = model(**inputs).logits
+        some = torch.tensor([3, 11, 20])
+        for keep, expected in ((some, full[:, some]), (1, full[:, -1:]), (20, full[:, -20:])):
             assert torch.allclose(model(**inputs, logits_to_keep=keep).logits, expected, atol=1e-5)
+        assert torch.equal(model(**inputs, return_dict=False)[0], full)
+        assert model.model(**inputs).last_hidden_state.shape[1] == full.shape[1]
+    bare, inputs = tiny("llama")
+    with torch.no_grad(), eg.FastV(keep=5)(bare, layout=eg.VisualLayout.from_spans([(4, 20)], (4, 4))):
+        for options in ({}, {"return_dict": False}):
+            states = bare.model(**inputs, use_cache=False, **options)[0]
+            assert int((states == 0).all(-1).sum()) == 11
 
 
 def test_deepcopy_of_an_attached_model():
