@@ -123,6 +123,8 @@ class Handle:
         self._encoded: list[EncoderCall] = []
         self._ids: Tensor | None = None
         self._mask: Tensor | None = None
+        self._labels: Tensor | None = None
+        self._ignored = -100
         self._generating = False
         self._warned = False
         self._shared: dict[str, Any] = {}
@@ -245,9 +247,9 @@ class Handle:
     def _encode(self, kind: Any, arguments: dict[str, Any]) -> None:
         self._encoded.append(EncoderCall(kind, arguments))
 
-    def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         if module is self.model:
-            self._ids = self._mask = None
+            self._ids = self._mask = self._labels = None
             if not self._generating and kwargs.get("mm_encoder_outputs") is None:
                 self._forget_encoded()  # left by a call that failed before it reached the decoder, or asked for outside
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -256,6 +258,13 @@ class Handle:
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             self._mask = mask
+        labels = kwargs.get("labels")
+        if module is not self.model or not isinstance(labels, Tensor) or labels.dim() != 2:
+            return None
+        # The loss reads them behind the decoder: until then it is known which cannot be predicted.
+        self._labels = labels.clone()
+        self._ignored = int(kwargs.get("ignore_index", -100))
+        return args, {**kwargs, "labels": self._labels}
 
     def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._run = None
@@ -399,6 +408,7 @@ class Handle:
         if torch.compiler.is_compiling():
             return None
         run, self._run = self._run, None
+        labels, self._labels = self._labels, None
         self._disarm()
         self._rotary.clear()
         if run is None or out is None:  # nothing to prune, or an exception is on its way
@@ -412,6 +422,8 @@ class Handle:
         self.trace = run.trace(self.pruner, len(self._layers))
         if self._freeze and self._generating and run.cache is None:
             self._frozen = _Frozen(run.inputs.detach(), run.layout, run.selections)
+        if labels is not None:
+            run.ignore(labels, self._ignored)
         return None if run.slots is None or self._generating else _restored(out, run)
 
 

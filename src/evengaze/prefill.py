@@ -266,6 +266,13 @@ class Prefill:
         full = states.new_zeros(states.shape[0], self.length, states.shape[2])
         return full.scatter(1, slots[..., None].expand_as(states), states)
 
+    def ignore(self, labels: Tensor, index: int) -> None:
+        """Write `index` over the (B, L) labels that a dropped token would have to predict: those right behind one."""
+        slots, filled = self.on(labels.device)
+        there = torch.ones_like(slots, dtype=torch.bool) if filled is None else filled
+        gone = torch.ones_like(labels, dtype=torch.bool).scatter(1, slots, ~there)
+        labels[:, 1:][gone[:, :-1]] = index
+
     # -- the cache ----------------------------------------------------------------------------------------------------
     def before(self, layer: int, cache: Any) -> None:
         """Note what a layer's cache remembered when the call began."""

@@ -264,16 +264,27 @@ def test_offloaded_weights(method):
     assert all(p.device.type == "meta" for p in model.parameters())
 
 
-def test_labels_keep_their_length():
-    model, inputs = tiny("llava", batch=3)
-    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] != inputs["input_ids"][:, -1:], -100)
-    slow, _ = tiny("llava", batch=3, attention="eager")
-    with eg.FastV(keep=5)(model) as run:
+@pytest.mark.parametrize("method", METHODS)
+def test_labels_behind_dropped_tokens_are_ignored(method):
+    """Every token behind another is a label here: the prompt, too, and the pictures' placeholders."""
+    model, inputs = tiny("llava", batch=3, images=[0, 1, 2])
+    real = inputs["attention_mask"].bool()
+    real &= real.roll(1, 1)
+    labels = inputs["input_ids"].masked_fill(~real, -100)
+    given = labels.clone()
+    with parse(method)(model) as run:
         out = model(**inputs, labels=labels)
-    with masked_from(slow, dropped_from(run.trace)):
-        expected = slow(**inputs, labels=labels, use_cache=False)
-    assert out.logits.shape == expected.logits.shape
-    assert torch.allclose(out.loss, expected.loss, atol=1e-5)
+        other = model(**inputs, labels=labels.masked_fill(~real, -5), ignore_index=-5)
+    gone = torch.stack([dropped for _, dropped in dropped_from(run.trace)]).any(0)
+    expected = labels.masked_fill(gone.roll(1, 1), -100)
+    assert torch.equal(labels, given)
+    assert int((expected != labels).sum()) == int(gone.sum()) > 0
+    flat = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), expected[:, 1:].flatten())
+    assert torch.allclose(out.loss, flat) and torch.equal(out.loss, other.loss)
+    if run.pruner.positions == "original":
+        slow, _ = tiny("llava", batch=3, images=[0, 1, 2], attention="eager")
+        with masked_from(slow, dropped_from(run.trace)):
+            assert torch.allclose(out.loss, slow(**inputs, labels=expected, use_cache=False).loss, atol=1e-5)
     out.loss.backward()
 
 
