@@ -17,7 +17,7 @@ from evengaze import cache as kv
 from evengaze.attention import AttentionStates
 from evengaze.cut import take
 from evengaze.layout import VisualLayout, VisualTokens
-from evengaze.protocol import Pruner, Selection, Stage, View
+from evengaze.protocol import Pruner, Selection, Source, Stage, View
 from evengaze.rotary import Rotary
 from evengaze.trace import RowTrace, StageTrace, Trace
 
@@ -46,6 +46,7 @@ class Prefill:
         tables: surviving visual tokens of each row, with positions in the current sequence.
         origins: for each of them, which token of the row's layout it is.
         states: attention states for the next stage.
+        sources: whose attention every stage so far reads.
         selections: what every stage so far decided.
         entering: length of the sequence that entered each layer.
     """
@@ -64,6 +65,7 @@ class Prefill:
     origins: list[Tensor] = field(default_factory=list)
     memory: list[dict[str, Any]] = field(default_factory=list)
     states: AttentionStates | None = None
+    sources: list[Source] = field(default_factory=list)
     selections: list[Selections] = field(default_factory=list)
     stages: list[StageTrace] = field(default_factory=list)
     entering: list[int] = field(default_factory=list)
@@ -101,6 +103,7 @@ class Prefill:
         Returns:
             (B, M', d).
         """
+        self.sources.append(stage.attention)
         if self.replay is not None:
             chosen = self.replay[number]
             self._move(hidden.device)
@@ -152,6 +155,7 @@ class Prefill:
             embeddings=self.inputs[b].detach(),
             initial=self.layout.rows[b],
             real=real if filled is None else real & filled[b],
+            sources=tuple(self.sources),
             memory=self.memory[b],
             shared=self.shared,
             states=self.states,

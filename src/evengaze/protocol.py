@@ -14,6 +14,7 @@ The engine (`evengaze.engine`) calls it row by row and owns everything else. Fiv
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -112,6 +113,7 @@ class View:
         embeddings: (L0, d) states that entered the decoder, before any drop.
         initial: the table of all visual tokens at the start (`initial.position` indexes `embeddings`).
         real: (L,) bool, False for batch padding and fillers.
+        sources: whose attention each stage so far reads, this one's last.
         memory: lives as long as the prompt; a method may carry values from stage to stage in it.
         shared: lives as long as the attachment (see `Pruner.prepare`). The engine puts the call's `layout` in it, and
             `prompt`, a number that changes when what the encoders did so far belongs to no later call.
@@ -124,6 +126,7 @@ class View:
     embeddings: Tensor
     initial: VisualTokens
     real: Tensor
+    sources: Sequence[Source]
     memory: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
     states: AttentionStates | None = None
@@ -239,13 +242,24 @@ class Pruner(ABC):
         raise ConfigError(f"{self.name} has no budget to solve for")
 
     def language_to_vision(self, stage: int) -> bool:
-        """Whether a stage ranks visual tokens by attention from text, which is what debiasing corrects."""
+        """Whether the attention that a stage reads is paid by text, which is what debiasing corrects.
+
+        Stages that read none are never debiased, whatever this says.
+        """
         return True
+
+    def by_text(self, sources: Sequence[Source]) -> list[bool]:
+        """For stages that read from the given sources, in order: whether each ranks by attention from text."""
+        return [source is not None and self.language_to_vision(i) for i, source in enumerate(sources)]
+
+    def ranked_stages(self, layers: int) -> list[Stage]:
+        """The stages that rank by attention from text, for a decoder of `layers` layers."""
+        stages = self.stages(layers)
+        return list(itertools.compress(stages, self.by_text([stage.attention for stage in stages])))
 
     def ranked_layer(self, layers: int) -> int | None:
         """The decoder layer by whose attention from text tokens are first ranked, of `layers`; None if by none."""
-        ranked = [s.attended for i, s in enumerate(self.stages(layers)) if self.language_to_vision(i)]
-        return ranked[0] if ranked else None
+        return next((stage.attended for stage in self.ranked_stages(layers)), None)
 
     def prepare(self, model: nn.Module, adapter: Adapter | None, shared: dict[str, Any]) -> Callable[[], None]:
         """Called when the pruner is attached. A method that acts outside the decoder (in a vision tower) hooks it here.
@@ -297,8 +311,9 @@ class Pruner(ABC):
             )
         view.memory[f"raw{view.stage}"] = raw
         score, allowed = raw, torch.ones_like(raw, dtype=torch.bool)
-        earlier = sum(self.language_to_vision(stage) for stage in range(view.stage))
-        if self.debias is not None and self.language_to_vision(view.stage) and self.debias.applies(earlier):
+        *before, now = self.by_text(view.sources)
+        earlier = sum(before)
+        if self.debias is not None and now and self.debias.applies(earlier):
             score, allowed = self.debiased(self.debias, raw, view)
         elif self.debias is not None and self.mode == "corrected" and earlier:
             allowed = self.debias.valid(view.tokens).to(raw.device)  # padding stays out of later rankings, too

@@ -78,6 +78,8 @@ def test_methods_without_text_and_layers_that_do_not_exist_are_errors() -> None:
     for spec in ("random", "uniform", "dense"):
         with pytest.raises(ConfigError, match="text"):
             run(parse(spec))
+    with pytest.raises(ConfigError, match="without vision_layers"):
+        run(parse("illava:vision_layers=[0,1]"))
     with pytest.raises(ConfigError, match="layers 0 to 4"):
         run(layers=[7])
     with pytest.raises(ConfigError, match="target"):

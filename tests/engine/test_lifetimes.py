@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import evengaze as eg
-from evengaze.debias import SinkMask
+from evengaze.debias import Exponential, SinkMask
 from evengaze.errors import AttachError, ConfigError
 from evengaze.methods import parse
 from evengaze.testing import tiny
@@ -179,6 +179,23 @@ def test_sinks_are_left_out_when_pruning():
     with eg.FastV(keep=8, debias=eg.Debias(sinks=SinkMask(ratio=1.05)))(model) as run:
         generate(model, inputs, 1)
         assert set(run.trace.kept().tolist()) != plain
+
+
+@pytest.mark.parametrize("source", [None, "previous"])
+def test_trends_are_for_attention_only(source):
+    class Central(eg.HiMAP):
+        def stages(self, layers):
+            return [eg.Stage(1, source), eg.Stage(2, "previous")]
+
+        def score(self, view):
+            return view.features.float().norm(dim=-1)
+
+    model, inputs = tiny("llava")
+    with Central(keep=(9, 4), debias=eg.Debias(trend=Exponential(3.0)))(model) as run:
+        generate(model, inputs, 1)
+    first, second = (stage.rows[0] for stage in run.trace.stages)
+    assert torch.equal(first.raw, first.scores) == (source is None)
+    assert torch.equal(second.raw, second.scores)  # HiMAP says that its second stage is not text's
 
 
 def test_a_wrapper_is_looked_through():

@@ -48,6 +48,7 @@ def view(
         "hidden": hidden,
         "embeddings": hidden,
         "initial": tokens,
+        "sources": ["previous"] * (stage + 1),
         "real": torch.ones(length, dtype=torch.bool),
         "states": FakeAttention(length, seed=seed),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from evengaze.methods.pyramiddrop import PyramidDrop
 from evengaze.methods.sparsevlm import SparseVLM, density_peaks, raters, recycling
 from evengaze.methods.tokencarve import TokenCarve, contribution
 from evengaze.methods.tome import ToMe
-from evengaze.protocol import Merge, Pruner, Selection, View, top
+from evengaze.protocol import Merge, Pruner, Selection, Stage, View, top
 
 ATTENTION: list[Pruner] = [
     FastV(5),
@@ -130,6 +131,25 @@ def test_only_the_first_language_to_vision_ranking_is_debiased() -> None:
     assert torch.equal(later.memory["raw1"], later.memory["score1"])
     PyramidDrop((5, 3), (2, 4), debias=Debias(trend=Exponential(50.0), stages="all")).select(later := view(stage=1))
     assert not torch.equal(later.memory["raw1"], later.memory["score1"])
+
+
+def test_a_stage_that_reads_no_attention_is_never_debiased() -> None:
+    """Whatever a method says of itself: the trend is divided out at its first stage that reads attention."""
+
+    @dataclass(frozen=True)
+    class Mixed(PyramidDrop):
+        def stages(self, layers: int) -> list[Stage]:
+            return [Stage(1, None), Stage(2, "own")]
+
+        def score(self, view: View) -> Tensor:
+            return view.features.float().square().sum(-1)
+
+    pruner = Mixed((5, 3), (1, 2), debias=Debias(trend=Exponential(50.0)))
+    assert pruner.ranked_layer(32) == 2
+    pruner.select(first := view(sources=[None]))
+    assert torch.equal(first.memory["raw0"], first.memory["score0"])
+    pruner.select(second := view(stage=1, sources=[None, "own"]))
+    assert not torch.equal(second.memory["raw1"], second.memory["score1"])
 
 
 def test_ties_go_to_the_lower_index() -> None:
@@ -396,4 +416,5 @@ def test_tome_groups_hold_plain_means_and_duplicates_go_first() -> None:
 def test_blind_methods_ignore_debiasing(name: str) -> None:
     debias = Debias(PaddingMask(), Exponential(9.0))
     one, two = methods.get(name)(keep=5), methods.get(name)(keep=5, debias=debias)
-    assert torch.equal(one.select(view(size=(40, 20))).keep, two.select(view(size=(40, 20))).keep)
+    blind = {"size": (40, 20), "sources": [None]}
+    assert torch.equal(one.select(view(**blind)).keep, two.select(view(**blind)).keep)

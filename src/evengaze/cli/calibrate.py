@@ -87,7 +87,7 @@ def calibrate(
     from evengaze.debias.calibrate import to_curve
     from evengaze.debias.curve import Origin
     from evengaze.debias.observe import observe
-    from evengaze.debias.observer import attended_layer, first_stage
+    from evengaze.debias.observer import first_layer
 
     session.output(out, ".json")
     _check(target, family, fit)
@@ -95,7 +95,7 @@ def calibrate(
     source = Source.of(images, prompt or (), limit, model=model, split="calibration", seed=seed)
     loaded = session.Session(model, revision=revision, dtype=dtype, device=device)
     predictor = loaded.predictor
-    own = attended_layer(first_stage(pruner.replace(debias=None), loaded.layers))
+    own = first_layer(pruner, loaded.layers)
     options: dict[str, Any] = {"family": cast("Family", family), "fit": cast("Fit | None", fit)}
 
     def enough(now: Observations) -> bool:

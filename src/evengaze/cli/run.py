@@ -99,7 +99,7 @@ def compare(
     for spec, pruner in zip(specs, pruners, strict=True):
         plain = pruner.replace(debias=None)
         column = [_one(loaded, pictures, prompt, plain, spec, max_new_tokens), None]
-        if plain.stages(loaded.layers) and plain.language_to_vision(0):
+        if plain.ranked_stages(loaded.layers):
             better = session.method(spec, "padding") if pruner.debias is None else pruner
             column[1] = _one(loaded, pictures, prompt, better, "debiased", max_new_tokens)
         columns.append(column)

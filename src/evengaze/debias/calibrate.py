@@ -18,7 +18,7 @@ from evengaze.debias.beyond import fit_rows_columns
 from evengaze.debias.curve import Curve, Origin, hash_data
 from evengaze.debias.fit import Family, Fit, Fitted, fit_curve
 from evengaze.debias.observe import Encode, Observations, Sample, observe
-from evengaze.debias.observer import attended_layer, first_stage
+from evengaze.debias.observer import first_layer
 from evengaze.debias.stats import LayerStats
 from evengaze.errors import CurveError
 from evengaze.models import adapter_for
@@ -72,7 +72,7 @@ def calibrate(
         after_batch=finished,
     )
     depth = len(adapter_for(model).decoder(model).layers)  # type: ignore[arg-type]
-    own = attended_layer(first_stage(method, depth))
+    own = first_layer(method, depth)
     return to_curve(found, own, family=family, fit=fit, origin=origin or Origin(model=name_of(model)))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from evengaze.debias.beyond import Prior
 from evengaze.debias.curve import architecture_of
 from evengaze.debias.measures import Measure, padding_ratio, summarise
-from evengaze.debias.observer import Observer, Sink, attended_layer, first_stage
+from evengaze.debias.observer import Observer, Sink, first_layer, first_stage
 from evengaze.debias.stats import LayerStats
 from evengaze.debias.steps import Debias
 from evengaze.errors import ConfigError, CurveError
@@ -199,7 +199,7 @@ def observed_layers(
     decoder: Any = adapter_for(model).decoder(model)
     first = first_stage(method, len(decoder.layers))
     if layers is None:
-        return (attended_layer(first),)
+        return (first_layer(method, len(decoder.layers)),)
     depth = len(decoder.layers) - (first.attention == "previous")
     chosen = tuple(range(depth)) if layers == "all" else tuple(sorted({int(k) for k in layers}))
     if not chosen or chosen[0] < 0 or chosen[-1] >= depth:

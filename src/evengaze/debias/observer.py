@@ -39,7 +39,7 @@ class Observer(Pruner):
 
     def score(self, view: View) -> Tensor:
         """What the method's first stage would score here."""
-        inside = replace(view, stage=0)
+        inside = replace(view, stage=0, sources=view.sources[:1])
         inside.memory.pop("raw0", None)
         # `select` prepares what some methods need for scoring; one that keeps everything anyway does not score in it.
         self.inner.select(inside)
@@ -67,14 +67,21 @@ def first_stage(method: Pruner, layers: int) -> Stage:
     """The stage that debiasing applies to.
 
     Raises:
-        ConfigError: the method does not rank visual tokens by attention from text.
+        ConfigError: the method does not rank visual tokens by attention from text, or not all of them.
     """
-    stages = method.stages(layers)
-    if not stages or stages[0].attention is None or not method.language_to_vision(0):
+    stages, ranked = method.stages(layers), method.ranked_stages(layers)
+    if not ranked:
         raise ConfigError(f"{method.name} does not rank by attention from text: there is no trend to calibrate")
+    if stages[0] != ranked[0]:
+        raise ConfigError(
+            f"{method.name} drops tokens before text first ranks them, so that the trend over all of them cannot be "
+            "observed. Calibrate it without that stage (illava: without vision_layers); the curve serves with it, too."
+        )
     return stages[0]
 
 
-def attended_layer(stage: Stage) -> int:
-    """The 0-based layer whose attention a stage ranks by."""
-    return stage.layer - (stage.attention == "previous")
+def first_layer(method: Pruner, layers: int) -> int:
+    """The 0-based layer whose attention `first_stage` reads."""
+    layer = first_stage(method, layers).attended
+    assert layer is not None
+    return layer

@@ -132,7 +132,7 @@ def cells(plan: Plan, benchmark: str, layers: int, visual: int, skipped: list[st
                         raise
                     skipped.append(f"{pruner.name} with {label}: no curve has been published for it")
                     continue
-                if steps is not None and not any(map(pruner.language_to_vision, range(len(pruner.stages(layers))))):
+                if steps is not None and not pruner.ranked_stages(layers):
                     skipped.append(f"{pruner.name} with {label}: it does not rank by attention from text")
                     continue
                 add(Cell("method", pruner.replace(debias=steps), label, average, budget, names))

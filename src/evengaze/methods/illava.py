@@ -61,10 +61,6 @@ class ILLaVA(OneStage):
         tower = [Stage(0, None)] if self.vision_layers else []
         return [*tower, *super().stages(layers)]
 
-    def language_to_vision(self, stage: int) -> bool:
-        """Not where the tower decided."""
-        return not self._in_tower(stage)
-
     def prepare(self, model: nn.Module, adapter: Adapter | None, shared: dict[str, Any]) -> Callable[[], None]:
         """Shorten the vision tower, if asked to."""
         if not self.vision_layers:

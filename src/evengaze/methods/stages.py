@@ -42,10 +42,6 @@ class OneStage(Pruner):
         check_layer(self.layer, layers)
         return [Stage(self.layer, self.attention)]
 
-    def language_to_vision(self, stage: int) -> bool:
-        """If attention is read at all."""
-        return self.attention is not None
-
     def budget(self, stage: int, current: int, original: int) -> int:
         """`keep`, as a number of tokens."""
         return resolve_keep(self.keep, original)

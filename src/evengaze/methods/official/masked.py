@@ -113,6 +113,7 @@ class _Masks:
             hidden=hidden[row],
             embeddings=hidden[row],
             initial=tokens,
+            sources=[self.method.attention],
             real=torch.ones(hidden.shape[1], dtype=torch.bool, device=hidden.device),
             states=self.states,
             row=row,
