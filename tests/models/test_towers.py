@@ -65,6 +65,17 @@ def test_illava_drops_patches_in_the_tower(family: str, video: bool) -> None:
     assert torch.equal(before, after)
 
 
+def test_illava_drops_from_each_picture_alone() -> None:
+    model, inputs = tiny("llava", images=2)
+    pruner = parse("illava:keep=1.0,vision_layers=[0],vision_drop=4")
+    with pruner(model) as run:
+        greedy(model, inputs, 2)
+    assert run.trace is not None
+    kept = run.trace.stages[0].rows[0].kept
+    assert [int((kept < 16).sum()), int((kept >= 16).sum())] == [12, 12]
+    assert pruner.budget(0, 16, 16) == 12  # one picture's
+
+
 @pytest.mark.parametrize("method", ["visionzip:keep=5", "illava:vision_layers=[0,1],vision_drop=0.25"])
 def test_encoding_pictures_in_between_disturbs_nothing(method: str) -> None:
     model, inputs = tiny("llava", 2)

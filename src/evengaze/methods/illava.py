@@ -39,7 +39,8 @@ class ILLaVA(OneStage):
         keep: of the tokens that reach `layer`, those that stay: a number, or a fraction in (0, 1].
         layer: the first decoder layer that runs without the others (the release: 8 for images, 2 for videos).
         vision_layers: encoder layers in which patches leave (the release: (5, 6, 7, 8) for images).
-        vision_drop: patches that leave in each of them: a number, or a fraction in (0, 1) of those that are there.
+        vision_drop: patches of each picture (image or frame) that leave in each of them: a number, or a fraction in
+            (0, 1) of those that are there.
     """
 
     keep: float = 0.7
@@ -75,7 +76,11 @@ class ILLaVA(OneStage):
         return view.attention(view.last)
 
     def budget(self, stage: int, current: int, original: int) -> int:
-        """What is left when the dropped share has been rounded, as the release does."""
+        """What is left when the dropped share has been rounded, as the release does.
+
+        In the tower this is for one picture. It drops from each picture alone, so that a `Schedule` of the tokens of
+        several pictures counts the drop once (and rounds once); the engine keeps what the tower did.
+        """
         if self._in_tower(stage):
             for _ in self.vision_layers:
                 current -= self._patches_dropped(current)
