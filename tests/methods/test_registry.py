@@ -61,6 +61,8 @@ def test_debias_by_name_and_in_dictionaries() -> None:
         ("random:seed=two", "seed"),
         ("fastv:keep=NaN", "drop every visual token"),
         ("fastv:debias=5", "debias must be"),
+        ("fastv:keep=64,keep=32", "keep is given twice"),
+        ("fastv:keep=64, keep = 64", "keep is given twice"),
         ("sparsevlm:layers=[]", "must be a sequence"),
     ],
 )
@@ -84,6 +86,26 @@ def test_a_layer_outside_the_model_is_an_error(name: str) -> None:
 def test_sparsevlm_names_the_layers_that_were_given() -> None:
     with pytest.raises(ConfigError, match=r"layers=\(1, 3\).*outside the model.*0 to 3"):
         methods.parse("sparsevlm:keep=[6,3],layers=[1,3]").stages(4)
+
+
+@pytest.mark.parametrize(
+    ("text", "least"),
+    [
+        ("himap", 3),
+        ("pyramiddrop", 4),
+        ("sparsevlm", 4),
+        ("himap:mode=official", 9),
+        ("pyramiddrop:mode=official", 21),
+        ("sparsevlm:mode=official", 17),
+    ],
+)
+def test_default_layers_say_how_deep_a_decoder_must_be(text: str, least: int) -> None:
+    pruner = methods.parse(text)
+    at = [stage.layer for stage in pruner.stages(least)]
+    assert at == sorted(set(at)) and at[-1] < least
+    for depth in (1, least - 1):
+        with pytest.raises(ConfigError, match=f"needs at least {least} decoder layers.*has {depth}; give layers="):
+            pruner.stages(depth)
 
 
 def test_dictionaries_need_a_method() -> None:

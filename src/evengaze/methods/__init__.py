@@ -79,7 +79,7 @@ def parse(text: str) -> Pruner:
         parse("pyramiddrop:keep=[0.32,0.16,0.08],layers=[2,10,20]")
 
     Raises:
-        ConfigError: unknown method or parameter, or a value out of range.
+        ConfigError: unknown method or parameter, one that is given twice, or a value out of range.
     """
     name, _, rest = text.partition(":")
     values: dict[str, Any] = {}
@@ -87,7 +87,9 @@ def parse(text: str) -> Pruner:
         key, equals, value = part.partition("=")
         if not equals:
             raise ConfigError(f"{part!r} in {text!r} is not of the form key=value")
-        values[key.strip()] = _value(value.strip())
+        if (key := key.strip()) in values:
+            raise ConfigError(f"{key} is given twice in {text!r}")
+        values[key] = _value(value.strip())
     if isinstance(values.get("debias"), str):
         from evengaze.debias import Debias
 

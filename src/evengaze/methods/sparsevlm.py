@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from evengaze.errors import ConfigError
-from evengaze.methods.stages import check_layers, per_stage, scale_layers
+from evengaze.methods.stages import check_layers, default_layers, per_stage
 from evengaze.protocol import Merge, Positions, Pruner, Selection, Stage, View, resolve_keep, top_allowed
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class SparseVLM(Pruner):
 
     def stages(self, layers: int) -> Sequence[Stage]:
         """Layer l ranks while it runs, and layer l + 1 is the first without the dropped tokens."""
-        chosen = self.layers or (_LAYERS if self.mode == "official" else scale_layers(_LAYERS, layers, first=0))
+        chosen = self.layers or default_layers(self, _LAYERS, layers, first=0, behind=1)
         if max(chosen) + 1 >= layers:
             raise ConfigError(
                 f"layers={chosen}: tokens leave behind a layer that ranks, and what is behind layer {max(chosen)} is "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -102,9 +102,10 @@ class ManyStages(Pruner):
 
     def stages(self, layers: int) -> Sequence[Stage]:
         """One for each of `layers`."""
-        published = self.published if self.mode == "official" else scale_layers(self.published, layers)
-        chosen = published if self.layers is None else self.layers
-        check_layers(chosen, layers)
+        if self.layers is None:
+            chosen = default_layers(self, self.published, layers)
+        else:
+            check_layers(chosen := self.layers, layers)
         return [Stage(layer, self.attention) for layer in chosen]
 
     def budget(self, stage: int, current: int, original: int) -> int:
@@ -176,8 +177,37 @@ def check_layers(
         raise ConfigError(f"{name} must be a sequence of layers such as [2,8], not {layers!r}")
     for layer in layers:
         check_layer(layer, depth, reads_previous=reads_previous, name=name)
-    if any(a >= b for a, b in pairwise(layers)):
+    if any(a >= b for a, b in itertools.pairwise(layers)):
         raise ConfigError(f"{name}={layers} must ascend")
+
+
+def default_layers(
+    method: Pruner, published: tuple[int, ...], depth: int, *, first: int = 1, behind: int = 0
+) -> tuple[int, ...]:
+    """The stage layers of a method that was given none: the published ones, scaled in corrected mode.
+
+    Args:
+        method: the method.
+        published: for a decoder of 32 layers.
+        depth: of the decoder at hand.
+        first: see `scale_layers`.
+        behind: how many layers behind a stage layer the tokens leave.
+
+    Raises:
+        ConfigError: the decoder is too shallow for them.
+    """
+
+    def chosen(depth: int) -> tuple[int, ...]:
+        return published if method.mode == "official" else scale_layers(published, depth, first=first)
+
+    found = chosen(depth)
+    if found[-1] + behind >= depth:
+        least = next(d for d in itertools.count(depth + 1) if chosen(d)[-1] + behind < d)
+        raise ConfigError(
+            f"{method.name} needs at least {least} decoder layers for its default stages, this decoder has {depth}; "
+            "give layers= (and a keep that fits them)"
+        )
+    return found
 
 
 def scale_layers(published: tuple[int, ...], depth: int, *, of: int = 32, first: int = 1) -> tuple[int, ...]:
