@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import evengaze as eg
-from evengaze.methods.base import resolve_keep
+from evengaze.methods import resolve_keep
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Pruning methods, by name.
+"""Pruning methods, by name; and what a method is made of, for people who write one.
 
 Names are the same in Python, on the command line and in result files: `parse("fastv:keep=128,layer=2")` makes the
 object that `FastV(keep=128, layer=2)` makes, and `spec(pruner)` writes the string again. Modules load on first use.
@@ -14,7 +14,21 @@ from importlib import import_module
 from typing import Any
 
 from evengaze.errors import ConfigError
-from evengaze.protocol import Merge, Pruner, Selection, Stage, View
+from evengaze.methods.stages import Grouping, ManyStages, OneStage
+from evengaze.protocol import (
+    Merge,
+    Mode,
+    Positions,
+    Pruner,
+    Scope,
+    Selection,
+    Source,
+    Stage,
+    View,
+    resolve_keep,
+    top,
+    top_allowed,
+)
 
 _METHODS: dict[str, str | type[Pruner]] = {
     "fastv": "evengaze.methods.fastv:FastV",
@@ -35,7 +49,29 @@ _METHODS: dict[str, str | type[Pruner]] = {
     "himap-recompute": "evengaze.methods.official:HiMAPRecompute",
 }
 
-__all__ = ["Merge", "Pruner", "Selection", "Stage", "View", "from_dict", "get", "names", "parse", "register", "spec"]
+__all__ = [
+    "Grouping",
+    "ManyStages",
+    "Merge",
+    "Mode",
+    "OneStage",
+    "Positions",
+    "Pruner",
+    "Scope",
+    "Selection",
+    "Source",
+    "Stage",
+    "View",
+    "from_dict",
+    "get",
+    "names",
+    "parse",
+    "register",
+    "resolve_keep",
+    "spec",
+    "top",
+    "top_allowed",
+]
 
 
 def names() -> tuple[str, ...]:

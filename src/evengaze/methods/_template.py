@@ -9,8 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from evengaze.methods import View
-from evengaze.methods.stages import OneStage
+from evengaze.methods import OneStage, View
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from evengaze.methods.base import Pruner
+from evengaze.methods import Pruner
 from evengaze.schedule import DecoderShape
 
 

@@ -10,7 +10,7 @@ from time import perf_counter, process_time
 
 import torch
 
-from evengaze.methods.base import Pruner, Selection, View
+from evengaze.methods import Pruner, Selection, View
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evengaze.errors import DataError
-from evengaze.methods.base import top
+from evengaze.methods import top
 from evengaze.viz.patches import Canvas, Panel, draw_panels
 
 if TYPE_CHECKING:
