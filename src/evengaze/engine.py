@@ -10,9 +10,7 @@ the model itself returns states, and so logits, of the length of its inputs, wit
 from __future__ import annotations
 
 import functools
-import inspect
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,19 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from evengaze import cache as kv
-from evengaze.attention import attention_module, hidden_attention, implementation_of, probe, tap, untap
+from evengaze import checks
+from evengaze.attention import attention_module, hidden_attention, probe, tap, untap
 from evengaze.cut import real_tokens
-from evengaze.errors import (
-    AttachError,
-    ConfigError,
-    LayoutError,
-    LayoutWarning,
-    NothingPrunedError,
-    UnsupportedModelError,
-)
+from evengaze.errors import LayoutError, NothingPrunedError, UnsupportedModelError
+from evengaze.intercept import intercept
 from evengaze.layout import VisualLayout
 from evengaze.models import BareDecoder, adapter_for, find_decoder
-from evengaze.models.base import Adapter, Call, EncoderCall, architecture_of
+from evengaze.models.base import Adapter, Call, EncoderCall
 from evengaze.prefill import Prefill, Selections
 from evengaze.protocol import Pruner, Stage
 from evengaze.rotary import Rotary
@@ -110,10 +103,10 @@ class Handle:
         decoder = find_decoder(model) if self._adapter is None else self._adapter.decoder(model)
         self._decoder: Any = decoder
         self._layers: list[nn.Module] = list(decoder.get_submodule("layers").children())
-        self._refuse_second()
+        checks.refuse_second(model, decoder.__dict__.get(_MARK))
         stages = list(pruner.stages(len(self._layers)))
-        self._check(stages)
-        self._check_curve(stages)
+        checks.check_stages(pruner, stages, self._layers)
+        checks.check_curve(pruner, stages, self._layers, model)
         self._stages = {stage.layer: (number, stage) for number, stage in enumerate(stages)}
         self._taps = {s.layer - 1 for s in stages if s.attention == "previous"}
         self._rotary = Rotary()
@@ -160,41 +153,6 @@ class Handle:
         return self._decoder.config._attn_implementation or "eager"
 
     # -- setting up ---------------------------------------------------------------------------------------------------
-    def _refuse_second(self) -> None:
-        held: Handle | None = self._decoder.__dict__.get(_MARK)
-        if held is not None:
-            raise AttachError(
-                f"{type(self.model).__name__} already has {held.pruner.name} attached. Leave its `with` block or call "
-                "remove() on its handle first; one pruner at a time."
-            )
-
-    def _check(self, stages: Sequence[Stage]) -> None:
-        layers = len(self._layers)
-        at = [s.layer for s in stages]
-        if sorted(set(at)) != at:
-            raise ConfigError(
-                f"{self.pruner.name}: stages must be at different layers, in ascending order, not at {at}"
-            )
-        for stage in stages:
-            if not 0 <= stage.layer < layers:
-                raise ConfigError(
-                    f"{self.pruner.name}: layer {stage.layer} is outside the model, whose {layers} decoder layers are "
-                    f"numbered 0 to {layers - 1}"
-                )
-            if stage.layer == 0 and stage.attention == "previous":
-                raise ConfigError(
-                    f"{self.pruner.name}: no attention has been paid before layer 0; the first layer to prune at is 1"
-                )
-            if stage.attended is not None:
-                implementation_of(attention_module(self._layers[stage.attended]))
-
-    def _check_curve(self, stages: Sequence[Stage]) -> None:
-        """Warn if the trend was calibrated for another model, method or layer."""
-        if self.pruner.debias is not None and stages:
-            architecture = architecture_of(self.model.config)
-            layer = self.pruner.ranked_layer(len(self._layers))
-            self.pruner.debias.check(architecture=architecture, method=self.pruner.name, layer=layer)
-
     def _install(self) -> None:
         keep = self._undo.append
         self._decoder.__dict__[_MARK] = self
@@ -211,11 +169,11 @@ class Handle:
             if name.startswith("rotary_emb"):
                 keep(module.register_forward_hook(self._leave_rotary, with_kwargs=True).remove)
         if callable(getattr(self.model, "generate", None)):
-            keep(_intercept(self.model, "generate", self._enter_generate, self._leave_generate))
+            keep(intercept(self.model, "generate", self._enter_generate, self._leave_generate))
         if self._adapter is not None:
             for kind in ("image", "video"):
                 if callable(getattr(base, f"get_{kind}_features", None)):
-                    keep(_intercept(base, f"get_{kind}_features", functools.partial(self._encode, kind)))
+                    keep(intercept(base, f"get_{kind}_features", functools.partial(self._encode, kind)))
             keep(self._adapter.prepare(self.model, self._surviving))
         keep(self.pruner.prepare(self.model, self._adapter, self._shared))
 
@@ -224,13 +182,7 @@ class Handle:
 
     # -- what a call consists of --------------------------------------------------------------------------------------
     def _enter_generate(self, arguments: dict[str, Any]) -> None:
-        options = arguments.get("kwargs", {})
-        config = arguments.get("generation_config") or self.model.generation_config
-        if options.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None:
-            raise ConfigError(
-                "prefill_chunk_size splits the prompt, so that visual tokens would be ranked by a question that has "
-                "not been read yet. Set prefill_chunk_size=None; pruning already lowers the prefill's memory."
-            )
+        checks.refuse_chunks(self.model, arguments)
         self._forget_encoded()
         self._frozen = None
         self._generating = True
@@ -286,7 +238,10 @@ class Handle:
         real = real_tokens(given, states, past)
         frozen = self._frozen
         if states.is_floating_point():
-            self._warn_blind(ids, past, encoded)
+            blind = self._adapter is not None and ids is None and past == 0 and not encoded
+            if blind and self._stages and not self._warned:
+                self._warned = True
+                checks.warn_blind(self.model, self.pruner)
         else:
             states = self._decoder.get_input_embeddings()(states)
         if frozen is not None and cache is None and frozen.continued_by(states):
@@ -310,19 +265,6 @@ class Handle:
             rotary=self._rotary if self.pruner.positions == "renumbered" else None,
             shared=self._shared,
             replay=None if frozen is None else frozen.selections,
-        )
-
-    def _warn_blind(self, ids: Tensor | None, past: int, encoded: Sequence[EncoderCall]) -> None:
-        """Say once that a prompt of embeddings only may hold pictures that cannot be seen."""
-        if self._warned or self._adapter is None or not self._stages or ids is not None or past or encoded:
-            return
-        self._warned = True
-        warnings.warn(
-            f"{type(self.model).__name__} was called with embeddings and no input_ids, which would say where images "
-            f"are: {self.pruner.name} prunes nothing. If there are images in them, pass input_ids, or say where they "
-            "are: pruner(model, layout=VisualLayout.from_spans(spans, grid)).",
-            LayoutWarning,
-            stacklevel=2,
         )
 
     def _find(self, call: Call, length: int) -> VisualLayout | None:
@@ -433,35 +375,3 @@ def _restored(out: Any, run: Prefill) -> Any:
         return (run.restored(out[0]), *out[1:])
     out.last_hidden_state = run.restored(out.last_hidden_state)
     return out
-
-
-def _intercept(
-    owner: Any, name: str, before: Callable[[dict[str, Any]], None], after: Callable[[], None] | None = None
-) -> Callable[[], None]:
-    """Call `before` with a bound method's arguments by name, then the method, then `after`; returns what undoes it.
-
-    transformers encodes images in methods that are no module calls, which hooks cannot see.
-    """
-    method = getattr(owner, name)
-    signature = inspect.signature(method)
-    own = owner.__dict__.get(name)
-
-    @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind_partial(*args, **kwargs)
-        bound.apply_defaults()
-        before(dict(bound.arguments))
-        try:
-            return method(*args, **kwargs)
-        finally:
-            if after is not None:
-                after()
-
-    def undo() -> None:
-        if own is None:
-            owner.__dict__.pop(name, None)
-        else:
-            owner.__dict__[name] = own
-
-    owner.__dict__[name] = call
-    return undo

@@ -10,8 +10,8 @@ import evengaze.methods
 import evengaze.models
 
 CORE = (
-    *("attention", "cache", "cut", "engine", "layout", "prefill"),
-    *("protocol", "rotary", "schedule", "scope", "steps", "trace"),
+    *("attention", "cache", "checks", "cut", "engine", "intercept", "layout"),
+    *("prefill", "protocol", "rotary", "schedule", "scope", "steps", "trace"),
 )
 USERS = ("cli", "demo", "evaluate", "profile", "testing", "viz")
 

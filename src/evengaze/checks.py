@@ -1,0 +1,79 @@
+"""What is refused or warned about before anything is pruned."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from evengaze.attention import attention_module, implementation_of
+from evengaze.errors import AttachError, ConfigError, LayoutWarning
+from evengaze.models.base import architecture_of
+from evengaze.protocol import Pruner, Stage
+
+if TYPE_CHECKING:
+    from evengaze.engine import Handle
+
+
+def refuse_second(model: nn.Module, held: Handle | None) -> None:
+    """Raise an AttachError if the model has a pruner."""
+    if held is not None:
+        raise AttachError(
+            f"{type(model).__name__} already has {held.pruner.name} attached. Leave its `with` block or call "
+            "remove() on its handle first; one pruner at a time."
+        )
+
+
+def check_stages(pruner: Pruner, stages: Sequence[Stage], layers: Sequence[nn.Module]) -> None:
+    """Raise unless a method's stages fit a model's decoder layers.
+
+    Raises:
+        ConfigError: they are not in order, or outside the model.
+        AttachError: the attention that a stage reads cannot be read.
+    """
+    at = [s.layer for s in stages]
+    if sorted(set(at)) != at:
+        raise ConfigError(f"{pruner.name}: stages must be at different layers, in ascending order, not at {at}")
+    for stage in stages:
+        if not 0 <= stage.layer < len(layers):
+            raise ConfigError(
+                f"{pruner.name}: layer {stage.layer} is outside the model, whose {len(layers)} decoder layers are "
+                f"numbered 0 to {len(layers) - 1}"
+            )
+        if stage.layer == 0 and stage.attention == "previous":
+            raise ConfigError(
+                f"{pruner.name}: no attention has been paid before layer 0; the first layer to prune at is 1"
+            )
+        if stage.attended is not None:
+            implementation_of(attention_module(layers[stage.attended]))
+
+
+def check_curve(pruner: Pruner, stages: Sequence[Stage], layers: Sequence[nn.Module], model: nn.Module) -> None:
+    """Warn if the trend was calibrated for another model, method or layer."""
+    if pruner.debias is not None and stages:
+        layer = pruner.ranked_layer(len(layers))
+        pruner.debias.check(architecture=architecture_of(model.config), method=pruner.name, layer=layer)
+
+
+def refuse_chunks(model: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise a ConfigError if `generate`, called with `arguments`, would read the prompt in pieces."""
+    config = arguments.get("generation_config") or model.generation_config
+    default = getattr(config, "prefill_chunk_size", None)
+    if arguments.get("kwargs", {}).get("prefill_chunk_size", default) is not None:
+        raise ConfigError(
+            "prefill_chunk_size splits the prompt, so that visual tokens would be ranked by a question that has "
+            "not been read yet. Set prefill_chunk_size=None; pruning already lowers the prefill's memory."
+        )
+
+
+def warn_blind(model: nn.Module, pruner: Pruner) -> None:
+    """Warn that a prompt of embeddings only may hold pictures that cannot be seen."""
+    warnings.warn(
+        f"{type(model).__name__} was called with embeddings and no input_ids, which would say where images are: "
+        f"{pruner.name} prunes nothing. If there are images in them, pass input_ids, or say where they are: "
+        "pruner(model, layout=VisualLayout.from_spans(spans, grid)).",
+        LayoutWarning,
+        stacklevel=2,
+    )
