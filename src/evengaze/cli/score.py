@@ -41,7 +41,7 @@ def score(
 ) -> None:
     """Score a predictions file, whichever program wrote it."""
     from evengaze.evaluate.benchmarks import ScoreOptions
-    from evengaze.evaluate.benchmarks.base import write_text
+    from evengaze.evaluate.benchmarks.submissions import write_text
     from evengaze.evaluate.scoring import score_file
 
     options = ScoreOptions(

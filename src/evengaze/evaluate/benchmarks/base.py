@@ -6,7 +6,6 @@ The layouts are those people already have: LLaVA's ``playground/data/eval`` and 
 
 from __future__ import annotations
 
-import json
 import uuid
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -26,7 +25,6 @@ from evengaze.evaluate.benchmarks.types import (
     ScoreOptions,
 )
 from evengaze.evaluate.files import Answer, Lines, read_answers, read_jsonl, require_clean
-from evengaze.evaluate.metrics.normalize import evalai_normalize
 
 
 def number_repeats(bases: Iterable[str]) -> list[str]:
@@ -386,43 +384,3 @@ def unscored(benchmark: Benchmark, keys: Sequence[str], problems: Problems) -> S
             f"`--submission FILE` and upload it to {benchmark.server}."
         ],
     )
-
-
-def write_normalised(
-    out: Path, lines: Lines, rows: Iterable[dict[str, Any]], field: str, default: str | None = None
-) -> dict[str, Any]:
-    """Write a server's JSON: for each question its `field` and the prediction as EvalAI normalises it.
-
-    Args:
-        out: File to write.
-        lines: The predictions; of several for one question the last counts.
-        rows: The questions, in the file's order.
-        field: What names a question there.
-        default: Stands in for a missing prediction.
-
-    Returns:
-        The path and the counts that LLaVA's converters print.
-    """
-    found = {str(answer["question_id"]): evalai_normalize(answer["text"]) for answer in lines.records}
-    written = [{field: row[field], "answer": found.get(str(row["question_id"]), default)} for row in rows]
-    write_text(out, json.dumps(written))
-    return {
-        "path": str(out),
-        "total_results": len(found),
-        "total_split": len(written),
-        "error_line": sum(not item.is_json for item in lines.malformed),
-        "empty": sum(not row["answer"] for row in written),
-    }
-
-
-def write_text(out: Path, text: str) -> None:
-    """Write a result file, making its folder.
-
-    Raises:
-        DataError: It cannot be written.
-    """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{out} cannot be written: {error}. Check the folder's permissions and the disk.") from error

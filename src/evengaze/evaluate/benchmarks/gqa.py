@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from evengaze.errors import DataError
-from evengaze.evaluate.benchmarks.base import Benchmark, clean_or_stop, question_rows, write_text
+from evengaze.evaluate.benchmarks.base import Benchmark, clean_or_stop, question_rows
+from evengaze.evaluate.benchmarks.submissions import write_text
 from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, OfficialError, Record, Score, ScoreOptions
 from evengaze.evaluate.files import Lines, read_json
 from evengaze.evaluate.metrics import gqa

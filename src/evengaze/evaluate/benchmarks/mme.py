@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from evengaze.errors import DataError
-from evengaze.evaluate.benchmarks.base import Benchmark, clean_or_stop, number_repeats, write_text
+from evengaze.evaluate.benchmarks.base import Benchmark, clean_or_stop, number_repeats
+from evengaze.evaluate.benchmarks.submissions import write_text
 from evengaze.evaluate.benchmarks.types import (
     EVAL_ZIP,
     DataFile,

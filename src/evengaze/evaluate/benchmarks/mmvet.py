@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from evengaze.errors import DataError
-from evengaze.evaluate.benchmarks.base import clean_or_stop, question_rows, write_text
+from evengaze.evaluate.benchmarks.base import clean_or_stop, question_rows
 from evengaze.evaluate.benchmarks.judged import JudgedBenchmark
+from evengaze.evaluate.benchmarks.submissions import write_text
 from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, Mode, OfficialError, Record, Score, ScoreOptions
 from evengaze.evaluate.files import Lines, read_json
 from evengaze.evaluate.judge import judge_all

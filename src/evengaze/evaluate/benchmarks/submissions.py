@@ -1,0 +1,52 @@
+"""Writing the files that servers and official evaluators take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from evengaze.errors import DataError
+from evengaze.evaluate.files import Lines
+from evengaze.evaluate.metrics.normalize import evalai_normalize
+
+
+def write_normalised(
+    out: Path, lines: Lines, rows: Iterable[dict[str, Any]], field: str, default: str | None = None
+) -> dict[str, Any]:
+    """Write a server's JSON: for each question its `field` and the prediction as EvalAI normalises it.
+
+    Args:
+        out: File to write.
+        lines: The predictions; of several for one question the last counts.
+        rows: The questions, in the file's order.
+        field: What names a question there.
+        default: Stands in for a missing prediction.
+
+    Returns:
+        The path and the counts that LLaVA's converters print.
+    """
+    found = {str(answer["question_id"]): evalai_normalize(answer["text"]) for answer in lines.records}
+    written = [{field: row[field], "answer": found.get(str(row["question_id"]), default)} for row in rows]
+    write_text(out, json.dumps(written))
+    return {
+        "path": str(out),
+        "total_results": len(found),
+        "total_split": len(written),
+        "error_line": sum(not item.is_json for item in lines.malformed),
+        "empty": sum(not row["answer"] for row in written),
+    }
+
+
+def write_text(out: Path, text: str) -> None:
+    """Write a result file, making its folder.
+
+    Raises:
+        DataError: It cannot be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error}. Check the folder's permissions and the disk.") from error
