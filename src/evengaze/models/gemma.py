@@ -23,6 +23,7 @@ class PaliGemma(Adapter):
     limits: ClassVar[tuple[str, ...]] = (
         "flash attention: it cannot express bidirectional attention among a prompt's images, pruned or not",
     )
+    oldest: ClassVar[str | None] = "5.18"  # earlier releases build the mask of a prompt's images in another way
 
     def grid(self, config: Any, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of visual tokens of a picture."""
@@ -52,6 +53,7 @@ class Gemma3(PaliGemma):
         *PaliGemma.limits,
         "ranking at sliding-window layers: tokens outside the window get no attention there",
     )
+    oldest = None
 
     def grid(self, config: Any, height: int, width: int) -> tuple[int, int]:
         """The square grid that the projector pools to."""
