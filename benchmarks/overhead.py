@@ -28,10 +28,10 @@ import evengaze as eg
 from evengaze import methods
 from evengaze.debias import Debias, Exponential, PaddingMask
 from evengaze.engine import Handle
-from evengaze.methods.base import top
 from evengaze.methods.tokencarve import contribution
 from evengaze.prefill import Prefill
 from evengaze.profile import interleave, peak_bytes, predict
+from evengaze.protocol import top
 from evengaze.schedule import solve_for_budget
 
 NAMES = ["fastv", "pyramiddrop", "sparsevlm", "himap", "tokencarve", "illava"]

@@ -19,10 +19,10 @@ from evengaze.demo.dataset import DemoImage, DemoQuestion
 from evengaze.demo.model import dtype_of
 from evengaze.layout import VisualLayout
 from evengaze.methods import get
-from evengaze.methods.base import Pruner
 from evengaze.methods.baselines import Random, Uniform
 from evengaze.methods.fastv import FastV
 from evengaze.models.padding import MEAN_COLOUR, padding_share
+from evengaze.protocol import Pruner
 
 if TYPE_CHECKING:
     from evengaze.trace import Trace
