@@ -173,8 +173,8 @@ def test_vision_tower_of_videos() -> None:
 
 def test_a_family_that_needs_a_newer_transformers_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = tiny("paligemma")
-    monkeypatch.setattr("transformers.__version__", "5.10.4")
+    monkeypatch.setattr(registry.transformers, "__version__", "5.10.4")
     with pytest.raises(UnsupportedModelError, match=r"PaliGemma needs transformers 5\.18.*this is 5\.10\.4"):
         adapter_for(model)
-    monkeypatch.setattr("transformers.__version__", "5.18.0")
+    monkeypatch.setattr(registry.transformers, "__version__", "5.18.0")
     assert adapter_for(model).name == "PaliGemma"
