@@ -25,16 +25,24 @@ import torch
 from evengaze import methods
 from evengaze.debias.calibrate import calibrate
 from evengaze.demo import load, make_dataset
-from evengaze.demo.experiment import BASELINES, DEBIAS, ORIGIN, Cell, Outcome, ask, calibration_samples, debias_steps
+from evengaze.demo.experiment import (
+    BASELINES,
+    BATCH,
+    DEBIAS,
+    ORIGIN,
+    Cell,
+    Outcome,
+    ask,
+    calibration_samples,
+    debias_steps,
+)
 from evengaze.demo.model import FOLDER, choose_dtype, dtype_of
 from evengaze.demo.report import difference, points, versions, wilson
 from evengaze.evaluate.metrics.paired import compare
 from evengaze.methods.fastv import FastV
 from evengaze.schedule import solve_for_budget
 
-BATCH = 32
 DENSE = "dense"
-LABELS = {"none": "plain", "trend": "+ trend", "padding": "+ padding", "both": "both"}
 RANKING = ("fastv", "pyramiddrop", "sparsevlm", "himap", "tokencarve", "illava")
 
 
@@ -81,7 +89,7 @@ def methods_part(model, processor, samples, options):
     found = []
     for budget in budgets:
         for name, curve in curves.items():
-            for steps, label in LABELS.items():
+            for steps, label in DEBIAS.items():
                 debias = debias_steps(steps, curve, curve.origin.layer)
                 found.append(Setting(f"{name}, {budget:g}", label, solved[name, budget].replace(debias=debias)))
         found += [Setting(f"blind, {budget:g}", name, solved[name, budget]) for name in BASELINES]

@@ -127,12 +127,14 @@ class VisualTokens:
 
     def to(self, device: torch.device | str) -> VisualTokens:
         """The same table on another device."""
-        whole = {k: getattr(self, k).to(device) for k in _COLUMNS[:-2]}
-        real = {k: getattr(self, k).to(device, precise(device)) for k in _COLUMNS[-2:]}
-        return replace(self, **whole, **real)
+        indices = {k: getattr(self, k).to(device) for k in _INDICES}
+        shares = {k: getattr(self, k).to(device, precise(device)) for k in _SHARES}
+        return replace(self, **indices, **shares)
 
 
-_COLUMNS = ("position", "image", "frame", "cell", "x", "padding")
+_INDICES = ("position", "image", "frame", "cell")
+_SHARES = ("x", "padding")
+_COLUMNS = _INDICES + _SHARES
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,9 @@ EARLY = 1
 """One budget is also asked a layer earlier, where this model's ranking is less biased."""
 
 KEEPS = (0.25, 0.125, 0.06)
-DEBIAS = ("none", "trend", "padding", "both")
+DEBIAS = {"none": "plain", "trend": "+ trend", "padding": "+ padding", "both": "both"}
+"""The debias steps that are tried, and what they are called in tables."""
+
 BASELINES = (Random.name, Uniform.name)
 EXAMPLES = 6
 BATCH = 32
@@ -70,7 +72,7 @@ class Cell:
     @property
     def label(self) -> str:
         """For tables: what tells the settings of one budget apart."""
-        return self.baseline or {"none": "plain", "trend": "+ trend", "padding": "+ padding"}.get(self.debias, "both")
+        return self.baseline or DEBIAS[self.debias]
 
     def pruner(self, curve: Curve) -> Pruner:
         """The method with its debiasing."""
@@ -172,7 +174,7 @@ class Result:
 
 def settings() -> list[Cell]:
     """All cells: every budget plain, with each step, with both, and the two baselines; one budget a layer earlier."""
-    budgets = [(keep, LAYER, DEBIAS) for keep in KEEPS] + [(KEEPS[1], EARLY, ("none", "both"))]
+    budgets = [(keep, LAYER, tuple(DEBIAS)) for keep in KEEPS] + [(KEEPS[1], EARLY, ("none", "both"))]
     return [
         cell
         for keep, layer, steps in budgets
