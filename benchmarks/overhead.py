@@ -26,6 +26,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import evengaze as eg
 from evengaze import methods
+from evengaze.compat import cache_argument
 from evengaze.debias import Debias, Exponential, PaddingMask
 from evengaze.engine import Handle
 from evengaze.methods.tokencarve import contribution
@@ -99,7 +100,7 @@ def build(options):
         cache = DynamicCache(config=config)
         handle = None if pruner is None else pruner(model, layout=layout)
         try:
-            model(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(inputs_embeds=embeds, **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
         finally:
             if handle is not None:
                 handle.remove()

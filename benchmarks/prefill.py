@@ -20,6 +20,7 @@ import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import evengaze as eg
+from evengaze.compat import cache_argument
 from evengaze.debias import Exponential
 from evengaze.profile import cache_bytes, clock_selection, interleave, peak_bytes, predict
 
@@ -93,7 +94,7 @@ def main():
     @torch.inference_mode()
     def prefill(**kwargs):
         cache = DynamicCache(config=model.config)
-        model(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1, **kwargs)
+        model(inputs_embeds=embeds, **cache_argument(model, cache), use_cache=True, logits_to_keep=1, **kwargs)
         return cache
 
     def dense():

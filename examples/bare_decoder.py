@@ -4,6 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import evengaze as eg
+from evengaze.compat import cache_of
 
 torch.manual_seed(0)
 config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4, vocab_size=100)
@@ -17,4 +18,4 @@ with eg.FastV(keep=16, layer=2)(model, layout=layout) as run:
         inputs_embeds=embeddings, attention_mask=mask, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
     )
 print(run.trace)
-print("cache entries by layer:", [layer.keys.shape[-2] for layer in output.past_key_values.layers])
+print("cache entries by layer:", [layer.keys.shape[-2] for layer in cache_of(output).layers])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evengaze.compat import cache_of
 from evengaze.testing.oracle import additive_mask, decoder_of, hide
 
 
@@ -77,4 +78,4 @@ def generate(model: Any, inputs: dict[str, Tensor], steps: int = 6, **options: A
     """Greedy tokens (B, steps), logits (B, steps, V) and the cache."""
     options = {"do_sample": False, **options}
     out = model.generate(**inputs, max_new_tokens=steps, output_logits=True, return_dict_in_generate=True, **options)
-    return out.sequences[:, -steps:], torch.stack(out.logits, 1), out.past_key_values
+    return out.sequences[:, -steps:], torch.stack(out.logits, 1), cache_of(out)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from evengaze.compat import without_cache
 from evengaze.errors import AttachError
 
 _PREFIX = "evengaze:"
@@ -229,7 +230,8 @@ def probe(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> At
     module = attention_module(layer)
     tap(module, found.append, stop=True)
     try:
-        layer.forward(*args, **{**kwargs, "past_key_values": None})
+        args, kwargs = without_cache(args, kwargs)
+        layer.forward(*args, **kwargs)
     except _Stop:
         return found[0]
     finally:

@@ -15,19 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import cache_utils
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicSlidingWindowLayer,
-    QuantizedLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
 
+from evengaze.compat import QUANTIZED_LAYER
 from evengaze.cut import causal_mask, is_flat, mask_columns, take_mask
 from evengaze.errors import AttachError, ConfigError
-
-_QUANTIZED: type = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)  # the base came with the FP8 cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +72,7 @@ def check(cache: Any) -> None:
     kinds = [type(layer) for layer in getattr(cache, "layers", ())]
     kinds.append(getattr(cache, "layer_class_to_replicate", None) or type(None))
     for kind in kinds:
-        if issubclass(kind, _QUANTIZED):
+        if issubclass(kind, QUANTIZED_LAYER):
             raise ConfigError(
                 f"the cache is quantized ({kind.__name__}): it hides its entries, so that it cannot be told which of "
                 "them tokens were dropped from. Leave out cache_implementation='quantized' (or pass a DynamicCache); "

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from evengaze import cache as kv
 from evengaze import checks
 from evengaze.attention import attention_module, hidden_attention, probe, tap, untap
+from evengaze.compat import cache_in
 from evengaze.cut import real_tokens
 from evengaze.errors import LayoutError, NothingPrunedError, UnsupportedModelError
 from evengaze.intercept import intercept
@@ -227,7 +228,7 @@ class Handle:
             self._steps.begin()
             self._rotary.clear()
             if states is not None and states.shape[1] > 1:  # one token is a decoding step
-                self._run = self._begin(states, kwargs.get("attention_mask"), kwargs.get("past_key_values"))
+                self._run = self._begin(states, kwargs.get("attention_mask"), cache_in(args, kwargs))
 
     def _begin(self, states: Tensor, mask: Any, cache: Any) -> Prefill | None:
         ids, given = self._ids, self._mask if self._mask is not None else mask
@@ -286,12 +287,13 @@ class Handle:
 
     # -- layers -------------------------------------------------------------------------------------------------------
     def _enter_layer(self, i: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        cache = kv.layer_of(kwargs.get("past_key_values"), i)
+        whole = cache_in(args, kwargs)
+        cache = kv.layer_of(whole, i)
         run = self._run
         if run is None:
             kv.admit(cache)
             return self._steps.arguments(i, args, kwargs, cache)
-        run.cache = kwargs.get("past_key_values")
+        run.cache = whole
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         if i in self._stages:
             number, stage = self._stages[i]

@@ -10,6 +10,7 @@ import torch
 from transformers.cache_utils import Cache, QuantizedLayer
 
 import evengaze as eg
+from evengaze.compat import cache_argument
 from evengaze.errors import (
     AttachError,
     ConfigError,
@@ -129,7 +130,7 @@ def test_quantized_caches():
     with eg.FastV(keep=4)(model):
         for cache in caches:
             with pytest.raises(ConfigError, match="cache_implementation"):
-                generate(model, inputs, past_key_values=cache)
+                generate(model, inputs, **cache_argument(model, cache))
         generate(model, inputs)
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import evengaze as eg
+from evengaze.compat import cache_argument, cache_of
 from evengaze.methods import parse
 from evengaze.testing import tiny
 from reference import decoder_of, dropped_from, generate, masked_from
@@ -153,11 +154,15 @@ def test_second_turn_on_the_same_cache(images, batch, static):
         cache = DynamicCache(config=model.config.get_text_config())
     pixels = torch.randn(inputs["pixel_values"].shape, generator=torch.Generator().manual_seed(9))
     with eg.FastV(keep=5)(model) as run:
-        first = model.generate(**inputs, max_new_tokens=4, do_sample=False, past_key_values=cache, disable_compile=True)
+        first = model.generate(
+            **inputs, max_new_tokens=4, do_sample=False, **cache_argument(model, cache), disable_compile=True
+        )
         plan = dropped_from(run.trace)
         second = turn(first, [11, 12, 13, 14, 15], images, model, inputs)
         extra = {"pixel_values": pixels} if images else {}
-        tokens, logits, _ = generate(model, {**second, **extra}, 4, past_key_values=cache, disable_compile=True)
+        tokens, logits, _ = generate(
+            model, {**second, **extra}, 4, **cache_argument(model, cache), disable_compile=True
+        )
         if images:
             offset = second["input_ids"].shape[1] - run.trace.length
             later = [
@@ -183,7 +188,7 @@ def test_a_probing_method_sees_an_earlier_turn(batch):
     pixels = torch.randn(inputs["pixel_values"].shape, generator=torch.Generator().manual_seed(9))
     dense = parse("pyramiddrop:layers=[2],keep=[16]")
     with dense(model):
-        first = model.generate(**inputs, max_new_tokens=4, do_sample=False, past_key_values=cache)
+        first = model.generate(**inputs, max_new_tokens=4, do_sample=False, **cache_argument(model, cache))
     second = turn(first, [11, 12, 13, 14, 15], True, model, inputs)
     weights = []
 
@@ -197,7 +202,7 @@ def test_a_probing_method_sees_an_earlier_turn(batch):
         slow(**second, pixel_values=both, use_cache=False)
     handle.remove()
     with pruner(model) as run:
-        generate(model, {**second, "pixel_values": pixels}, 1, past_key_values=cache)
+        generate(model, {**second, "pixel_values": pixels}, 1, **cache_argument(model, cache))
     offset = second["input_ids"].shape[1] - run.trace.length
     for b, row in enumerate(run.trace.stages[0].rows):
         columns = run.trace.layout.rows[b].position + offset
@@ -211,7 +216,7 @@ def test_interleaved_generations_do_not_disturb_each_other():
         expected = generate(model, inputs, 3)[1]
         position = (mask.cumsum(1) - 1).clamp(min=0)
         outs = [model(**inputs, position_ids=position, use_cache=True) for _ in range(2)]
-        caches = [o.past_key_values for o in outs]
+        caches = [cache_of(o) for o in outs]
         for cache in caches:
             logits, rows = outs[0].logits[:, -1], mask
             for step in range(3):
@@ -222,7 +227,7 @@ def test_interleaved_generations_do_not_disturb_each_other():
                     input_ids=logits.argmax(-1, keepdim=True),
                     attention_mask=rows,
                     position_ids=position,
-                    past_key_values=cache,
+                    **cache_argument(model, cache),
                 ).logits[:, -1]
 
 
@@ -368,8 +373,8 @@ def test_unpruned_caches_are_as_large_as_the_trace_says(kind):
     dense, pruned = cache(), cache()
     with torch.no_grad():
         for turn in (inputs, more):
-            model(**turn, past_key_values=dense)
+            model(**turn, **cache_argument(model, dense))
             with eg.FastV(keep=5, layer=2)(model) as run:
-                model(**turn, past_key_values=pruned)
+                model(**turn, **cache_argument(model, pruned))
             assert list(run.trace.kv_bytes_unpruned) == sizes(dense)
             assert list(run.trace.kv_bytes) == sizes(pruned)

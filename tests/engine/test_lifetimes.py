@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import evengaze as eg
+from evengaze.compat import cache_argument
 from evengaze.debias import Exponential, SinkMask
 from evengaze.errors import AttachError, ConfigError
 from evengaze.methods import parse
@@ -25,7 +26,7 @@ def second_turn(model, inputs, cache, first):
     ids = torch.cat([first, extra], 1)
     grown = ids.shape[1] - inputs["attention_mask"].shape[1]
     mask = torch.cat([inputs["attention_mask"], torch.ones(len(first), grown, dtype=torch.long)], 1)
-    return generate(model, {"input_ids": ids, "attention_mask": mask}, 4, past_key_values=cache)[1]
+    return generate(model, {"input_ids": ids, "attention_mask": mask}, 4, **cache_argument(model, cache))[1]
 
 
 @pytest.mark.parametrize("other", [None, "fastv:keep=3,layer=5", "uniform:keep=3,layer=4"])
@@ -36,7 +37,7 @@ def test_a_pruned_cache_may_go_on_under_another_handle(method, other):
     for later in (None, other or method):
         cache = DynamicCache(config=model.config.get_text_config())
         with parse(method)(model):
-            first = model.generate(**inputs, max_new_tokens=3, do_sample=False, past_key_values=cache)
+            first = model.generate(**inputs, max_new_tokens=3, do_sample=False, **cache_argument(model, cache))
             if later is None:
                 results.append(second_turn(model, inputs, cache, first))
         if later is not None:
@@ -55,12 +56,14 @@ def test_a_pruned_cache_is_refused_without_a_pruner(method, kind):
     cache = caches.get(kind, lambda: DynamicCache(config=config))()
     pruner = parse(method)
     with pruner(model):
-        first = model.generate(**inputs, max_new_tokens=3, do_sample=False, past_key_values=cache, disable_compile=True)
+        first = model.generate(
+            **inputs, max_new_tokens=3, do_sample=False, **cache_argument(model, cache), disable_compile=True
+        )
         expected = second_turn(model, inputs, copy.deepcopy(cache), first)
     token, mask = first[:, -1:], torch.ones(first.shape, dtype=torch.long)
     for refused in (
         lambda: second_turn(model, inputs, cache, first),
-        lambda: model(input_ids=token, attention_mask=mask, past_key_values=cache),
+        lambda: model(input_ids=token, attention_mask=mask, **cache_argument(model, cache)),
     ):
         with pytest.raises(AttachError, match="with"):
             refused()
@@ -71,7 +74,7 @@ def test_a_pruned_cache_is_refused_without_a_pruner(method, kind):
 def test_a_cache_that_was_pruned_can_be_used_anew_after_a_reset():
     model, inputs = tiny("llava")
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=96)
-    options = {"past_key_values": cache, "disable_compile": True}
+    options = {**cache_argument(model, cache), "disable_compile": True}
     expected = generate(model, inputs, **options)[1]
     cache.reset()
     with eg.FastV(keep=5)(model):

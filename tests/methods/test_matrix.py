@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from evengaze import methods
+from evengaze.compat import cache_of
 from evengaze.debias import Debias, Exponential, PaddingMask
 from evengaze.engine import attach
 from evengaze.errors import ConfigError, UnsupportedModelError
@@ -92,7 +93,7 @@ def generate(
     finally:
         if handle is not None:
             handle.remove()
-    cache = out.past_key_values
+    cache = cache_of(out)
     lengths = [] if cache is None else [layer.keys.shape[-2] for layer in cache.layers]
     return Run(out.sequences[:, -STEPS:], torch.stack(out.logits, 1), handle and handle.trace, lengths)
 

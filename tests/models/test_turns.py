@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import reference
+from evengaze.compat import cache_argument
 from evengaze.methods import get
 from evengaze.testing import tiny
 from evengaze.testing.matrix import TOLERANCE
@@ -34,7 +35,7 @@ def test_second_image(family: str, second: int) -> None:
     _, more = tiny(family, seed=3)
     cache = DynamicCache(config=model.config.get_text_config())
     with get("fastv")(keep=5, layer=2)(model) as run:
-        first, _ = generate(model, inputs, past_key_values=cache)
+        first, _ = generate(model, inputs, **cache_argument(model, cache))
         first_trace = run.trace
     assert first_trace is not None
     ids = torch.cat([first, more["input_ids"]], 1)
@@ -42,7 +43,7 @@ def test_second_image(family: str, second: int) -> None:
     if "token_type_ids" in turn:
         turn["token_type_ids"] = (ids == IMAGE).long()
     with get("fastv")(keep=second, layer=2)(model) as run:
-        tokens, logits = generate(model, turn, past_key_values=cache)
+        tokens, logits = generate(model, turn, **cache_argument(model, cache))
         second_trace = run.trace
     assert second_trace is not None
 

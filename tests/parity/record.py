@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from evengaze.compat import cache_argument
 from evengaze.layout import VisualLayout
 from evengaze.protocol import Pruner, Selection, View
 
@@ -224,7 +225,7 @@ def _call(model: LlamaForCausalLM, cache: DynamicCache | None, **inputs: Any) ->
     hooks += [layer.register_forward_hook(leave) for layer in layers]
     hooks += [model.model.norm.register_forward_hook(norm)]
     try:
-        out = model(**inputs, past_key_values=cache, use_cache=cache is not None)
+        out = model(**inputs, **cache_argument(model, cache), use_cache=cache is not None)
     finally:
         for hook in hooks:
             hook.remove()

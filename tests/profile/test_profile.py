@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from evengaze import FastV
+from evengaze.compat import cache_argument
 from evengaze.profile import Timing, cache_bytes, clock_selection, count_flops, interleave, peak_bytes, predict
 from evengaze.testing import tiny
 from evengaze.testing.models import layout_of
@@ -36,7 +37,7 @@ def test_predicted_cache_is_the_real_one():
     for pruner in (None, FastV(keep=4, layer=2)):
         cache = DynamicCache(config=model.config)
         handle = None if pruner is None else pruner(model, layout=layout_of(inputs))
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **cache_argument(model, cache))
         if handle is not None:
             handle.remove()
         sizes.append(cache_bytes(cache))

@@ -80,6 +80,7 @@ def _measure(
     """One row a method, the dense model first."""
     import torch
 
+    from evengaze.compat import cache_of
     from evengaze.methods import parse
     from evengaze.profile import cache_bytes, interleave, peak_bytes, predict
 
@@ -88,7 +89,7 @@ def _measure(
 
     def prefill(pruner: Pruner) -> Any:
         with torch.inference_mode(), pruner(model):
-            return model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+            return cache_of(model(**inputs, use_cache=True, logits_to_keep=1))
 
     every = {"dense": parse("dense"), **pruners}
     with torch.inference_mode(), every["dense"](model) as run:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from evengaze.attention import AttentionStates, attention_module, tap
+from evengaze.compat import cache_in
 from evengaze.cut import causal_mask, take_mask
 from evengaze.layout import VisualTokens
 from evengaze.methods.fastv import FastV
@@ -69,7 +70,7 @@ class _Masks:
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A prompt forgets the one before it; a step goes on from it."""
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(args, kwargs)
         self.past = 0 if cache is None else int(cache.get_seq_length())
         self.visible = self.states = None
         if self.past == 0:

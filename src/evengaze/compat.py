@@ -1,0 +1,49 @@
+"""What differs between releases of transformers, all of it, found by what a thing is where that is possible.
+
+Decoder layers are called with a cache, masks and things that have one entry a token. The names of these arguments
+change: the cache was `past_key_values` before 5.24. A cache is an instance of `Cache`, a mask says so or is a flex
+`BlockMask`, and what else is to be cut has the sequence's length along its sequence axis.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import cache_utils
+from transformers.cache_utils import Cache, QuantizedLayer
+
+QUANTIZED_LAYER: type = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)  # the base came with the FP8 cache
+
+
+def cache_in(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The key-value cache among a call's arguments, None without one."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+
+
+def without_cache(args: Iterable[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments with None in the place of the cache."""
+
+    def bare(value: Any) -> Any:
+        return None if isinstance(value, Cache) else value
+
+    return tuple(map(bare, args)), {name: bare(value) for name, value in kwargs.items()}
+
+
+def cache_of(output: Mapping[str, Any]) -> Any:
+    """The key-value cache of a model's or of `generate`'s output; None without one."""
+    return cache_in((), output)
+
+
+def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """A cache as a keyword argument of a model's forward or `generate`."""
+    parameters = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in parameters else "past_key_values": cache}
+
+
+def is_mask(name: str, value: Any) -> bool:
+    """Whether an argument of a decoder layer says which keys its queries may see."""
+    return isinstance(value, BlockMask) or "mask" in name
