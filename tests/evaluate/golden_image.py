@@ -18,7 +18,7 @@ from evengaze.evaluate.benchmarks.mme import MME
 from evengaze.evaluate.benchmarks.pope import POPE
 from evengaze.evaluate.benchmarks.scienceqa import ScienceQA
 from evengaze.evaluate.chunks import chunk_range
-from evengaze.evaluate.files import read_jsonl
+from evengaze.evaluate.jsonl import read_jsonl
 from evengaze.evaluate.metrics import gqa as gqa_metric
 from evengaze.evaluate.metrics.mme import read_label
 from evengaze.evaluate.metrics.pope import text_to_label

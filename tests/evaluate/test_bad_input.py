@@ -12,7 +12,7 @@ import pytest
 from evengaze.errors import ConfigError, DataError
 from evengaze.evaluate.benchmarks import BENCHMARKS, get_benchmark
 from evengaze.evaluate.benchmarks.mmbench import options_of, read_tsv
-from evengaze.evaluate.files import append_line, read_answers, repair_tail
+from evengaze.evaluate.jsonl import append_line, read_answers, repair_tail
 from evengaze.evaluate.scoring import list_benchmarks, score_file
 
 EVAL = "playground/data/eval"

@@ -14,7 +14,7 @@ from evengaze.debias.observe import Sample
 from evengaze.errors import DataError
 from evengaze.evaluate import predictor
 from evengaze.evaluate.benchmarks import BENCHMARKS, Record
-from evengaze.evaluate.files import read_jsonl, require_clean
+from evengaze.evaluate.jsonl import read_jsonl, require_clean
 from evengaze.evaluate.predictor import DEMO, open_media
 from evengaze.evaluate.video import EXTENSIONS
 

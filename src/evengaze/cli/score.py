@@ -41,8 +41,8 @@ def score(
 ) -> None:
     """Score a predictions file, whichever program wrote it."""
     from evengaze.evaluate.benchmarks import ScoreOptions
-    from evengaze.evaluate.benchmarks.submissions import write_text
     from evengaze.evaluate.scoring import score_file
+    from evengaze.files import write_whole
 
     options = ScoreOptions(
         rule=rule,
@@ -56,7 +56,7 @@ def score(
     result = score_file(benchmark, answers, data, mode, options, submission)  # type: ignore[arg-type]
     text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False)
     if out is not None:
-        write_text(out, text + "\n")
+        write_whole(out, text + "\n")
     if as_json:
         typer.echo(text)
     else:

@@ -12,7 +12,7 @@ from typing import Any
 
 from evengaze.errors import DataError
 from evengaze.evaluate.benchmarks.types import Record
-from evengaze.evaluate.shards import write_whole
+from evengaze.files import write_whole
 from evengaze.methods import Pruner
 
 FILE = "fingerprint.json"

@@ -16,7 +16,7 @@ from evengaze.errors import ConfigError, CurveError
 from evengaze.evaluate.benchmarks import Benchmark, Record, ScoreOptions
 from evengaze.evaluate.fingerprint import describe_pruner, digest
 from evengaze.evaluate.runner import Backend, Job, Outcome, overlap_notes, run_jobs
-from evengaze.evaluate.shards import write_whole
+from evengaze.files import write_whole
 from evengaze.methods import Pruner
 from evengaze.schedule import Schedule, solve_for_budget
 

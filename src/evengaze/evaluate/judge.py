@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from evengaze.errors import ConfigError, DataError, EvengazeError
-from evengaze.evaluate.files import append_line, read_jsonl, repair_tail
+from evengaze.evaluate.jsonl import append_line, read_jsonl, repair_tail
 
 Message = dict[str, str]
 T = TypeVar("T")

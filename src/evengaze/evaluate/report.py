@@ -18,7 +18,7 @@ from evengaze.evaluate import figures
 from evengaze.evaluate.metrics.paired import Paired
 from evengaze.evaluate.recipes import published
 from evengaze.evaluate.results import Row, Table, load, tables
-from evengaze.evaluate.shards import write_whole
+from evengaze.files import write_whole
 
 _READING = (
     "Tokens are the visual tokens that enter a decoder layer, averaged over layers and measured. FLOPs are those of "

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 from evengaze.debias import CurveWarning
 from evengaze.errors import AttachError, ConfigError, EvengazeError, LayoutError, NothingPrunedError, ScoreError
 from evengaze.evaluate.benchmarks import Benchmark, Record, Score, ScoreOptions
-from evengaze.evaluate.files import Answer
 from evengaze.evaluate.fingerprint import describe_pruner, describe_records, digest, stamp, versions
+from evengaze.evaluate.jsonl import Answer
 from evengaze.evaluate.predictor import CALIBRATED_ON, Prediction, Predictor
 from evengaze.evaluate.shards import ANSWERS, ERRORS, locked, merge, read_shards, shard
 from evengaze.methods import Pruner

@@ -12,10 +12,8 @@ A cell's folder holds::
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +22,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from evengaze.errors import DataError
-from evengaze.evaluate.files import Answer, read_jsonl, repair_tail
+from evengaze.evaluate.jsonl import Answer, read_jsonl, repair_tail
+from evengaze.files import cannot_write, sync_folder, write_whole
 
 ANSWERS, ERRORS, SHARDS = "answers.jsonl", "errors.jsonl", "shards"
 
@@ -41,9 +40,9 @@ class Shard:
             path.parent.mkdir(parents=True, exist_ok=True)
             repair_tail(path)
             self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except OSError as error:
-            raise _cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
         """Write lines, all or none of them, and wait until the disk has them.
@@ -63,7 +62,7 @@ class Shard:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._handle, size)
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -130,27 +129,6 @@ def merge(folder: Path, keys: Sequence[str]) -> tuple[dict[str, Answer], dict[st
     return answers, errors
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file such that at any moment either the old or the new content is there.
-
-    Raises:
-        DataError: it cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        partial.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise _cannot_write(path, error) from error
-
-
 @contextlib.contextmanager
 def locked(folder: Path, rank: int) -> Iterator[None]:
     """Keep a second run of the same rank out of a folder. The system releases the lock when a process dies.
@@ -168,24 +146,4 @@ def locked(folder: Path, rank: int) -> Iterator[None]:
             f"another run is writing to {folder}. Wait until it ends, or give this one another --out."
         ) from None
     except OSError as error:
-        raise _cannot_write(folder, error) from error
-
-
-def _cannot_write(path: Path, error: OSError) -> DataError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return DataError(
-            f"{path}: the disk is full ({error.strerror}). All answers written so far are safe; free space and give "
-            "the same command again, it goes on where it stopped."
-        )
-    return DataError(f"{path} cannot be written: {error}. Check the folder's permissions and the disk.")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new file's name durable, where the system can."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        raise cannot_write(folder, error) from error

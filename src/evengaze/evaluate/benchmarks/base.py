@@ -24,7 +24,7 @@ from evengaze.evaluate.benchmarks.types import (
     Score,
     ScoreOptions,
 )
-from evengaze.evaluate.files import Answer, Lines, read_answers, read_jsonl, require_clean
+from evengaze.evaluate.jsonl import Answer, Lines, read_answers, read_jsonl, require_clean
 
 
 def number_repeats(bases: Iterable[str]) -> list[str]:

@@ -9,10 +9,10 @@ from typing import Any
 
 from evengaze.errors import DataError
 from evengaze.evaluate.benchmarks.base import Benchmark, clean_or_stop, question_rows
-from evengaze.evaluate.benchmarks.submissions import write_text
 from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, OfficialError, Record, Score, ScoreOptions
-from evengaze.evaluate.files import Lines, read_json
+from evengaze.evaluate.jsonl import Lines
 from evengaze.evaluate.metrics import gqa
+from evengaze.files import read_json, write_whole
 
 QUESTIONS = "llava_gqa_testdev_balanced.jsonl"
 ANNOTATIONS = "data/testdev_balanced_questions.json"
@@ -109,5 +109,5 @@ class GQA(Benchmark):
             {"questionId": answer["question_id"], "prediction": gqa.clean_prediction(answer["text"])}
             for answer in clean_or_stop(lines)
         ]
-        write_text(out, json.dumps(rows))
+        write_whole(out, json.dumps(rows))
         return {"path": str(out), "total_results": len(rows)}

@@ -16,7 +16,7 @@ from evengaze.errors import ConfigError, DataError
 from evengaze.evaluate.benchmarks.base import LLAVA_ROOTS, Benchmark, number_repeats
 from evengaze.evaluate.benchmarks.types import DataFile, Mode, Problems, Record, Score, ScoreOptions
 from evengaze.evaluate.benchmarks.xlsx import read_xlsx, write_xlsx
-from evengaze.evaluate.files import Answer, Lines, read_bytes
+from evengaze.evaluate.jsonl import Answer, Lines
 from evengaze.evaluate.metrics.mmbench import (
     ABBREVIATIONS,
     MILLION,
@@ -26,6 +26,7 @@ from evengaze.evaluate.metrics.mmbench import (
     lmms_eval_rule,
     mean_by,
 )
+from evengaze.files import read_bytes
 
 Row = dict[str, str | None]
 

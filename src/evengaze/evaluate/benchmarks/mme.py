@@ -10,7 +10,6 @@ from typing import Any
 
 from evengaze.errors import DataError
 from evengaze.evaluate.benchmarks.base import Benchmark, clean_or_stop, number_repeats
-from evengaze.evaluate.benchmarks.submissions import write_text
 from evengaze.evaluate.benchmarks.types import (
     EVAL_ZIP,
     DataFile,
@@ -21,8 +20,9 @@ from evengaze.evaluate.benchmarks.types import (
     Score,
     ScoreOptions,
 )
-from evengaze.evaluate.files import Answer, Lines, read_bytes, read_jsonl, require_clean
+from evengaze.evaluate.jsonl import Answer, Lines, read_jsonl, require_clean
 from evengaze.evaluate.metrics.mme import COGNITION, PERCEPTION, parse_result_file, read_label, subtask_metrics, totals
+from evengaze.files import read_bytes, write_whole
 
 QUESTIONS = "llava_mme.jsonl"
 TREE = "MME_Benchmark_release_version"
@@ -223,7 +223,7 @@ class MME(Benchmark):
         """Write a folder of ``<subtask>.txt`` files for the evaluation tool."""
         texts = self.convert(self.read_answers(answers), data)
         for subtask, text in texts.items():
-            write_text(out / f"{subtask}.txt", text)
+            write_whole(out / f"{subtask}.txt", text)
         return {"path": str(out), "subtasks": sorted(texts)}
 
 

@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 from evengaze.errors import DataError
 from evengaze.evaluate.benchmarks.base import clean_or_stop, question_rows
 from evengaze.evaluate.benchmarks.judged import JudgedBenchmark
-from evengaze.evaluate.benchmarks.submissions import write_text
 from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, Mode, OfficialError, Record, Score, ScoreOptions
-from evengaze.evaluate.files import Lines, read_json
+from evengaze.evaluate.jsonl import Lines
 from evengaze.evaluate.judge import judge_all
 from evengaze.evaluate.metrics import mmvet
 from evengaze.evaluate.metrics.open_match import with_alternatives
+from evengaze.files import read_json, write_whole
 
 QUESTIONS = "llava-mm-vet.jsonl"
 ANNOTATIONS = "mm-vet.json"
@@ -131,5 +131,5 @@ class MMVet(JudgedBenchmark):
     def write_submission(self, answers: Path, data: Path, out: Path) -> dict[str, Any]:
         """Write the JSON that the official evaluator takes."""
         found = {f"v1_{a['question_id']}": a["text"] for a in clean_or_stop(self.read_answers(answers))}
-        write_text(out, json.dumps(found, indent=2))
+        write_whole(out, json.dumps(found, indent=2))
         return {"path": str(out), "total_results": len(found)}

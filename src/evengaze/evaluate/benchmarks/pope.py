@@ -14,7 +14,7 @@ from evengaze.evaluate.benchmarks.base import (
     clean_or_stop,
 )
 from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, OfficialError, Record, Score, ScoreOptions
-from evengaze.evaluate.files import Lines, read_jsonl, require_clean
+from evengaze.evaluate.jsonl import Lines, read_jsonl, require_clean
 from evengaze.evaluate.metrics.pope import Confusion, text_to_label
 
 QUESTIONS = "llava_pope_test.jsonl"

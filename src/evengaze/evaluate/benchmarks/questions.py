@@ -10,7 +10,7 @@ from typing import Any
 from evengaze.errors import DataError
 from evengaze.evaluate.benchmarks.base import Benchmark, question_rows
 from evengaze.evaluate.benchmarks.types import DataFile, Record, Score, ScoreOptions
-from evengaze.evaluate.files import Lines, read_jsonl, require_clean
+from evengaze.evaluate.jsonl import Lines, read_jsonl, require_clean
 from evengaze.evaluate.metrics.normalize import evalai_normalize
 
 QUESTIONS, ANSWERS, IMAGES = "questions.jsonl", "answers.jsonl", "images"

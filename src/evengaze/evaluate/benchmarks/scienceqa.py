@@ -9,8 +9,9 @@ from typing import Any
 from evengaze.errors import DataError
 from evengaze.evaluate.benchmarks.base import Benchmark, clean_or_stop, number_repeats
 from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, Mode, OfficialError, Record, Score, ScoreOptions
-from evengaze.evaluate.files import Answer, Lines, read_json
+from evengaze.evaluate.jsonl import Answer, Lines
 from evengaze.evaluate.metrics.scienceqa import FAILED, LETTERS, option_index, parse_answer
+from evengaze.files import read_json
 
 QUESTIONS = "llava_test_CQM-A.json"
 _INSTRUCTION = "Answer with the option's letter from the given choices directly."

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from evengaze.errors import DataError
-from evengaze.evaluate.files import Lines
+from evengaze.evaluate.jsonl import Lines
 from evengaze.evaluate.metrics.normalize import evalai_normalize
+from evengaze.files import write_whole
 
 
 def write_normalised(
@@ -29,7 +29,7 @@ def write_normalised(
     """
     found = {str(answer["question_id"]): evalai_normalize(answer["text"]) for answer in lines.records}
     written = [{field: row[field], "answer": found.get(str(row["question_id"]), default)} for row in rows]
-    write_text(out, json.dumps(written))
+    write_whole(out, json.dumps(written))
     return {
         "path": str(out),
         "total_results": len(found),
@@ -37,16 +37,3 @@ def write_normalised(
         "error_line": sum(not item.is_json for item in lines.malformed),
         "empty": sum(not row["answer"] for row in written),
     }
-
-
-def write_text(out: Path, text: str) -> None:
-    """Write a result file, making its folder.
-
-    Raises:
-        DataError: It cannot be written.
-    """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{out} cannot be written: {error}. Check the folder's permissions and the disk.") from error

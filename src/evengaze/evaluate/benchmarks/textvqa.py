@@ -14,8 +14,9 @@ from evengaze.evaluate.benchmarks.base import (
     number_repeats,
 )
 from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, OfficialError, Record, Score, ScoreOptions
-from evengaze.evaluate.files import Answer, Lines, read_json, read_jsonl, require_clean
+from evengaze.evaluate.jsonl import Answer, Lines, read_jsonl, require_clean
 from evengaze.evaluate.metrics.soft_accuracy import evalai_accuracy
+from evengaze.files import read_json
 
 QUESTIONS = "llava_textvqa_val_v051_ocr.jsonl"
 ANNOTATIONS = "TextVQA_0.5.1_val.json"

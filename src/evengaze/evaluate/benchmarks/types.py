@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from evengaze.errors import DataError
-from evengaze.evaluate.files import Answer
+from evengaze.evaluate.jsonl import Answer
 
 if TYPE_CHECKING:
     from evengaze.evaluate.judge import Judge

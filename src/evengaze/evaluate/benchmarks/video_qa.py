@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal
 from evengaze.errors import DataError
 from evengaze.evaluate.benchmarks.base import clean_or_stop, number_repeats
 from evengaze.evaluate.benchmarks.judged import JudgedBenchmark
-from evengaze.evaluate.benchmarks.submissions import write_text
 from evengaze.evaluate.benchmarks.types import Mode, OfficialError, Record, Score, ScoreOptions
-from evengaze.evaluate.files import Lines, read_json
+from evengaze.evaluate.jsonl import Lines
 from evengaze.evaluate.judge import judge_all
 from evengaze.evaluate.metrics import video_judge
 from evengaze.evaluate.video import find_video
+from evengaze.files import read_json, write_whole
 
 QUESTIONS = "test_q.json"
 ANSWERS = "test_a.json"
@@ -174,7 +174,7 @@ class VideoQA(JudgedBenchmark):
             for key, row in questions.items()
             if key in joined.by_key
         ]
-        write_text(out, "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(out, "".join(json.dumps(row) + "\n" for row in rows))
         return {"path": str(out), "total_results": len(rows), "missing": joined.problems.missing}
 
 

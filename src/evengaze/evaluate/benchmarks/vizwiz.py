@@ -12,8 +12,9 @@ from typing import Any
 from evengaze.evaluate.benchmarks.base import Benchmark, clean_or_stop, question_rows, unscored
 from evengaze.evaluate.benchmarks.submissions import write_normalised
 from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, Mode, OfficialError, Record, Score, ScoreOptions
-from evengaze.evaluate.files import Lines, read_json
+from evengaze.evaluate.jsonl import Lines
 from evengaze.evaluate.metrics.soft_accuracy import evalai_accuracy
+from evengaze.files import read_json
 
 QUESTIONS = "llava_test.jsonl"
 _SITE = "https://vizwiz.cs.colorado.edu/VizWiz_final"

@@ -13,9 +13,10 @@ from evengaze.errors import DataError
 from evengaze.evaluate.benchmarks.base import Benchmark, question_rows, unscored
 from evengaze.evaluate.benchmarks.submissions import write_normalised
 from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, Mode, OfficialError, Record, Score, ScoreOptions
-from evengaze.evaluate.files import Lines, read_json
+from evengaze.evaluate.jsonl import Lines
 from evengaze.evaluate.metrics.normalize import evalai_normalize
 from evengaze.evaluate.metrics.soft_accuracy import vqa_accuracy, vqa_report
+from evengaze.files import read_json
 
 TEST_DEV = "llava_vqav2_mscoco_test-dev2015.jsonl"
 TEST = "llava_vqav2_mscoco_test2015.jsonl"

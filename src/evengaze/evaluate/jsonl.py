@@ -1,7 +1,8 @@
-"""Reading dataset and answer files: every failure names the file, what was expected and what to do about it."""
+"""JSON-lines files of questions and answers: bad lines are collected by number, not raised, and a torn tail is cut."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from dataclasses import dataclass
@@ -9,55 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from evengaze.errors import DataError
+from evengaze.files import parse_json, read_bytes, read_json
 
 Answer = dict[str, Any]
 """One answer line in LLaVA's record format: at least ``question_id`` and ``text``."""
-
-
-def read_bytes(path: Path, hint: str = "") -> bytes:
-    """Read a file.
-
-    Args:
-        path: File to read.
-        hint: Where the file can be had; appended to the message when it is missing.
-
-    Raises:
-        DataError: The file is missing, is a directory or cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist.{' ' + hint if hint else ''}") from None
-    except IsADirectoryError:
-        raise DataError(f"{path} is a directory, a file was expected.") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}. Check its permissions and the disk.") from error
-
-
-def read_json(path: Path, kind: type, hint: str = "") -> Any:
-    """Read one JSON document of a known top-level type.
-
-    Args:
-        path: File to read.
-        kind: ``dict`` or ``list``.
-        hint: Where the file can be had.
-
-    Raises:
-        DataError: Missing, not UTF-8, not JSON (as after a broken download), or of another type.
-    """
-    raw = read_bytes(path, hint)
-    try:
-        value = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). {hint}".strip()) from None
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}); it is {len(raw)} "
-            f"bytes long and may be cut off. {hint or 'Fetch it again.'}"
-        ) from None
-    if not isinstance(value, kind):
-        raise DataError(f"{path} holds a JSON {type(value).__name__}, a {kind.__name__} was expected. {hint}".strip())
-    return value
 
 
 @dataclass(frozen=True)
@@ -111,7 +67,7 @@ def read_jsonl(path: Path, fields: tuple[str, ...], hint: str = "") -> Lines:
     Raises:
         DataError: The file is missing or unreadable.
     """
-    raw = read_bytes(path, hint)
+    raw = read_bytes(path, hint).removeprefix(codecs.BOM_UTF8)
     pieces = raw.split(b"\n")
     complete = pieces.pop() if pieces[-1] == b"" else None
     records: list[dict[str, Any]] = []
@@ -131,13 +87,13 @@ def _parse_line(piece: bytes, fields: tuple[str, ...]) -> tuple[str, dict[str, A
     if not piece.strip():
         return "blank line", {}, False
     try:
-        value = json.loads(piece.decode("utf-8"))
+        value = parse_json(piece.decode("utf-8"))
     except UnicodeDecodeError:
         return "not UTF-8", {}, False
     except json.JSONDecodeError as error:
         return f"not JSON ({error.msg} at column {error.colno})", {}, False
-    except RecursionError:
-        return "JSON nested too deeply", {}, False
+    except ValueError as error:
+        return f"not JSON ({error})", {}, False
     if not isinstance(value, dict):
         return f"a JSON {type(value).__name__}, an object was expected", {}, True
     absent = [name for name in fields if name not in value]
@@ -171,7 +127,7 @@ def read_answers(path: Path) -> Lines:
         DataError: The file is missing or unreadable.
     """
     raw = read_bytes(path, "Give the JSON-lines file that the model's answers were written to.")
-    if raw.lstrip()[:1] == b"[":
+    if raw.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
         records, bad = [], []
         for number, item in enumerate(read_json(path, list), 1):
             problem, value = _parse_item(item)
