@@ -184,10 +184,12 @@ def main():
 
         model, processor = demo.load()
     else:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText
 
-        model = AutoModelForImageTextToText.from_pretrained(options.model).eval()
-        processor = AutoProcessor.from_pretrained(options.model)
+        from evengaze.models.loading import load_model, load_processor
+
+        model = load_model(AutoModelForImageTextToText, options.model)[0].eval()
+        processor = load_processor(options.model)
 
     wanted = "all" if options.layers == "all" else [int(k) for k in options.layers.split(",")]
     layers = observed_layers(model, FastV(layer=2), wanted)

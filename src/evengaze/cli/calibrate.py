@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from evengaze.cli.options import BatchSize, Device, DType, Images, Limit, Model, Prompts, Revision
+from evengaze.cli.options import AllowMissing, BatchSize, Device, DType, Images, Limit, Model, Prompts, Revision
 from evengaze.errors import ConfigError, CurveError
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def calibrate(
     revision: Revision = None,
     dtype: DType = "auto",
     device: Device = "auto",
+    allow_missing: AllowMissing = False,
 ) -> None:
     """Measure how a method's scores depend on position, and write the curve that removes it.
 
@@ -93,7 +94,7 @@ def calibrate(
     _check(target, family, fit)
     pruner = session.method(method)
     source = Source.of(images, prompt or (), limit, model=model, split="calibration", seed=seed)
-    loaded = session.Session(model, revision=revision, dtype=dtype, device=device)
+    loaded = session.Session(model, revision=revision, dtype=dtype, device=device, allow_missing=allow_missing)
     predictor = loaded.predictor
     own = first_layer(pruner, loaded.layers)
     options: dict[str, Any] = {"family": cast("Family", family), "fit": cast("Fit | None", fit)}
@@ -147,6 +148,7 @@ def bias(
     revision: Revision = None,
     dtype: DType = "auto",
     device: Device = "auto",
+    allow_missing: AllowMissing = False,
 ) -> None:
     """Show at which layers a model's attention is biased by position and padding, and how strongly.
 
@@ -165,7 +167,7 @@ def bias(
     pruner, chosen = session.method(method), _layers(layers)
     steps = None if debias is None else _by_layer(debias)
     source = Source.of(images, prompt or (), limit, model=model, split="eval" if debias else "calibration")
-    loaded = session.Session(model, revision=revision, dtype=dtype, device=device)
+    loaded = session.Session(model, revision=revision, dtype=dtype, device=device, allow_missing=allow_missing)
     predictor = loaded.predictor
     with _progress(len(source)) as advance:
 

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from evengaze.cli.options import BatchSize, Device, DType, Images, Limit, Model, Prompts, Revision
+from evengaze.cli.options import AllowMissing, BatchSize, Device, DType, Images, Limit, Model, Prompts, Revision
 from evengaze.errors import CurveError, DataError
 
 if TYPE_CHECKING:
@@ -126,6 +126,7 @@ def validate(
     revision: Revision = None,
     dtype: DType = "auto",
     device: Device = "auto",
+    allow_missing: AllowMissing = False,
 ) -> None:
     """Debias held-out pictures with a curve and say whether it corrects too much or too little.
 
@@ -140,7 +141,7 @@ def validate(
     curve = read(name)
     spec = method or f"{curve.origin.method or 'fastv'}{':keep=0.25' if curve.origin.method in ('', 'fastv') else ''}"
     source = Source.of(images, prompt or (), limit, model=model, split="eval")
-    loaded = session.Session(model, revision=revision, dtype=dtype, device=device)
+    loaded = session.Session(model, revision=revision, dtype=dtype, device=device, allow_missing=allow_missing)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always", CurveWarning)
         verdict = check(

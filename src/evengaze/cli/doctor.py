@@ -30,19 +30,15 @@ def doctor(
     import json
     from pathlib import Path
 
-    from transformers import AutoConfig
-
     from evengaze.demo.model import FOLDER
     from evengaze.errors import ConfigError, UnsupportedModelError
     from evengaze.models.inspect import diagnose, skeleton
+    from evengaze.models.loading import load_config
 
     where = str(FOLDER) if model == "demo" else str(Path(model).expanduser()) if model.startswith("~") else model
     if (where.startswith((".", "/")) or "/" not in where) and not Path(where).is_dir():
         raise ConfigError(f"there is no folder {where}; hub ids look like llava-hf/llava-1.5-7b-hf")
-    try:
-        config = AutoConfig.from_pretrained(where, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no config could be read from {model!r}: {str(error).splitlines()[0]}") from error
+    config = load_config(where, revision=revision)
     try:
         found = diagnose(config)
     except UnsupportedModelError as error:

@@ -61,6 +61,10 @@ def evaluate(
     prompt: Annotated[
         str | None, typer.Option(help="auto, official (LLaVA's templates) or chat (the model's).")
     ] = None,
+    allow_missing: Annotated[
+        bool | None,
+        typer.Option("--allow-missing", help="Load a checkpoint that lacks weights; they are random."),
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="YAML file, or the name of a shipped one, with any of these options.")
     ] = None,
@@ -88,6 +92,7 @@ def evaluate(
         "device": device,
         "attention": attention,
         "prompt": prompt,
+        "allow_missing": allow_missing or None,
         "benchmarks": _names(benchmarks),
         "methods": methods,
         "debias": _names(debias),

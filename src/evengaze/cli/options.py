@@ -22,3 +22,6 @@ Images = Annotated[
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Asked in turn; repeatable.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use so many samples, spread evenly.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples a forward call.")]
+AllowMissing = Annotated[
+    bool, typer.Option("--allow-missing", help="Load a checkpoint that lacks weights, with random numbers for them.")
+]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evengaze.cli.options import Device, DType, Model, Revision
+from evengaze.cli.options import AllowMissing, Device, DType, Model, Revision
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,6 +37,7 @@ def profile(
     revision: Revision = None,
     dtype: DType = "auto",
     device: Device = "auto",
+    allow_missing: AllowMissing = False,
 ) -> None:
     """Prefill time, memory and key/value cache of methods, each relative to the dense model.
 
@@ -50,7 +51,7 @@ def profile(
     specs = split_methods(methods or ["fastv:keep=0.5;fastv:keep=0.25;fastv:keep=0.125"])
     pruners = [session.method(spec) for spec in specs]
     pictures = [session.sample_picture()] if image is None else session.read_pictures([image])
-    loaded = session.Session(model, revision=revision, dtype=dtype, device=device)
+    loaded = session.Session(model, revision=revision, dtype=dtype, device=device, allow_missing=allow_missing)
     rows = _measure(loaded, pictures, prompt, dict(zip(specs, pruners, strict=True)), rounds)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))

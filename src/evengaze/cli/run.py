@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evengaze.cli.options import Device, DType, Model, Revision
+from evengaze.cli.options import AllowMissing, Device, DType, Model, Revision
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,6 +45,7 @@ def run(
     revision: Revision = None,
     dtype: DType = "auto",
     device: Device = "auto",
+    allow_missing: AllowMissing = False,
 ) -> None:
     """Answer a question about a picture with most of its tokens dropped."""
     from evengaze.cli import session
@@ -52,7 +53,7 @@ def run(
     session.output(trace, ".json")
     session.output(plot, ".png", ".pdf", ".svg")
     pruner, pictures = session.method(method, debias), session.read_pictures(image)
-    loaded = session.Session(model, revision=revision, dtype=dtype, device=device)
+    loaded = session.Session(model, revision=revision, dtype=dtype, device=device, allow_missing=allow_missing)
     answer = loaded.answer(pictures, prompt, pruner, max_new_tokens)
     typer.echo(answer.text)
     if answer.trace is None:
@@ -80,6 +81,7 @@ def compare(
     revision: Revision = None,
     dtype: DType = "auto",
     device: Device = "auto",
+    allow_missing: AllowMissing = False,
 ) -> None:
     """Draw what each method keeps of a picture, plain and debiased, in one grid.
 
@@ -93,7 +95,7 @@ def compare(
     specs = split_methods(methods or ["fastv:keep=0.125;pyramiddrop;random:keep=0.125;uniform:keep=0.125"])
     pruners = [session.method(spec, debias) for spec in specs]
     pictures = session.read_pictures(image)
-    loaded = session.Session(model, revision=revision, dtype=dtype, device=device)
+    loaded = session.Session(model, revision=revision, dtype=dtype, device=device, allow_missing=allow_missing)
     dense = loaded.answer(pictures, prompt, session.method("dense"), max_new_tokens)
     columns: list[list[Compared | None]] = []
     for spec, pruner in zip(specs, pruners, strict=True):

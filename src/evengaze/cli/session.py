@@ -44,10 +44,19 @@ class Session:
         predictor: the loaded model.
     """
 
-    def __init__(self, model: str, *, revision: str | None = None, dtype: str = "auto", device: str = "auto") -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        allow_missing: bool = False,
+    ) -> None:
         if not sys.stderr.isatty():
             disable_progress_bar()
-        self.predictor = Predictor.load(ModelSpec(model, revision=revision, dtype=dtype, device=device))
+        spec = ModelSpec(model, revision=revision, dtype=dtype, device=device, allow_missing=allow_missing)
+        self.predictor = Predictor.load(spec)
 
     @property
     def layers(self) -> int:

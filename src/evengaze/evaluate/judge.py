@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from evengaze.errors import ConfigError, DataError, EvengazeError
 from evengaze.evaluate.jsonl import append_line, read_jsonl, repair_tail
+from evengaze.models.loading import load_model, load_tokenizer
 
 Message = dict[str, str]
 T = TypeVar("T")
@@ -138,15 +139,16 @@ class LocalJudge(Judge):
 
     def __init__(self, model: str, device: str | None = None, dtype: Any = "auto", max_tokens: int = 256) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         self.model = model
         self.max_tokens = max_tokens
-        self._tokenizer = AutoTokenizer.from_pretrained(model)
+        self._tokenizer = load_tokenizer(model, name=f"judge {model}")
         if not self._tokenizer.chat_template:
             raise ConfigError(f"{model} has no chat template and cannot judge. Choose an instruction-tuned model.")
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(place)
+        loaded, _ = load_model(AutoModelForCausalLM, model, name=f"judge {model}", dtype=dtype)
+        self._model = loaded.eval().to(place)
         self._lock = threading.Lock()
 
     def describe(self) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class Evengaze(lmms):  # type: ignore[misc]
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         prompt: Style = "auto",
+        allow_missing: bool = False,
         **parameters: Any,
     ) -> None:
         """Load the model.
@@ -80,6 +81,7 @@ class Evengaze(lmms):  # type: ignore[misc]
             batch_size: prompts a generate call.
             max_batch_size: not used; lmms-eval passes it.
             prompt: "auto", "official" (LLaVA's template) or "chat" (the model's own).
+            allow_missing: load a checkpoint that lacks weights, with random numbers in their place.
             parameters: the method's, such as ``keep`` and ``layer``, and ``debias``: "none", "padding", a preset's
                 name or a curve file.
 
@@ -90,7 +92,7 @@ class Evengaze(lmms):  # type: ignore[misc]
         super().__init__()
         self.pruner = pruner_of(method, parameters)
         self.batch_size = int(batch_size)
-        spec = ModelSpec(pretrained, revision, dtype, device or "auto", attn_implementation, prompt)
+        spec = ModelSpec(pretrained, revision, dtype, device or "auto", attn_implementation, prompt, allow_missing)
         self.predictor = Predictor.load(spec)
         self._rank, self._world_size = place()
 

@@ -22,6 +22,7 @@ from evengaze.evaluate.benchmarks.types import Record
 from evengaze.evaluate.conversation import Style, chat, render, resolve
 from evengaze.methods import Pruner, parse
 from evengaze.models import adapter_for
+from evengaze.models.loading import load_model, load_processor
 from evengaze.schedule import DecoderShape
 from evengaze.trace import Trace
 
@@ -29,6 +30,7 @@ DEMO = "demo"
 """Name of the embedded model."""
 CALIBRATED_ON = "calibrated_on"
 """Set in the trace of an answer about a picture that the debias curve was calibrated on."""
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class ModelSpec:
             "balanced" to spread the layers over all GPUs (needs accelerate).
         attention: attention implementation; None is transformers' default.
         prompt: see `evengaze.evaluate.conversation`.
+        allow_missing: load a checkpoint that lacks weights all the same, with random numbers in their place.
     """
 
     source: str
@@ -51,6 +54,7 @@ class ModelSpec:
     device: str = "auto"
     attention: str | None = None
     prompt: Style = "auto"
+    allow_missing: bool = False
 
     @property
     def name(self) -> str:
@@ -86,10 +90,11 @@ class Predictor:
         spec: what was loaded.
         model: the model, in eval mode.
         processor: its processor; LLaVA-1.5's pads pictures to squares as LLaVA's own code does.
+        missing: names of weights that are random numbers, as the checkpoint lacks them.
     """
 
-    def __init__(self, model: Any, processor: Any, spec: ModelSpec) -> None:
-        self.spec, self.model, self.processor = spec, model.eval(), processor
+    def __init__(self, model: Any, processor: Any, spec: ModelSpec, missing: Sequence[str] = ()) -> None:
+        self.spec, self.model, self.processor, self.missing = spec, model.eval(), processor, tuple(missing)
         self.style = resolve(spec.prompt, processor, model.config.model_type)
         self._shape = DecoderShape.from_config(model.config)
         processor.tokenizer.padding_side = "left"
@@ -101,7 +106,8 @@ class Predictor:
         """Load what a spec names.
 
         Raises:
-            DataError: there is no such model, or its files are broken.
+            DataError: there is no such model, its files are broken or pickles, it lacks weights, or it needs code of
+                its own.
             ConfigError: the device or dtype does not exist.
         """
         dtype, device = _dtype(spec.dtype), _device(spec.device)  # before anything slow
@@ -115,30 +121,26 @@ class Predictor:
                 f"--model {spec.source}: there is no such folder here, and hub ids look like llava-hf/llava-1.5-7b-hf; "
                 f"'{DEMO}' is the embedded model"
             )
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText
 
         options: dict[str, Any] = {"dtype": dtype}
         if spec.attention is not None:
             options["attn_implementation"] = spec.attention
         if spec.device == "balanced":
             options["device_map"] = "balanced"
-        try:
-            processor = AutoProcessor.from_pretrained(spec.source, revision=spec.revision)
-            model = AutoModelForImageTextToText.from_pretrained(spec.source, revision=spec.revision, **options)
-        except ImportError as error:
-            raise ConfigError(
-                f"--model {spec.source}: its processor needs a package that is not installed: "
-                f"{' '.join(str(error).split())[:200]}"
-            ) from error
-        except (OSError, ValueError) as error:
-            where = "folder" if Path(spec.source).exists() else "hub id or folder"
-            raise DataError(
-                f"--model {spec.source}: this {where} cannot be loaded ({str(error).strip().splitlines()[0]}). Give a "
-                "folder with config.json, weights and processor files, a hub id, or 'demo' for the embedded model."
-            ) from error
+        name = f"--model {spec.source}"
+        processor = load_processor(spec.source, revision=spec.revision, name=name)
+        model, missing = load_model(
+            AutoModelForImageTextToText,
+            spec.source,
+            revision=spec.revision,
+            name=name,
+            allow_missing=spec.allow_missing,
+            **options,
+        )
         if model.config.model_type == "llava":
             processor = _square(processor)
-        return cls(model if spec.device == "balanced" else model.to(device), processor, spec)
+        return cls(model if spec.device == "balanced" else model.to(device), processor, spec, missing)
 
     # -- what a run depends on ------------------------------------------------------------------------------------
     def describe(self, template: str = "vicuna_v1") -> dict[str, Any]:
@@ -147,6 +149,7 @@ class Predictor:
             "name": self.spec.name,
             "source": self.spec.source,
             "revision": self.revision,
+            "missing_weights": list(self.missing),
             "architecture": architecture_of(self.model.config),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
@@ -352,10 +355,9 @@ def _square(processor: Any) -> Any:
 def _dtype(name: str) -> Any:
     if name == "auto":
         return "auto"
-    value = getattr(torch, name, None)
-    if not isinstance(value, torch.dtype) or not value.is_floating_point:
-        raise ConfigError(f"dtype {name!r} does not exist; use auto, float32, bfloat16 or float16")
-    return value
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype {name!r} does not exist; use auto, {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}")
+    return getattr(torch, name)
 
 
 def _device(name: str) -> torch.device:
@@ -364,7 +366,9 @@ def _device(name: str) -> torch.device:
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        probe = torch.ones(1, device=name)
+        probe.item()  # "meta" has tensors, but no numbers in them
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"device {name!r} cannot be used ({reason}); use auto, cpu, cuda, cuda:N or mps") from None
+    return probe.device

@@ -32,7 +32,7 @@ class Recipe:
 
     Attributes:
         description: one line for people.
-        model: see `ModelSpec.source`; the next five fields as there.
+        model: see `ModelSpec.source`; the next six fields as there.
         benchmarks: names.
         methods: see `Plan`; the next three fields as there.
         limit: see `Job`; the rest as there.
@@ -45,6 +45,7 @@ class Recipe:
     device: str = "auto"
     attention: str | None = None
     prompt: Style = "auto"
+    allow_missing: bool = False
     benchmarks: tuple[str, ...] = ()
     methods: tuple[str, ...] = ("none",)
     debias: tuple[str, ...] = ("none",)
@@ -114,7 +115,9 @@ class Recipe:
     @property
     def model_spec(self) -> ModelSpec:
         """What to load."""
-        return ModelSpec(self.model, self.revision, self.dtype, self.device, self.attention, self.prompt)
+        return ModelSpec(
+            self.model, self.revision, self.dtype, self.device, self.attention, self.prompt, self.allow_missing
+        )
 
 
 def published() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from evengaze.errors import LayoutError, UnsupportedModelError
 from evengaze.layout import ImageInfo, VisualLayout
 from evengaze.models.base import Adapter, Call, EncoderCall, VisionTower
+from evengaze.models.loading import load_processor
 from evengaze.models.padding import MEAN_COLOUR, padding_share
 from evengaze.models.pictures import Picture, View, assemble
 
@@ -110,7 +111,7 @@ def llava_processor(source: Any, **kwargs: Any) -> Any:
 
     Args:
         source: a hub id, a local folder, or a processor that has been loaded already (it is changed in place).
-        kwargs: passed to `AutoProcessor.from_pretrained`.
+        kwargs: passed to `AutoProcessor.from_pretrained`; a checkpoint's own code is not run unless they say so.
 
     Returns:
         The processor; its `image_processor` is a `LlavaImageProcessor` (or its Pil variant) with `do_pad=True`.
@@ -119,10 +120,9 @@ def llava_processor(source: Any, **kwargs: Any) -> Any:
         LayoutError: the processor has no CLIP- or LLaVA-like image processor.
     """
     import transformers
-    from transformers import AutoProcessor
     from transformers.utils import is_torchvision_available
 
-    processor = source if hasattr(source, "image_processor") else AutoProcessor.from_pretrained(source, **kwargs)
+    processor = source if hasattr(source, "image_processor") else load_processor(source, **kwargs)
     old = processor.image_processor
     if not all(hasattr(old, name) for name in ("size", "crop_size", "image_mean", "image_std")):
         raise LayoutError(f"{type(old).__name__} is no CLIP-like image processor: llava_processor is for LLaVA-1.5")
