@@ -12,7 +12,8 @@ from typing import Any
 
 from evengaze.errors import DataError
 from evengaze.evaluate.benchmarks.types import Record
-from evengaze.files import write_whole
+from evengaze.evaluate.media import media_name
+from evengaze.files import read_json, write_whole
 from evengaze.methods import Pruner
 
 FILE = "fingerprint.json"
@@ -44,9 +45,14 @@ def describe_pruner(pruner: Pruner) -> dict[str, Any]:
     return dict(values)
 
 
-def describe_records(records: Sequence[Record]) -> dict[str, Any]:
-    """The number of questions and a hash over their keys and texts."""
-    return {"records": len(records), "hash": digest([[record.key, record.prompt] for record in records])}
+def describe_records(records: Sequence[Record], root: Path) -> dict[str, Any]:
+    """The number of questions, and a hash over their keys, texts and the names of their pictures below `root`.
+
+    What the files hold is part of each answer's id instead: a picture that could not be read at first may be mended,
+    but what was answered stays bound to what was seen.
+    """
+    rows = [[record.key, record.prompt, media_name(record, root)] for record in records]
+    return {"records": len(records), "hash": digest(rows)}
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
@@ -62,8 +68,13 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     return [] if old == new else [f"{name}: {_short(old)} -> {_short(new)}"]
 
 
-def stamp(folder: Path, fingerprint: Mapping[str, Any]) -> None:
+def stamp(folder: Path, fingerprint: Mapping[str, Any], *, has_answers: bool = False) -> None:
     """Write the fingerprint of a new folder, or check that of an old one.
+
+    Args:
+        folder: the folder.
+        fingerprint: of what is to be done there.
+        has_answers: whether answers are there already; then a fingerprint must be.
 
     Raises:
         DataError: the folder holds answers of another setting; the message lists every difference.
@@ -71,12 +82,14 @@ def stamp(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     path = folder / FILE
     wanted = json.loads(json.dumps(fingerprint))
     if not path.exists():
+        if has_answers:
+            raise DataError(
+                f"{folder} holds answers, but no {FILE} that says what they depend on. Restore it, or give another "
+                "--out."
+            )
         write_whole(path, json.dumps(wanted, indent=1) + "\n")
         return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}). Give another --out.") from None
+    found = read_json(path, dict, "Give another --out.")
     changed = differences(found, wanted)
     if changed:
         listed = "\n  ".join(changed)

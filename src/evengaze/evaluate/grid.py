@@ -15,7 +15,7 @@ from evengaze.debias import CurveWarning, Debias
 from evengaze.errors import ConfigError, CurveError
 from evengaze.evaluate.benchmarks import Benchmark, Record, ScoreOptions
 from evengaze.evaluate.fingerprint import describe_pruner, digest
-from evengaze.evaluate.runner import Backend, Job, Outcome, overlap_notes, run_jobs
+from evengaze.evaluate.runner import Backend, Job, Outcome, overlap_notes, picture_notes, run_jobs
 from evengaze.files import write_whole
 from evengaze.methods import Pruner
 from evengaze.schedule import Schedule, solve_for_budget
@@ -264,9 +264,9 @@ def _job(task: Task, cell: Cell, setting: Setting) -> Job:
 
 
 def _notes(cell: Cell, task: Task, outcome: Outcome) -> list[str]:
-    """Whether the debias curve belongs to another model, method or layer, or knows the benchmark's pictures."""
+    """A debias curve of something else, or one that knows the pictures; pictures that were converted otherwise."""
     if cell.pruner.debias is None:
-        return []
+        return picture_notes(outcome)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CurveWarning)  # said in the result instead
         foreign = cell.pruner.debias.check(
@@ -275,7 +275,7 @@ def _notes(cell: Cell, task: Task, outcome: Outcome) -> list[str]:
             layer=cell.pruner.ranked_layer(task.layers),
         )
     notes = [f"The debias curve was calibrated elsewhere: it is used for {'; '.join(foreign)}."] if foreign else []
-    return notes + overlap_notes(outcome)
+    return notes + overlap_notes(outcome) + picture_notes(outcome)
 
 
 def _result(cell: Cell, outcome: Outcome, notes: list[str]) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from evengaze.errors import ConfigError
 from evengaze.evaluate.benchmarks.types import Record
 from evengaze.evaluate.conversation import Style, render
-from evengaze.evaluate.predictor import ModelSpec, Predictor, open_media
+from evengaze.evaluate.media import as_rgb, open_media
+from evengaze.evaluate.predictor import ModelSpec, Predictor
 from evengaze.evaluate.runner import place
 from evengaze.methods import Pruner, parse
 
@@ -129,7 +130,7 @@ class Evengaze(lmms):  # type: ignore[misc]
         for message in messages:
             for part in message["content"]:
                 if part["type"] == "image":
-                    images.append(part["url"].convert("RGB"))
+                    images.append(as_rgb(part["url"], official=self.predictor.spec.official))
                 elif part["type"] == "video":
                     videos.append(open_media(Record("", 0, "", video=Path(part["url"])))[1])
                 elif part["type"] != "text":

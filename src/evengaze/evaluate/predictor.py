@@ -7,19 +7,18 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from evengaze.debias.curve import architecture_of
 from evengaze.debias.observe import image_digest
 from evengaze.errors import ConfigError, DataError, LayoutError
 from evengaze.evaluate.benchmarks.types import Record
 from evengaze.evaluate.conversation import Style, chat, render, resolve
+from evengaze.evaluate.media import OFFICIAL_PICTURE, Media, read_media
+from evengaze.evaluate.media import open_media as open_media
 from evengaze.methods import Pruner, parse
 from evengaze.models import adapter_for
 from evengaze.models.loading import load_model, load_processor
@@ -44,7 +43,7 @@ class ModelSpec:
         device: "auto" (an accelerator if there is one, this process's own under torchrun), "cpu", "cuda:1", ..., or
             "balanced" to spread the layers over all GPUs (needs accelerate).
         attention: attention implementation; None is transformers' default.
-        prompt: see `evengaze.evaluate.conversation`.
+        prompt: see `evengaze.evaluate.conversation`; "official" also converts pictures as LLaVA's scripts do.
         allow_missing: load a checkpoint that lacks weights all the same, with random numbers in their place.
     """
 
@@ -55,6 +54,11 @@ class ModelSpec:
     attention: str | None = None
     prompt: Style = "auto"
     allow_missing: bool = False
+
+    @property
+    def official(self) -> bool:
+        """Whether everything up to the model is to be as in LLaVA's scripts: prompts, and how pictures become RGB."""
+        return self.prompt == "official"
 
     @property
     def name(self) -> str:
@@ -73,7 +77,8 @@ class Prediction:
         record: the record.
         text: the answer, stripped; None if the record could not be read.
         trace: `visual_tokens` at the start, `average_tokens` over the layers, `relative_flops` of the prefill; empty
-            for a text-only record. `calibrated_on` is there, and 1, if the debias curve was calibrated on the picture.
+            for a text-only record. `calibrated_on` is there, and 1, if the debias curve was calibrated on the picture,
+            `official_picture` if the official conversion shows it otherwise than viewers do.
         error: why there is no answer.
     """
 
@@ -155,6 +160,7 @@ class Predictor:
             "device": self.model.device.type,
             "attention": getattr(self.model.config, "_attn_implementation", None),
             "prompt": self.prompt(Record("", 0, "{question}", image=b""), template),
+            "pictures": "as LLaVA's scripts convert them" if self.spec.official else "as viewers show them",
         }
 
     @cached_property
@@ -210,22 +216,25 @@ class Predictor:
         done: dict[int, Prediction] = {}
         curve = None if pruner.debias is None else pruner.debias.curve
         known = frozenset(() if curve is None else curve.images)
-        groups: dict[str, list[tuple[int, Any]]] = {}
+        groups: dict[str, list[tuple[int, Media]]] = {}
         for index, record in enumerate(records):
             try:
-                kind, media = open_media(record)
+                media = read_media(record, official=self.spec.official)
             except DataError as error:
                 done[index] = Prediction(record, None, {}, str(error))
             else:
-                groups.setdefault(kind, []).append((index, media))
+                groups.setdefault(media.kind, []).append((index, media))
         for kind, members in groups.items():
             chosen = [records[index] for index, _ in members]
             texts = [self.prompt(record, template) for record in chosen]
-            pictures = {} if kind == "text" else {kind: [media for _, media in members]}
+            pictures = {} if kind == "text" else {kind: [media.content for _, media in members]}
             answers = self.generate(texts, pictures, pruner, max_new_tokens=max_new_tokens)
             for (index, one), record, (text, trace) in zip(members, chosen, answers, strict=True):
-                seen = bool(known) and kind != "text" and image_digest(one) in known
-                done[index] = Prediction(record, text, {**trace, **({CALIBRATED_ON: 1} if seen else {})})
+                seen = bool(known) and kind != "text" and image_digest(one.content) in known
+                marks = {CALIBRATED_ON: seen, OFFICIAL_PICTURE: one.differs and self.spec.official}
+                done[index] = Prediction(
+                    record, text, {**trace, **{mark: 1 for mark, is_set in marks.items() if is_set}}
+                )
         return [done[index] for index in range(len(records))]
 
     @torch.inference_mode()
@@ -289,31 +298,6 @@ def encode(processor: Any, texts: Sequence[str], media: Mapping[str, Sequence[An
     tokenizer = processor.tokenizer
     begins = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
     return processor(text=list(texts), return_tensors="pt", padding=True, add_special_tokens=not begins, **media)
-
-
-def open_media(record: Record) -> tuple[str, Any]:
-    """Read a record's picture or video.
-
-    Returns:
-        "images" and the RGB picture, "videos" and the frames, or "text" and None.
-
-    Raises:
-        DataError: it is missing or cannot be decoded.
-    """
-    if record.video is not None:
-        from evengaze.evaluate.video import read_frames
-
-        return "videos", np.stack([np.asarray(frame) for frame in read_frames(record.video)])
-    if record.image is None:
-        return "text", None
-    name = f"the picture of record {record.key}" if isinstance(record.image, bytes) else str(record.image)
-    try:
-        with Image.open(BytesIO(record.image) if isinstance(record.image, bytes) else record.image) as picture:
-            return "images", picture.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"{name} does not exist. The image folder is incomplete: extract it again.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{name} cannot be read as a picture ({error}). Fetch or extract it again.") from None
 
 
 def digest_folder(folder: Path) -> str:

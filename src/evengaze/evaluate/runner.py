@@ -10,17 +10,26 @@ import hashlib
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from evengaze.debias import CurveWarning
-from evengaze.errors import AttachError, ConfigError, EvengazeError, LayoutError, NothingPrunedError, ScoreError
+from evengaze.errors import (
+    AttachError,
+    ConfigError,
+    DataError,
+    EvengazeError,
+    LayoutError,
+    NothingPrunedError,
+    ScoreError,
+)
 from evengaze.evaluate.benchmarks import Benchmark, Record, Score, ScoreOptions
 from evengaze.evaluate.fingerprint import describe_pruner, describe_records, digest, stamp, versions
 from evengaze.evaluate.jsonl import Answer
+from evengaze.evaluate.media import OFFICIAL_PICTURE, media_digest
 from evengaze.evaluate.predictor import CALIBRATED_ON, Prediction, Predictor
 from evengaze.evaluate.shards import ANSWERS, ERRORS, locked, merge, read_shards, shard
 from evengaze.methods import Pruner
@@ -44,6 +53,10 @@ class Work:
     max_new_tokens: int
     batch: tuple[Record, ...]
 
+
+_MARK = 8
+"""Digits of an answer's id that tell the picture's content."""
+_UNSEEN = "0" * _MARK
 
 Answered = list[Prediction] | str
 """The predictions of one batch, or why the model cannot do the job that it belongs to."""
@@ -157,6 +170,11 @@ class Outcome:
         """Answers about pictures that the debias curve was calibrated on."""
         return sum(CALIBRATED_ON in answer["metadata"] for answer in self.answers.values())
 
+    @property
+    def converted(self) -> int:
+        """Answers about pictures that the official conversion shows otherwise than viewers do."""
+        return sum(OFFICIAL_PICTURE in answer["metadata"] for answer in self.answers.values())
+
     def means(self) -> dict[str, float]:
         """Mean visual tokens, average tokens and relative FLOPs over all answers with a picture."""
         rows = [a["metadata"] for a in self.answers.values() if "average_tokens" in a["metadata"]]
@@ -193,8 +211,9 @@ def batches_of(records: Sequence[Record], job: Job) -> list[list[Record]]:
 
 def fingerprint_of(job: Job, records: Sequence[Record], backend: Backend) -> dict[str, Any]:
     """Everything that an answer depends on. Limit and shuffling are not part: they only choose records."""
+    about = describe_records(records, job.benchmark.root(job.data))
     return {
-        "benchmark": {"name": job.benchmark.name, "split": job.benchmark.split, **describe_records(records)},
+        "benchmark": {"name": job.benchmark.name, "split": job.benchmark.split, **about},
         "model": backend.describe(job.benchmark.template),
         "pruner": describe_pruner(job.pruner),
         "generation": {"batch_size": job.batch_size, "max_new_tokens": job.tokens, "do_sample": False},
@@ -212,10 +231,13 @@ class _Session:
         try:
             self._stack.enter_context(locked(job.folder, rank))
             self.fingerprint = fingerprint_of(job, records, backend)
-            stamp(job.folder, self.fingerprint)
             self._answers = self._stack.enter_context(shard(job.folder, rank))
             self._errors = self._stack.enter_context(shard(job.folder, rank, "errors"))
-            self._done = set(read_shards(job.folder))
+            answered = read_shards(job.folder)
+            stamp(job.folder, self.fingerprint, has_answers=bool(answered))
+            self._identity = digest(self.fingerprint)
+            _check(job.folder, answered, records, self._identity)
+            self._done = set(answered)
             self._known = set(read_shards(job.folder, "errors"))
         except BaseException:
             self._stack.close()
@@ -231,10 +253,10 @@ class _Session:
         if isinstance(answered, str):
             self.failed = answered
             return 0
-        identity, model = digest(self.fingerprint), self.fingerprint["model"]["name"]
+        model = self.fingerprint["model"]["name"]
         good = [p for p in answered if p.text is not None and p.record.key not in self._done]
         bad = [p for p in answered if p.error is not None and p.record.key not in self._done | self._known]
-        self._answers.append([_answer(self.job, p, model, identity) for p in good])
+        self._answers.append([_answer(self.job, p, model, self._identity) for p in good])
         self._errors.append([_error(p) for p in bad])
         self._done.update(p.record.key for p in good)
         self._known.update(p.record.key for p in bad)
@@ -338,11 +360,57 @@ def overlap_notes(outcome: Outcome) -> list[str]:
     ]
 
 
+def picture_notes(outcome: Outcome) -> list[str]:
+    """What to say if the official conversion distorts pictures that were asked about."""
+    if not outcome.converted:
+        return []
+    return [
+        f"{outcome.converted} of {len(outcome.answers)} answers are about pictures that LLaVA's scripts convert "
+        "otherwise than viewers do (16-bit, float, transparent, or turned by EXIF); with official prompts that "
+        "conversion is kept."
+    ]
+
+
+def _check(folder: Path, answered: Mapping[str, Answer], records: Sequence[Record], identity: str) -> None:
+    """Refuse answers that were given under another setting, or about other pictures, than those of now.
+
+    Raises:
+        DataError: there are such answers; whatever fingerprint.json says.
+    """
+    strange, other = [], []
+    for record in records:
+        line = answered.get(record.key)
+        if line is None:
+            continue
+        found, wanted = str(line.get("answer_id")), _answer_id(identity, record)
+        if found[:-_MARK] != wanted[:-_MARK]:
+            strange.append(record)
+        elif found[-_MARK:] != wanted[-_MARK:] and _UNSEEN not in (found[-_MARK:], wanted[-_MARK:]):
+            other.append(record)
+    if strange:
+        raise DataError(
+            f"{folder} holds {len(strange)} answers that do not belong to its fingerprint.json (the first to record "
+            f"{strange[0].key!r}): they are those of another setting, or the file was replaced. Give another --out."
+        )
+    if other:
+        raise DataError(
+            f"{folder} holds {len(other)} answers about pictures or videos whose content is another one now (the first "
+            f"to record {other[0].key!r}). Restore the files, or give another --out to answer anew."
+        )
+
+
+def _answer_id(identity: str, record: Record) -> str:
+    """22 hex digits as LLaVA's ids: the setting and the record, then what the picture's file holds.
+
+    They depend on nothing else, so that runs can be compared as files, and a resumed run can tell its own answers.
+    """
+    own = hashlib.sha256(f"{identity}\0{record.key}".encode("utf-8", "replace")).hexdigest()[: 22 - _MARK]
+    return own + (media_digest(record) or _UNSEEN)[:_MARK]
+
+
 def _answer(job: Job, prediction: Prediction, model: str, identity: str) -> Answer:
-    """The answer line. Its id depends on the setting and the record only, so that runs can be compared as files."""
     record = prediction.record
-    short = hashlib.sha256(f"{identity}\0{record.key}".encode()).hexdigest()[:22]
-    line = job.benchmark.answer_record(record, prediction.text or "", model, short)
+    line = job.benchmark.answer_record(record, prediction.text or "", model, _answer_id(identity, record))
     return {**line, "metadata": {**line.get("metadata", {}), "key": record.key, **prediction.trace}}
 
 

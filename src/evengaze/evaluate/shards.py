@@ -97,6 +97,8 @@ def read_shards(folder: Path, kind: str = "answers") -> dict[str, Answer]:
                 "record is answered again."
             )
         for line in lines.records:
+            if not isinstance(line["metadata"], dict) or "key" not in line["metadata"]:
+                raise DataError(f"{path} holds a line without metadata.key ({str(line)[:80]}). Delete that line.")
             found.setdefault(str(line["metadata"]["key"]), line)
     return found
 
