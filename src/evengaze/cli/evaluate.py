@@ -196,7 +196,7 @@ def _show(results: list[dict[str, Any]], out: Path) -> int:
                 markup=False,
             )
             lost = True
-        for note in result["notes"]:
+        for note in [*result["notes"], *(result["score"] or {}).get("warnings", [])]:
             screen.print(f"Warning: {name}: {note}", highlight=False, markup=False, style="yellow")
     screen.print(f"Results in {out}; `evengaze report {out} -o report` makes tables and figures.", highlight=False)
     return RECORDS_LOST if lost else 0

@@ -133,6 +133,8 @@ def _show_score(result: Score, console: Console) -> None:
         console.print(f"[yellow]line {item['line']}[/yellow]: {item['reason']}", highlight=False)
     for item in result.problems.errors[:_SHOWN]:
         console.print(f"[red]{item['key']} not judged[/red]: {item['error']}", highlight=False)
+    for warning in result.warnings:
+        console.print(f"Warning: {warning}", highlight=False, markup=False, style="yellow")
     for note in result.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
 

@@ -158,7 +158,8 @@ def _problems(rows: Sequence[Row]) -> list[str]:
             first = next(iter(row.result["errors"].values()))
             found.append(f"{name}: {len(row.result['errors'])} record(s) could not be read, e.g. {first}")
         found += [f"{name}: {note}" for note in row.result.get("notes", [])]
-        found += [f"{name}: {note}" for note in (row.result["score"] or {}).get("notes", [])]
+        for kind in ("warnings", "notes"):
+            found += [f"{name}: {note}" for note in (row.result["score"] or {}).get(kind, [])]
     return found
 
 

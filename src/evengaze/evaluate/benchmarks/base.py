@@ -25,6 +25,10 @@ from evengaze.evaluate.benchmarks.types import (
     ScoreOptions,
 )
 from evengaze.evaluate.jsonl import Answer, Lines, read_answers, read_jsonl, require_clean
+from evengaze.evaluate.metrics.forms import is_short
+
+UNEXPECTED_SHARE = 0.05
+"""With a larger share of answers in no expected form, a score is warned about."""
 
 
 def number_repeats(bases: Iterable[str]) -> list[str]:
@@ -53,6 +57,7 @@ class Benchmark(ABC):
         max_new_tokens: As in the official inference script; decoding is greedy.
         template: Conversation template of the official inference script (see ``evengaze.evaluate.conversation``).
         quirks: How the official scorer differs from the default mode.
+        form: What answers are asked to be, in words; see `in_form`.
     """
 
     name: ClassVar[str]
@@ -66,6 +71,7 @@ class Benchmark(ABC):
     max_new_tokens: ClassVar[int] = 128
     template: ClassVar[str] = "vicuna_v1"
     quirks: ClassVar[tuple[str, ...]] = ()
+    form: ClassVar[str] = "a word or short phrase"
     size: ClassVar[int | None] = None
 
     # -- where the data is ---------------------------------------------------------------------------------------
@@ -224,12 +230,36 @@ class Benchmark(ABC):
     def _score_file(self, answers: Path, data: Path, mode: Mode, options: ScoreOptions) -> Score:
         lines = self.read_answers(answers)
         if mode == "official":
-            return self.score_official(lines, data, options)
+            score = self.score_official(lines, data, options)
+            self._check_forms(score, lines, data, options)
+            return score
         score = self.score_default(lines, data, options)
+        self._check_forms(score, lines, data, options)
         if self.size is not None and score.n_records != self.size:
             score.notes.append(f"{self.name} has {score.n_records} records here, {self.size} as published.")
         self._compare(score, lambda: self.score_official(lines, data, options))
         return score
+
+    def in_form(self, text: str) -> bool:
+        """Whether an answer is what the benchmark asks for, right or wrong."""
+        return is_short(text)
+
+    def out_of_form(self, answers: Lines, data: Path, options: ScoreOptions) -> dict[str, str]:
+        """Texts by key of the answers in none of the expected forms."""
+        return {self.answer_key(a): a["text"] for a in answers.records if not self.in_form(a["text"])}
+
+    def _check_forms(self, score: Score, answers: Lines, data: Path, options: ScoreOptions) -> None:
+        """Note answers in no expected form, and warn when they are so many that the number says little."""
+        odd, count = self.out_of_form(answers, data, options), len(answers.records)
+        if not odd:
+            return
+        score.unexpected = list(odd)
+        key, text = next(iter(odd.items()))
+        said = (
+            f"{len(odd)} of {count} answers ({len(odd) / count:.1%}) are in none of the expected forms ({self.form}), "
+            f"e.g. {text[:60]!r} to {key}; the scorer reads something into them all the same."
+        )
+        (score.warnings if len(odd) > UNEXPECTED_SHARE * count else score.notes).append(said)
 
     def read_answers(self, answers: Path) -> Lines:
         """Read a predictions file."""

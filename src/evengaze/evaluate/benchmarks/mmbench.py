@@ -23,6 +23,7 @@ from evengaze.evaluate.metrics.mmbench import (
     RULES,
     circular_groups,
     circular_hits,
+    letter_rule,
     lmms_eval_rule,
     mean_by,
 )
@@ -31,6 +32,7 @@ from evengaze.files import read_bytes
 Row = dict[str, str | None]
 
 LETTERS = "ABCD"
+DEFAULT_RULE = "vlmevalkit"
 TABLES_AT = "https://download.openmmlab.com/mmclassification/datasets/mmbench"
 # What pandas reads as a missing value; so an option "N/A" ends the list of options.
 _MISSING = frozenset(
@@ -75,6 +77,12 @@ def _uploads(folder: Path) -> list[Path]:
     return sorted(folder.glob("answers_upload/*/*.xlsx"))
 
 
+def _index(answer: Answer) -> int:
+    """The row that an answer line belongs to; -1 for what is no row's number."""
+    text = str(answer["question_id"])
+    return int(text) if text.isdecimal() and len(text) < 20 else -1
+
+
 def is_none(value: str | None) -> bool:
     """Whether LLaVA takes a cell for missing."""
     return value is None or value.lower() in ("nan", "none")
@@ -114,6 +122,7 @@ class MMBench(Benchmark):
     files: ClassVar[tuple[DataFile, ...]] = (DataFile(table, f"{TABLES_AT}/{table}"),)
     server = "https://mmbench.opencompass.org.cn/mmbench-submission"
     max_new_tokens = 1024
+    form = "an option's letter or text"
     quirks = ("it counts a question as wrong when a rotation has no prediction",)
 
     def __init__(self, all_rounds: bool = False) -> None:
@@ -181,6 +190,18 @@ class MMBench(Benchmark):
                 found.append({"question_id": int(row["index"]), "text": str(row["prediction"])})
         return Lines(answers, tuple(found))
 
+    def out_of_form(self, answers: Lines, data: Path, options: ScoreOptions) -> dict[str, str]:
+        """Texts by index of the answers in which the rule finds no option; a refusal (Z) is none."""
+        rows, read = self._truth(answers, data), RULES[options.rule or DEFAULT_RULE]
+        found = {}
+        for answer in answers.records:
+            row, text = rows.get(_index(answer)), answer["text"]
+            if row is None or letter_rule(text, {}) is not None:
+                continue
+            if read(text, choices_of(row)) not in choices_of(row):
+                found[str(answer["question_id"])] = text
+        return found
+
     def _truth(self, answers: Lines, data: Path) -> dict[int, Row]:
         """Return the rows of the table; without it those of a submission xlsx, which carries the answers as well."""
         try:
@@ -243,7 +264,7 @@ class MMBench(Benchmark):
         problems: Problems,
         notes: list[str],
     ) -> Score:
-        rule = options.rule or "vlmevalkit"
+        rule = options.rule or DEFAULT_RULE
         if rule not in RULES:
             raise ConfigError(f"no letter rule {rule!r}; there are {', '.join(RULES)}.")
         truth = {index: rows[index]["answer"] or "" for index in rows}

@@ -48,6 +48,7 @@ class MME(Benchmark):
         DataFile(QUESTIONS, EVAL_ZIP, needed="run"),
         DataFile(TREE, _REPO, "dir"),
     )
+    form = "yes or no"
     quirks = (
         "it takes consecutive lines for the two questions of an image",
         "a tab or newline in an answer, an odd number of answers or an absent subtask stops it",
@@ -62,6 +63,10 @@ class MME(Benchmark):
             return [] if (self.root(data) / RESULTS).is_dir() else missing
         except DataError:
             return missing
+
+    def in_form(self, text: str) -> bool:
+        """Whether the official scorer finds yes or no."""
+        return read_label(text) != "other"
 
     def records(self, data: Path) -> Iterator[Record]:
         """Yield the questions; two consecutive ones ask about one image."""

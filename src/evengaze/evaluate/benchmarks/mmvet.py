@@ -14,6 +14,7 @@ from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, Mode, Officia
 from evengaze.evaluate.jsonl import Lines
 from evengaze.evaluate.judge import judge_all
 from evengaze.evaluate.metrics import mmvet
+from evengaze.evaluate.metrics.forms import is_something
 from evengaze.evaluate.metrics.open_match import with_alternatives
 from evengaze.files import read_json, write_whole
 
@@ -42,10 +43,15 @@ class MMVet(JudgedBenchmark):
     max_new_tokens = 1024
     judge_prompt = mmvet.PROMPT
     official_judge = mmvet.OFFICIAL_JUDGE
+    form = "any text"
     quirks = (
         "it grades 0 when no reply can be read, ignoring the last one, and takes 'nan' for a grade",
         "it stops at a question without a prediction",
     )
+
+    def in_form(self, text: str) -> bool:
+        """Whether there is an answer at all."""
+        return is_something(text)
 
     def records(self, data: Path) -> Iterator[Record]:
         """Yield the questions; they carry no format instruction."""

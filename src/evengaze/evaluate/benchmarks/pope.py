@@ -15,6 +15,7 @@ from evengaze.evaluate.benchmarks.base import (
 )
 from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, OfficialError, Record, Score, ScoreOptions
 from evengaze.evaluate.jsonl import Lines, read_jsonl, require_clean
+from evengaze.evaluate.metrics.forms import is_yes_or_no
 from evengaze.evaluate.metrics.pope import Confusion, text_to_label
 
 QUESTIONS = "llava_pope_test.jsonl"
@@ -41,6 +42,7 @@ class POPE(Benchmark):
         *(DataFile(f"coco/coco_pope_{name}.json", _LABELS_AT, needed="score") for name in CATEGORIES),
         DataFile("val2014", "http://images.cocodataset.org/zips/val2014.zip", "dir", needed="run"),
     )
+    form = "yes or no"
     quirks = (
         "it pairs answers and labels by position, so that missing, repeated or reordered answers shift labels",
         "the yes ratio also counts answers that no label was paired with",
@@ -50,6 +52,10 @@ class POPE(Benchmark):
     def _questions(self, data: Path) -> tuple[Row, ...]:
         lines = read_jsonl(self.path(data, QUESTIONS), ("question_id", "image", "text", "category"), EVAL_ZIP)
         return require_clean(lines)
+
+    def in_form(self, text: str) -> bool:
+        """Whether it begins with yes or no."""
+        return is_yes_or_no(text)
 
     def records(self, data: Path) -> Iterator[Record]:
         """Yield the questions of the question file."""

@@ -34,10 +34,15 @@ class ScienceQA(Benchmark):
         DataFile("images/test", _REPO, "dir", needed="run"),
     )
     max_new_tokens = 1024
+    form = "an option's letter"
     quirks = (
         "it counts a missing prediction as wrong in the total and drops it from the image questions",
         "it takes a question for an image question when the prediction's prompt says so, not the dataset",
     )
+
+    def in_form(self, text: str) -> bool:
+        """Whether a letter can be read."""
+        return parse_answer(text) != FAILED
 
     def records(self, data: Path) -> Iterator[Record]:
         """Yield all test questions; those without an image are text only."""

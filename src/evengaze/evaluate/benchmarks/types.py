@@ -107,7 +107,10 @@ class Score:
         per_record: Credit per scored record (0 to 1), for paired comparisons.
         offline: Alternatives to a judge, by name; never to be mixed with judged numbers.
         judge: What judged: model, base URL, prompt.
-        notes: What a reader must know: warnings, and how the official number differs.
+        notes: What a reader must know, and how the official number differs.
+        warnings: Why the number should not be trusted.
+        unexpected: Keys of answers in none of the forms that the benchmark asks for; the scorer has read something into
+            them all the same.
         official: In default mode: what the official code makes of the same file (``value`` or ``error``, ``differs``).
     """
 
@@ -124,6 +127,8 @@ class Score:
     offline: dict[str, float] = field(default_factory=dict)
     judge: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
     official: dict[str, Any] | None = None
 
     @property

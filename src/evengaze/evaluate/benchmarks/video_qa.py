@@ -14,6 +14,7 @@ from evengaze.evaluate.benchmarks.types import Mode, OfficialError, Record, Scor
 from evengaze.evaluate.jsonl import Lines
 from evengaze.evaluate.judge import judge_all
 from evengaze.evaluate.metrics import video_judge
+from evengaze.evaluate.metrics.forms import is_something
 from evengaze.evaluate.video import find_video
 from evengaze.files import read_json, write_whole
 
@@ -33,10 +34,15 @@ class VideoQA(JudgedBenchmark):
     template = "llava_v1"
     judge_prompt = video_judge.PROMPT
     official_judge = video_judge.OFFICIAL_JUDGE
+    form = "any text"
     quirks = (
         "its average score also divides by verdicts that cannot be read, its accuracy does not",
         "it takes the answers from the prediction file, where a run in several chunks stored wrong ones",
     )
+
+    def in_form(self, text: str) -> bool:
+        """Whether there is an answer at all."""
+        return is_something(text)
 
     def records(self, data: Path) -> Iterator[Record]:
         """Yield all questions; a video that is absent is given as the path where it should be."""
