@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import cache_utils
 from transformers.cache_utils import Cache, QuantizedLayer
@@ -45,5 +45,9 @@ def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
 
 
 def is_mask(name: str, value: Any) -> bool:
-    """Whether an argument of a decoder layer says which keys its queries may see."""
-    return isinstance(value, BlockMask) or "mask" in name
+    """Whether an argument of a decoder layer says which keys its queries may see.
+
+    Rotary tables may have four axes as well, and a missing mask is known by its name alone.
+    """
+    four = isinstance(value, Tensor) and value.dim() == 4 and not name.startswith(("position", "freqs", "per_layer"))
+    return isinstance(value, BlockMask) or "mask" in name or four

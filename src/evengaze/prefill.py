@@ -15,14 +15,12 @@ from torch import Tensor
 
 from evengaze import cache as kv
 from evengaze.attention import AttentionStates
+from evengaze.compat import is_mask
 from evengaze.cut import take
 from evengaze.layout import VisualLayout, VisualTokens
 from evengaze.protocol import Pruner, Selection, Source, Stage, View
 from evengaze.rotary import Rotary
 from evengaze.trace import RowTrace, StageTrace, Trace
-
-MASKS = ("attention_mask", "causal_mask")
-_SEQUENCES = ("position", "cache_position", "freqs_cis", "per_layer_input")
 
 Selections = list[Selection | None]
 """What a stage decided for each row; None for rows without visual tokens."""
@@ -212,10 +210,10 @@ class Prefill:
         cut, before = dict(kwargs), self._before.get(layer)
         for name, value in kwargs.items():
             key: tuple[Any, ...] = (name, id(value), id(before), hidden.device)
-            if name in MASKS:
+            if is_mask(name, value):
                 key += (type(cache), getattr(cache, "max_cache_len", None), kv.stored(cache))
                 make = functools.partial(self._mask, before, value, cache, hidden)
-            elif value is not None and name.startswith(_SEQUENCES):
+            elif isinstance(value, (Tensor, tuple, list, dict)):
                 make = functools.partial(self._positions, before, name, value, hidden)
                 if self.rotary is not None:
                     self.rotary.serve(layer, name, value)
@@ -377,11 +375,14 @@ def _stack(plans: Sequence[tuple[Tensor, Tensor]], padding: Tensor) -> tuple[Ten
 
 
 def _tree(value: Any, slots: Tensor | None, length: int, dim: int) -> Any:
-    """Cut every tensor of a nest of tuples and dicts along its sequence axis."""
+    """Cut every tensor of a nest of tuples and dicts along its sequence axis: `dim`, or the last one of a matrix."""
     if isinstance(value, (tuple, list)):
         return type(value)(_tree(v, slots, length, dim) for v in value)
     if isinstance(value, dict):
         return {k: _tree(v, slots, length, dim) for k, v in value.items()}
-    if not isinstance(value, Tensor) or slots is None or value.dim() < -dim or value.shape[dim] != length:
+    if not isinstance(value, Tensor) or slots is None or value.dim() < 2:
+        return value
+    dim = -1 if value.dim() == 2 else dim
+    if value.shape[dim] != length or value.shape[dim - 1] not in (1, slots.shape[0]):
         return value
     return take(value, slots, dim)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from evengaze import cache as kv
+from evengaze.compat import is_mask
 from evengaze.cut import is_flat, mask_columns, take_mask
 from evengaze.rotary import Rotary
 
@@ -32,18 +33,19 @@ class Steps:
         if kept is None:
             return None
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        mask = kwargs.get("attention_mask")
+        name = next((n for n, value in kwargs.items() if is_mask(n, value)), "attention_mask")
+        mask = kwargs.get(name)
         cut = dict(kwargs)
         if kept.shift is not None:
             if not torch.compiler.is_compiling():  # a compiled step follows a prefill or step that was not
-                for name, value in kwargs.items():
-                    self._rotary.serve(layer, name, value)
+                for table, value in kwargs.items():
+                    self._rotary.serve(layer, table, value)
             cut["position_ids"] = kwargs["position_ids"] - kept.shift.to(hidden.device)
             cut.update(self._rotary.step(layer, hidden, cut["position_ids"]))
         elif mask is None and kept.real is None:
             return None
         if mask is not None or kept.real is not None:
-            cut["attention_mask"] = self._mask(mask, kept, cache, hidden)
+            cut[name] = self._mask(mask, kept, cache, hidden)
         return args, cut
 
     def _mask(self, mask: Any, kept: kv.Kept, cache: Any, hidden: Tensor) -> Any:
