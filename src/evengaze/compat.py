@@ -16,6 +16,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import cache_utils
 from transformers.cache_utils import Cache, QuantizedLayer
 
+OLDEST, NEWEST = "5.21", "5.24"
+"""Releases of transformers that the whole test suite was run with, and all between."""
+
 QUANTIZED_LAYER: type = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)  # the base came with the FP8 cache
 
 

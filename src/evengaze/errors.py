@@ -27,6 +27,10 @@ class AttachError(EvengazeError, RuntimeError):
     """A pruner is already attached, the model cannot be tapped, or a pruned cache is used without a pruner."""
 
 
+class IncompatibleReleaseError(EvengazeError, RuntimeError):
+    """Pruning does not work with the installed release of transformers."""
+
+
 class NothingPrunedError(EvengazeError, RuntimeError):
     """A call contained visual tokens, but the attached pruner never got to prune them."""
 

@@ -328,8 +328,10 @@ class Pruner(ABC):
     # -- use ----------------------------------------------------------------------------------------------------
     def __call__(self, model: nn.Module, *, layout: VisualLayout | None = None) -> Handle:
         """Attach to a model; use the result as a context manager, or call its `remove()`."""
+        from evengaze import selfcheck
         from evengaze.engine import Handle
 
+        selfcheck.ensure()
         return Handle(model, self, layout)
 
     def schedule(self, layers: int, visual: int) -> Schedule:
