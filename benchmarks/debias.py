@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from evengaze.calibration.families import fit_family
+from evengaze.calibration.fit import choose_family
+from evengaze.calibration.means import Profile, floored_log
+from evengaze.calibration.observe import Sample, _encode, observed_layers, watching
+from evengaze.calibration.rows_columns import fit_rows_columns
 from evengaze.debias import Debias, PaddingMask, Prior, SampleTrend
-from evengaze.debias.beyond import fit_rows_columns
-from evengaze.debias.families import fit_family
-from evengaze.debias.fit import choose_family
-from evengaze.debias.observe import Sample, _encode, observed_layers, watching
-from evengaze.debias.profile import Profile, floored_log
 from evengaze.demo import experiment, make_dataset
 from evengaze.errors import CurveError
 from evengaze.layout import VisualTokens

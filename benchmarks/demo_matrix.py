@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from evengaze import methods
-from evengaze.debias.calibrate import calibrate
+from evengaze.calibration.calibrate import calibrate
 from evengaze.demo import load, make_dataset
 from evengaze.demo.experiment import (
     BASELINES,

@@ -28,9 +28,9 @@ import evengaze as eg
 from evengaze import methods
 from evengaze.compat import cache_argument
 from evengaze.debias import Debias, Exponential, PaddingMask
-from evengaze.engine import Handle
+from evengaze.engine.prefill import Prefill
+from evengaze.engine.session import Handle
 from evengaze.methods.tokencarve import contribution
-from evengaze.prefill import Prefill
 from evengaze.profile import interleave, peak_bytes, predict
 from evengaze.protocol import top
 from evengaze.schedule import solve_for_budget

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "attach": "evengaze.engine",
-    "Handle": "evengaze.engine",
+    "attach": "evengaze.methods.base",
+    "Handle": "evengaze.engine.session",
     "Debias": "evengaze.debias",
     "PaddingMask": "evengaze.debias",
     "TrendCurve": "evengaze.debias",
@@ -56,9 +56,10 @@ __all__ = [*_EXPORTS, *_MODULES, "__version__"]
 if TYPE_CHECKING:
     from evengaze import demo, errors, methods, models, testing
     from evengaze.debias import Debias, PaddingMask, TrendCurve
-    from evengaze.engine import Handle, attach
+    from evengaze.engine.session import Handle
     from evengaze.layout import ImageInfo, VisualLayout, VisualTokens
     from evengaze.methods import Merge, Pruner, Selection, Stage, View, parse
+    from evengaze.methods.base import attach
     from evengaze.methods.baselines import Dense, Pool, Random, Uniform
     from evengaze.methods.divprune import DivPrune
     from evengaze.methods.fastv import FastV

@@ -2,7 +2,7 @@
 
 A method never sees a batch, a cache or a mask. It says at which decoder layers it acts (`stages`), gives every visual
 token of *one* prompt a score (`score`), and, if it does more than keep the best, what becomes of the rest (`choose`).
-The engine (`evengaze.engine`) calls it row by row and owns everything else. Five concepts:
+The engine (`evengaze.engine.session`) calls it row by row and owns everything else. Five concepts:
 
 * `Stage`: before which layer, whose attention is read ("previous": the layer that has just run; "own": the layer about
   to run; None: no attention), and whether the layers below forget the dropped tokens, too.
@@ -14,28 +14,15 @@ The engine (`evengaze.engine`) calls it row by row and owns everything else. Fiv
 
 from __future__ import annotations
 
-import itertools
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from evengaze.errors import ConfigError, ScoreError
+from evengaze.errors import ConfigError
 from evengaze.layout import VisualTokens
-
-if TYPE_CHECKING:
-    from torch import nn
-    from typing_extensions import Self
-
-    from evengaze.attention import AttentionStates
-    from evengaze.debias import Debias
-    from evengaze.engine import Handle
-    from evengaze.layout import VisualLayout
-    from evengaze.models.base import Adapter
-    from evengaze.schedule import Schedule
 
 Mode = Literal["corrected", "official"]
 Scope = Literal["prompt", "image", "frame"]
@@ -100,6 +87,13 @@ class Selection:
     recycled: Tensor | None = None
 
 
+class Attention(Protocol):
+    """Attention that one call of a layer paid."""
+
+    def received(self, row: int, queries: Tensor, columns: Tensor, reduce: Literal["mean", "sum"]) -> Tensor:
+        """(n,) attention that the tokens `columns` receive from the tokens `queries` of a batch row, over heads."""
+
+
 @dataclass
 class View:
     """One row of the batch at one stage, as a method sees it. n candidates, L tokens in the current sequence.
@@ -129,7 +123,7 @@ class View:
     sources: Sequence[Source]
     memory: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
-    states: AttentionStates | None = None
+    states: Attention | None = None
     row: int = 0
 
     def __len__(self) -> int:
@@ -189,171 +183,31 @@ def resolve_keep(keep: float, tokens: int) -> int:
     return min(int(keep), tokens)
 
 
-@dataclass(frozen=True)
-class Pruner(ABC):
-    """Base class of all methods: a frozen dataclass of its parameters.
-
-    A method implements `stages`, `score` and `budget`; one that merges overrides `choose`. Calling a pruner on a
-    model attaches it: `with pruner(model) as run: model.generate(...)`.
-
-    Attributes:
-        debias: the two debiasing steps, applied to the language-to-vision ranking.
-        mode: "corrected" (default) or "official", the published code's choices, quirks included.
-        scope: what a budget is for: all visual tokens of a "prompt" (default), those of each "image" (or video), or
-            those of each "frame" (or tile).
-    """
-
-    debias: Debias | None = field(default=None, kw_only=True)
-    mode: Mode = field(default="corrected", kw_only=True)
-    scope: Scope = field(default="prompt", kw_only=True)
-
-    name: ClassVar[str]
-    positions: ClassVar[Positions] = "original"
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("corrected", "official"):
-            raise ConfigError(f"mode must be 'corrected' or 'official', not {self.mode!r}")
-        if self.scope not in ("prompt", "image", "frame"):
-            raise ConfigError(f"scope must be 'prompt', 'image' or 'frame', not {self.scope!r}")
-        for f in fields(self):
-            if isinstance(getattr(self, f.name), list):  # as JSON and the command line give them
-                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
-
-    # -- what a method says ---------------------------------------------------------------------------------------
-    @abstractmethod
-    def stages(self, layers: int) -> Sequence[Stage]:
-        """The stages, by ascending layer, for a decoder of `layers` layers."""
-
-    @abstractmethod
-    def score(self, view: View) -> Tensor:
-        """(n,) scores of the candidates; larger means keep."""
-
-    @abstractmethod
-    def budget(self, stage: int, current: int, original: int) -> int:
-        """How many of `current` candidates survive a stage, given the `original` number of visual tokens."""
-
-    def size_after(self, stage: int, current: int, original: int) -> int:
-        """Visual tokens that go on after a stage: survivors and recycled ones."""
-        return min(current, self.budget(stage, current, original))
-
-    def with_keep(self, tokens: int, visual: int) -> Self:
-        """The same method with about `tokens` of `visual` tokens left after its first stage, other stages in
-        proportion. `schedule.solve_for_budget` turns this knob."""
-        raise ConfigError(f"{self.name} has no budget to solve for")
-
-    def language_to_vision(self, stage: int) -> bool:
-        """Whether the attention that a stage reads is paid by text, which is what debiasing corrects.
-
-        Stages that read none are never debiased, whatever this says.
-        """
-        return True
-
-    def by_text(self, sources: Sequence[Source]) -> list[bool]:
-        """For stages that read from the given sources, in order: whether each ranks by attention from text."""
-        return [source is not None and self.language_to_vision(i) for i, source in enumerate(sources)]
-
-    def ranked_stages(self, layers: int) -> list[Stage]:
-        """The stages that rank by attention from text, for a decoder of `layers` layers."""
-        stages = self.stages(layers)
-        return list(itertools.compress(stages, self.by_text([stage.attention for stage in stages])))
-
-    def ranked_layer(self, layers: int) -> int | None:
-        """The decoder layer by whose attention from text tokens are first ranked, of `layers`; None if by none."""
-        return next((stage.attended for stage in self.ranked_stages(layers)), None)
-
-    def prepare(self, model: nn.Module, adapter: Adapter | None, shared: dict[str, Any]) -> Callable[[], None]:
-        """Called when the pruner is attached. A method that acts outside the decoder (in a vision tower) hooks it here.
-
-        Args:
-            model: the model.
-            adapter: its family's adapter; None if the caller gave an explicit layout.
-            shared: lives as long as the attachment; `View.shared` is the same dictionary.
-
-        Returns:
-            A function that undoes it.
-        """
-        return lambda: None
-
-    # -- the shared way from scores to a selection ------------------------------------------------------------------
-    def select(self, view: View) -> Selection:
-        """What the engine calls: a selection for the row, or one for each part of it that has its own budget."""
-        if self.scope == "prompt":
-            return self._select(view)
-        from evengaze.scope import select_parts
-
-        return select_parts(view, self.scope, self._select)
-
-    def _select(self, view: View) -> Selection:
-        """All candidates if the budget allows it (the dense model, padding included), else what `choose` says."""
-        count = self.budget(view.stage, len(view), view.original)
-        if count >= len(view) and self.mode == "corrected":
-            return Selection(keep=torch.arange(len(view), device=view.hidden.device))
-        return self.choose(view, count)
-
-    def choose(self, view: View, count: int) -> Selection:
-        """Keep the best `count` candidates by debiased score."""
-        score, allowed = self.ranked(view)
-        return Selection(keep=top_allowed(score, allowed, count))
-
-    def ranked(self, view: View) -> tuple[Tensor, Tensor]:
-        """Scores after debiasing, and which candidates may be chosen at all.
-
-        Returns:
-            (n,) float32 scores and (n,) bool; where padding may not be kept it is False there.
-        """
-        raw = self.score(view).float()
-        if raw.shape != (len(view),):
-            raise ScoreError(f"{self.name} scored {tuple(raw.shape)} for {len(view)} visual tokens")
-        if bool(raw.isnan().any()):
-            raise ScoreError(
-                f"{self.name} produced NaN scores at stage {view.stage}. The model's hidden states are probably not "
-                "finite: try bfloat16 or float32 instead of float16, or check the inputs."
-            )
-        view.memory[f"raw{view.stage}"] = raw
-        score, allowed = raw, torch.ones_like(raw, dtype=torch.bool)
-        *before, now = self.by_text(view.sources)
-        earlier = sum(before)
-        if self.debias is not None and now and self.debias.applies(earlier):
-            score, allowed = self.debiased(self.debias, raw, view)
-        elif self.debias is not None and self.mode == "corrected" and earlier:
-            allowed = self.debias.valid(view.tokens).to(raw.device)  # padding stays out of later rankings, too
-        view.memory[f"score{view.stage}"] = score
-        return score, allowed
-
-    def debiased(self, debias: Debias, score: Tensor, view: View) -> tuple[Tensor, Tensor]:
-        """Apply the debiasing steps; a method overrides this only where its official patch computes them otherwise."""
-        features = view.features if debias.sinks is not None else None
-        return debias(score, view.tokens, official=self.mode == "official", features=features)
-
-    # -- use ----------------------------------------------------------------------------------------------------
-    def __call__(self, model: nn.Module, *, layout: VisualLayout | None = None) -> Handle:
-        """Attach to a model; use the result as a context manager, or call its `remove()`."""
-        from evengaze import selfcheck
-        from evengaze.engine import Handle
-
-        selfcheck.ensure()
-        return Handle(model, self, layout)
-
-    def schedule(self, layers: int, visual: int) -> Schedule:
-        """Visual tokens entering each layer, for `visual` tokens at the start."""
-        from evengaze.schedule import Schedule
-
-        return Schedule.of(self, layers=layers, visual=visual)
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with other parameters."""
-        return replace(self, **changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The parameters as JSON-able values; `methods.from_dict` reads them back."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "debias"}
-        values = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in values.items()}
-        if self.scope == "prompt":  # the default has no effect on a fingerprint
-            values.pop("scope")
-        return {"method": self.name, **values, "debias": None if self.debias is None else self.debias.to_dict()}
-
-
 def top_allowed(score: Tensor, allowed: Tensor, count: int) -> Tensor:
     """The `count` best candidates among the allowed ones (fewer if there are fewer), ascending."""
     count = min(count, int(allowed.sum()))
     return top(torch.where(allowed, score, torch.full_like(score, float("-inf"))), count)
+
+
+class Method(Protocol):
+    """What the engine asks of a pruning method. `evengaze.methods.Pruner` is the base class that answers it."""
+
+    @property
+    def name(self) -> str:
+        """What files and the command line call it."""
+
+    @property
+    def positions(self) -> Positions:
+        """Which positions survivors have."""
+
+    def stages(self, layers: int) -> Sequence[Stage]:
+        """Where it drops tokens, by ascending layer, in a decoder of `layers` layers."""
+
+    def select(self, view: View) -> Selection:
+        """What becomes of the candidates of one row at one stage."""
+
+    def prepare(self, model: nn.Module, adapter: Any, shared: dict[str, Any]) -> Callable[[], None]:
+        """Called when it is attached; returns what undoes it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its parameters as JSON-able values."""

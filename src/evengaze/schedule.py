@@ -7,14 +7,27 @@ layer l in full; counting that layer as already pruned, as some papers do, makes
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
+
+from typing_extensions import Self
 
 from evengaze.errors import ConfigError
-from evengaze.protocol import Pruner, Stage
+from evengaze.protocol import Method, Stage
 
 __all__ = ["DecoderShape", "Schedule", "Stage", "solve_for_budget"]
 
-P = TypeVar("P", bound=Pruner)
+
+class Scheduled(Method, Protocol):
+    """A method that says beforehand what its stages leave."""
+
+    def size_after(self, stage: int, current: int, original: int) -> int:
+        """Visual tokens that go on after a stage which `current` of the `original` ones reach."""
+
+    def with_keep(self, tokens: int, visual: int) -> Self:
+        """The same with about `tokens` of `visual` tokens left after its first stage."""
+
+
+P = TypeVar("P", bound=Scheduled)
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,7 @@ class Schedule:
     name: str = ""
 
     @classmethod
-    def of(cls, pruner: Pruner, layers: int, visual: int) -> Schedule:
+    def of(cls, pruner: Scheduled, layers: int, visual: int) -> Schedule:
         """The schedule of a method on a decoder of `layers` layers, for `visual` tokens (no padding).
 
         Raises:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from evengaze.calibration.rows_columns import fit_rows_columns
 from evengaze.debias import Curve, Debias, PaddingMask, Prior, RowsColumns, SampleTrend, SinkMask
-from evengaze.debias.beyond import fit_rows_columns
-from evengaze.debias.trend import trend_from_dict
+from evengaze.debias.families import trend_from_dict
 from evengaze.errors import ConfigError, CurveError
 from evengaze.layout import VisualLayout, VisualTokens
 

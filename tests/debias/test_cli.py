@@ -16,10 +16,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import evengaze as eg
+from evengaze.calibration import observe as observing
 from evengaze.cli import calibrate as commands
 from evengaze.cli import session
 from evengaze.debias import Curve, CurveWarning
-from evengaze.debias import observe as observing
 from evengaze.errors import ConfigError, CurveError, DataError
 from evengaze.evaluate.predictor import ModelSpec, Predictor
 from runner_fakes import VideoProcessor, write_lines, write_video

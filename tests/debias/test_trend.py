@@ -22,8 +22,9 @@ from evengaze.debias import (
     preset,
     preset_names,
 )
+from evengaze.debias.families import trend_from_dict
 from evengaze.debias.presets import BENCHMARKS
-from evengaze.debias.trend import max_log_ratio, trend_from_dict
+from evengaze.debias.trend import max_log_ratio
 from evengaze.errors import ConfigError, CurveError
 from evengaze.layout import VisualLayout, VisualTokens
 

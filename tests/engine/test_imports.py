@@ -6,13 +6,11 @@ import pkgutil
 import subprocess
 import sys
 
+import evengaze.engine
 import evengaze.methods
 import evengaze.models
 
-CORE = (
-    *("attention", "cache", "checks", "cut", "engine", "intercept", "layout"),
-    *("prefill", "protocol", "rotary", "schedule", "scope", "steps", "trace"),
-)
+CORE = ("compat", "engine", "layout", "protocol", "schedule", "trace")
 USERS = ("cli", "demo", "evaluate", "profile", "testing", "viz")
 
 
@@ -30,21 +28,22 @@ def modules_of(package) -> list[str]:
 
 
 def test_the_core_imports_no_method_no_debiasing_and_none_of_its_users():
-    every = [f"evengaze.{name}" for name in CORE] + modules_of(evengaze.models)
-    assert not loaded_with(*every) & {"methods", "debias", *USERS}
+    every = [f"evengaze.{name}" for name in CORE] + modules_of(evengaze.engine) + modules_of(evengaze.models)
+    assert not loaded_with(*every) & {"methods", "debias", "calibration", *USERS}
 
 
-def test_methods_import_no_debiasing_and_none_of_their_users():
+def test_methods_import_no_calibration_and_none_of_their_users():
     every = modules_of(evengaze.methods)
     assert "evengaze.methods.official.masked" in every and "evengaze.methods._template" in every
-    assert not loaded_with(*every) & {"debias", *USERS}
+    assert not loaded_with(*every) & {"calibration", *USERS}
 
 
 def test_what_a_method_is_made_of_comes_from_one_place():
     from evengaze import protocol
-    from evengaze.methods import stages
+    from evengaze.methods import base, stages
 
-    for name in ("Pruner", "Stage", "View", "Selection", "Merge", "resolve_keep", "top_allowed"):
+    assert evengaze.methods.Pruner is base.Pruner
+    for name in ("Stage", "View", "Selection", "Merge", "resolve_keep", "top_allowed"):
         assert getattr(evengaze.methods, name) is getattr(protocol, name)
     for name in ("OneStage", "ManyStages", "Grouping"):
         assert getattr(evengaze.methods, name) is getattr(stages, name)

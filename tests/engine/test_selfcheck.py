@@ -10,7 +10,8 @@ import transformers
 from transformers.models.llama import modeling_llama as llama
 
 import evengaze as eg
-from evengaze import compat, selfcheck
+from evengaze import compat
+from evengaze.engine import selfcheck
 from evengaze.errors import IncompatibleReleaseError
 from evengaze.testing import tiny
 

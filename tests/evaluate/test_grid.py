@@ -11,9 +11,9 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from evengaze.calibration.observe import image_digest
 from evengaze.cli import evaluate as command
 from evengaze.debias import Curve, CurveWarning, Debias, Exponential
-from evengaze.debias.observe import image_digest
 from evengaze.errors import ConfigError, CurveError, DataError
 from evengaze.evaluate.benchmarks import BENCHMARKS, get_benchmark
 from evengaze.evaluate.grid import Plan, cells, split_methods

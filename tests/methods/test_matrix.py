@@ -15,16 +15,16 @@ from torch import Tensor
 from evengaze import methods
 from evengaze.compat import cache_of
 from evengaze.debias import Debias, Exponential, PaddingMask
-from evengaze.engine import attach
 from evengaze.errors import ConfigError, UnsupportedModelError
 from evengaze.layout import VisualLayout
+from evengaze.methods.base import Pruner, attach
 from evengaze.methods.fastv import FastV
 from evengaze.methods.illava import ILLaVA
 from evengaze.methods.official import FastVMasked, FastVRecompute, HiMAPRecompute
 from evengaze.methods.sparsevlm import SparseVLM
 from evengaze.methods.visionzip import VisionZip
 from evengaze.models import adapter_for
-from evengaze.protocol import Pruner, View
+from evengaze.protocol import View
 from evengaze.schedule import Schedule
 from evengaze.testing import layout_of, tiny
 from evengaze.testing.oracle import replayed

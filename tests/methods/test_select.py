@@ -17,6 +17,7 @@ from evengaze.debias import Debias, Exponential, PaddingMask
 from evengaze.errors import ScoreError
 from evengaze.layout import VisualLayout
 from evengaze.methods._template import Norm
+from evengaze.methods.base import Pruner
 from evengaze.methods.baselines import Pool, Random, Uniform, lattice
 from evengaze.methods.divprune import DivPrune
 from evengaze.methods.fastv import FastV
@@ -26,7 +27,7 @@ from evengaze.methods.pyramiddrop import PyramidDrop
 from evengaze.methods.sparsevlm import SparseVLM, density_peaks, raters, recycling
 from evengaze.methods.tokencarve import TokenCarve, contribution
 from evengaze.methods.tome import ToMe
-from evengaze.protocol import Merge, Pruner, Selection, Stage, View, top
+from evengaze.protocol import Merge, Selection, Stage, View, top
 
 ATTENTION: list[Pruner] = [
     FastV(5),

@@ -16,8 +16,8 @@ from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
 from evengaze.errors import LayoutError
 from evengaze.layout import VisualTokens, square_padding
 from evengaze.models import Call, adapter_for, llava_processor
+from evengaze.models.border import black, padding_share
 from evengaze.models.llava_next import tiled
-from evengaze.models.padding import black, padding_share
 from evengaze.testing import tiny
 from evengaze.testing.prompts import IMAGE
 from models.helpers import encode

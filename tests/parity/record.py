@@ -15,7 +15,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from evengaze.compat import cache_argument
 from evengaze.layout import VisualLayout
-from evengaze.protocol import Pruner, Selection, View
+from evengaze.methods.base import Pruner
+from evengaze.protocol import Selection, View
 
 
 class Report:

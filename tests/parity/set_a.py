@@ -9,11 +9,11 @@ from torch import Tensor
 
 from evengaze.debias import Debias, Exponential, PaddingMask, Polynomial, TrendCurve
 from evengaze.layout import ImageInfo, VisualLayout
+from evengaze.methods.base import Pruner
 from evengaze.methods.fastv import FastV
 from evengaze.methods.official import FastVMasked, FastVRecompute
 from evengaze.methods.pyramiddrop import PyramidDrop
 from evengaze.methods.sparsevlm import SparseVLM, density_peaks, relevance
-from evengaze.protocol import Pruner
 from evengaze.schedule import Schedule
 from parity.record import Folder, Recorded, Report, run
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from evengaze.debias import Debias, PaddingMask
 from evengaze.layout import VisualLayout
+from evengaze.methods.base import Pruner
 from evengaze.methods.himap import HiMAP
 from evengaze.methods.illava import ILLaVA
 from evengaze.methods.official import HiMAPRecompute
 from evengaze.methods.tokencarve import TokenCarve
-from evengaze.protocol import Pruner
 from parity.record import Folder, Recorded, Report, run
 from parity.set_a import trend
 

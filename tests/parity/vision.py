@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from evengaze.methods._tower import TowerCut
 from evengaze.methods.illava import ILLaVA
-from evengaze.methods.vision import TowerCut
 from evengaze.models.base import VisionTower
 from evengaze.protocol import Selection
 from parity.record import Folder, Report

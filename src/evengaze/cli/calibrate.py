@@ -19,10 +19,10 @@ from evengaze.cli.options import AllowMissing, BatchSize, Device, DType, Images,
 from evengaze.errors import ConfigError, CurveError
 
 if TYPE_CHECKING:
-    from evengaze.debias.fit import Family, Fit
-    from evengaze.debias.measures import Measure
-    from evengaze.debias.observe import Observations
-    from evengaze.debias.steps import Debias
+    from evengaze.calibration.fit import Family, Fit
+    from evengaze.calibration.measures import Measure
+    from evengaze.calibration.observe import Observations
+    from evengaze.debias.debias import Debias
 
 INTERRUPTED = 130
 SAVE_EVERY = 15.0
@@ -82,13 +82,13 @@ def calibrate(
 
     An interrupted calibration goes on where it stopped when the command is given again.
     """
+    from evengaze.calibration.calibrate import tight as is_tight
+    from evengaze.calibration.calibrate import to_curve
+    from evengaze.calibration.observe import observe
+    from evengaze.calibration.observer import first_layer
     from evengaze.cli import session
     from evengaze.cli.samples import Source, encode
-    from evengaze.debias.calibrate import tight as is_tight
-    from evengaze.debias.calibrate import to_curve
     from evengaze.debias.curve import Origin
-    from evengaze.debias.observe import observe
-    from evengaze.debias.observer import first_layer
 
     session.output(out, ".json")
     _check(target, family, fit)
@@ -155,12 +155,12 @@ def bias(
     With --debias every measure is shown before and after. With a curve file that holds several layers, each layer is
     debiased by its own trend.
     """
+    from evengaze.calibration.calibrate import to_curve
+    from evengaze.calibration.fit import fit_curve
+    from evengaze.calibration.measures import sigma
+    from evengaze.calibration.observe import observe
     from evengaze.cli import session
     from evengaze.cli.samples import Source, encode
-    from evengaze.debias.calibrate import to_curve
-    from evengaze.debias.fit import fit_curve
-    from evengaze.debias.measures import sigma
-    from evengaze.debias.observe import observe
     from evengaze.viz.bias import plot_heat_maps, plot_layers, plot_trend
 
     out.mkdir(parents=True, exist_ok=True)
@@ -222,7 +222,7 @@ def bias(
 def _by_layer(text: str) -> Debias | dict[int, Debias]:
     """What `Debias.parse` takes; a curve file's trends by layer, if it has several."""
     from evengaze.debias.curve import Curve
-    from evengaze.debias.steps import Debias
+    from evengaze.debias.debias import Debias
 
     if not text.endswith(".json"):
         return Debias.parse(text)
@@ -315,7 +315,7 @@ def _layers(text: str | None) -> list[int] | Literal["all"] | None:
 def _check(target: str, family: str, fit: str | None) -> None:
     from typing import get_args
 
-    from evengaze.debias.fit import Family, Fit
+    from evengaze.calibration.fit import Family, Fit
 
     for name, value, known in (
         ("--target", target, ("attention", "frequency")),
@@ -331,7 +331,7 @@ def _resumable(
     path: Path, total: int, fresh: bool
 ) -> Iterator[tuple[Observations | None, Callable[[Observations], bool]]]:
     """A state file that outlives a kill, and progress. The file is removed once the observation is whole."""
-    from evengaze.debias.observe import Observations
+    from evengaze.calibration.observe import Observations
 
     state = None
     if path.exists() and not fresh:

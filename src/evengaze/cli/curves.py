@@ -82,7 +82,7 @@ def show(
 
 def compare(one: Name, other: Name) -> None:
     """Say how far two curves are apart, and whether their confidence bands agree."""
-    from evengaze.debias.fit import relative
+    from evengaze.calibration.fit import relative
     from evengaze.debias.trend import max_log_ratio
 
     a, b = read(one), read(other)
@@ -132,11 +132,11 @@ def validate(
 
     Exit status 1 if it does.
     """
+    from evengaze.calibration.measures import NAMES
+    from evengaze.calibration.validate import validate as check
     from evengaze.cli import session
     from evengaze.cli.samples import Source, encode
     from evengaze.debias.curve import CurveWarning
-    from evengaze.debias.measures import NAMES
-    from evengaze.debias.validate import validate as check
 
     curve = read(name)
     spec = method or f"{curve.origin.method or 'fastv'}{':keep=0.25' if curve.origin.method in ('', 'fastv') else ''}"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evengaze.calibration.observe import Sample
 from evengaze.cli.session import TEMPLATE
-from evengaze.debias.observe import Sample
 from evengaze.errors import DataError
 from evengaze.evaluate import predictor
 from evengaze.evaluate.benchmarks import BENCHMARKS, Record

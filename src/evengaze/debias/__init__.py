@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from evengaze.debias.beyond import Prior, RowsColumns, SampleTrend, SinkMask
 from evengaze.debias.curve import Curve, CurveWarning, Origin
+from evengaze.debias.debias import Debias
 from evengaze.debias.padding import PaddingMask
 from evengaze.debias.presets import preset, preset_names
-from evengaze.debias.steps import Debias
 from evengaze.debias.trend import (
     Exponential,
     ExponentialFloor,

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from evengaze.debias.trend import TrendCurve, max_log_ratio, trend_from_dict
+from evengaze.debias.families import trend_from_dict
+from evengaze.debias.trend import TrendCurve, max_log_ratio
 from evengaze.errors import CurveError
 from evengaze.models.base import architecture_of as architecture_of
 
@@ -136,7 +137,7 @@ class Curve:
         samples: what was fitted.
         band: how sure it is.
         layers: trends of other layers measured in the same pass, by layer.
-        images: digests of the pictures that it was calibrated on (`evengaze.debias.observe.image_digest`), so that
+        images: digests of the pictures that it was calibrated on (`evengaze.calibration.observe.image_digest`), so that
             evaluating on them can be noticed.
     """
 

@@ -8,7 +8,7 @@ is debiased by the weight w(x) = f(0) / f(x). Being functions of x, curves apply
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from evengaze.errors import CurveError
 from evengaze.layout import VisualTokens
+
+FLOOR = 1e-4
+"""Scores below this share of their sample's mean count as this much in averages of logs."""
 
 _CHECKED_POINTS = 513
 
@@ -218,32 +221,9 @@ class Table(TrendCurve):
         if cells - {len(self.values)}:
             raise CurveError(
                 f"the table holds {len(self.values)} weights, but the frames have {sorted(cells)} visual tokens. Use a "
-                "curve over x (evengaze.debias.fit.fit_curve, `evengaze calibrate`), which fits any grid."
+                "curve over x (evengaze.calibration.fit.fit_curve, `evengaze calibrate`), which fits any grid."
             )
         return torch.tensor(self.values, dtype=torch.float64, device=tokens.cell.device)[tokens.cell]
-
-
-FAMILIES: dict[str, Callable[..., Trend]] = {
-    c.family: c for c in (Exponential, ExponentialFloor, Polynomial, ReciprocalPolynomial, Isotonic, Table)
-}
-
-
-def trend_from_dict(values: dict[str, Any]) -> Trend:
-    """The inverse of a trend's `to_dict`.
-
-    Raises:
-        CurveError: the family is unknown or its parameters are missing, too many or no numbers.
-    """
-    if not isinstance(values, dict) or not isinstance(values.get("family"), str):
-        raise CurveError(f"a trend needs a 'family', one of {', '.join(FAMILIES)}; got {values!r:.200}")
-    family = FAMILIES.get(values["family"])
-    if family is None:
-        raise CurveError(f"unknown family {values['family']!r}; known: {', '.join(FAMILIES)}")
-    parameters = {k: v for k, v in values.items() if k != "family"}
-    try:
-        return family(**parameters)
-    except TypeError as error:
-        raise CurveError(f"wrong parameters for the {values['family']} trend: {error}") from None
 
 
 def max_log_ratio(one: TrendCurve, other: TrendCurve, points: int = _CHECKED_POINTS) -> float:

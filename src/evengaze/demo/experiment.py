@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from evengaze.calibration.calibrate import to_curve
+from evengaze.calibration.fit import fit_curve
+from evengaze.calibration.observe import Observations, Sample, observe
 from evengaze.debias import Debias, PaddingMask
-from evengaze.debias.calibrate import to_curve
 from evengaze.debias.curve import Curve, Origin
-from evengaze.debias.fit import fit_curve
-from evengaze.debias.observe import Observations, Sample, observe
 from evengaze.demo.dataset import DemoImage, DemoQuestion
 from evengaze.demo.model import dtype_of
 from evengaze.layout import VisualLayout
 from evengaze.methods import get
+from evengaze.methods.base import Pruner
 from evengaze.methods.baselines import Random, Uniform
 from evengaze.methods.fastv import FastV
-from evengaze.models.padding import MEAN_COLOUR, padding_share
-from evengaze.protocol import Pruner
+from evengaze.models.border import MEAN_COLOUR, padding_share
 
 if TYPE_CHECKING:
     from evengaze.trace import Trace

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from evengaze.calibration.observe import image_digest
 from evengaze.debias.curve import architecture_of
-from evengaze.debias.observe import image_digest
 from evengaze.errors import ConfigError, DataError, LayoutError
 from evengaze.evaluate.benchmarks.types import Record
 from evengaze.evaluate.conversation import Style, chat, render, resolve

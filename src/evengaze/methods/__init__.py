@@ -14,12 +14,12 @@ from importlib import import_module
 from typing import Any
 
 from evengaze.errors import ConfigError
+from evengaze.methods.base import Pruner
 from evengaze.methods.stages import Grouping, ManyStages, OneStage
 from evengaze.protocol import (
     Merge,
     Mode,
     Positions,
-    Pruner,
     Scope,
     Selection,
     Source,

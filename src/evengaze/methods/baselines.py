@@ -12,8 +12,9 @@ from torch import Tensor
 
 from evengaze.errors import ConfigError
 from evengaze.layout import VisualTokens, precise
+from evengaze.methods.base import Pruner
 from evengaze.methods.stages import Grouping, OneStage
-from evengaze.protocol import Merge, Pruner, Selection, Source, Stage, View
+from evengaze.protocol import Merge, Selection, Source, Stage, View
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from evengaze.errors import ConfigError
 from evengaze.layout import precise
+from evengaze.methods._tower import shorten
 from evengaze.methods.stages import OneStage, check_layers
-from evengaze.methods.vision import shorten
 from evengaze.protocol import Merge, Selection, Stage, View, resolve_keep
 
 if TYPE_CHECKING:

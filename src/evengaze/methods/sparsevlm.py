@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from evengaze.errors import ConfigError
+from evengaze.methods.base import Pruner
 from evengaze.methods.stages import check_layers, default_layers, per_stage
-from evengaze.protocol import Merge, Positions, Pruner, Selection, Stage, View, resolve_keep, top_allowed
+from evengaze.protocol import Merge, Positions, Selection, Stage, View, resolve_keep, top_allowed
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from evengaze.errors import ConfigError
-from evengaze.protocol import Pruner, Source, Stage, View, resolve_keep
+from evengaze.methods.base import Pruner
+from evengaze.protocol import Source, Stage, View, resolve_keep
 
 if TYPE_CHECKING:
     from typing_extensions import Self

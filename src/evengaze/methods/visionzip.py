@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from evengaze.methods._tower import watch
 from evengaze.methods.stages import OneStage
-from evengaze.methods.vision import watch
 from evengaze.protocol import Source, View
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from evengaze.errors import LayoutError, UnsupportedModelError
 from evengaze.layout import ImageInfo, VisualLayout
 from evengaze.models.base import Adapter, Call, EncoderCall, VisionTower
+from evengaze.models.border import MEAN_COLOUR, padding_share
 from evengaze.models.loading import load_processor
-from evengaze.models.padding import MEAN_COLOUR, padding_share
 from evengaze.models.pictures import Picture, View, assemble
 
 

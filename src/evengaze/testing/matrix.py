@@ -17,8 +17,8 @@ from torch import Tensor
 
 from evengaze.errors import DataError, UnsupportedModelError
 from evengaze.methods import get
+from evengaze.methods.base import Pruner
 from evengaze.models import adapter_for
-from evengaze.protocol import Pruner
 from evengaze.testing.models import families, layout_of, tiny
 from evengaze.testing.oracle import replayed
 

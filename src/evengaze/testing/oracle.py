@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from evengaze.layout import VisualTokens
-from evengaze.protocol import Merge, Pruner
+from evengaze.methods.base import Pruner
+from evengaze.protocol import Merge
 from evengaze.trace import Trace
 
 

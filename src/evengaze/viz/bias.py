@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evengaze.calibration.fit import evaluate
+from evengaze.calibration.measures import Measure
 from evengaze.debias.curve import Curve
-from evengaze.debias.fit import evaluate
-from evengaze.debias.measures import Measure
 from evengaze.debias.trend import TrendCurve
 from evengaze.viz.style import DEBIASED, FAINT, INK, MUTED, PLAIN, RANDOM, TREND, axes_of_plot, new_figure, title
 

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from evengaze.attention import AttentionStates, attention_module, tap
 from evengaze.compat import cache_in
-from evengaze.cut import causal_mask, take_mask
+from evengaze.engine.attention import AttentionStates, attention_module, tap
+from evengaze.engine.masks import causal_mask, take_mask
 from evengaze.layout import VisualTokens
 from evengaze.methods.fastv import FastV
 from evengaze.models import find_decoder

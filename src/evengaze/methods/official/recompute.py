@@ -11,11 +11,12 @@ from typing import ClassVar
 
 from torch import nn
 
-from evengaze.engine import Handle
+from evengaze.engine.session import Handle
 from evengaze.layout import VisualLayout
+from evengaze.methods.base import Pruner
 from evengaze.methods.fastv import FastV
 from evengaze.methods.himap import HiMAP
-from evengaze.protocol import Mode, Pruner
+from evengaze.protocol import Mode
 
 
 @dataclass(frozen=True)

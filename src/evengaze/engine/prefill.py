@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evengaze import cache as kv
-from evengaze.attention import AttentionStates
 from evengaze.compat import is_mask
-from evengaze.cut import take
+from evengaze.engine import cache as kv
+from evengaze.engine.attention import AttentionStates
+from evengaze.engine.masks import take
+from evengaze.engine.rotary import Rotary
 from evengaze.layout import VisualLayout, VisualTokens
-from evengaze.protocol import Pruner, Selection, Source, Stage, View
-from evengaze.rotary import Rotary
+from evengaze.protocol import Method, Selection, Source, Stage, View
 from evengaze.trace import RowTrace, StageTrace, Trace
 
 Selections = list[Selection | None]
@@ -89,7 +89,7 @@ class Prefill:
         return self.slots.to(device), None if self.filled is None else self.filled.to(device)
 
     # -- a stage ------------------------------------------------------------------------------------------------------
-    def prune(self, pruner: Pruner, number: int, stage: Stage, hidden: Tensor) -> Tensor:
+    def prune(self, pruner: Method, number: int, stage: Stage, hidden: Tensor) -> Tensor:
         """Ask the method, row by row, and cut the hidden states.
 
         Args:
@@ -330,7 +330,7 @@ class Prefill:
             scores=memory.get(f"score{number}"),
         )
 
-    def trace(self, pruner: Pruner, layers: int) -> Trace:
+    def trace(self, pruner: Method, layers: int) -> Trace:
         """What happened, once the call is over."""
         total = self.past + self.length
         sizes = [kv.sizes(kv.layer_of(self.cache, i), total) for i in range(layers)]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evengaze.attention import AttentionStates, attention_module, tap
+from evengaze.engine.attention import AttentionStates, attention_module, tap
 from evengaze.errors import ConfigError, LayoutError, UnsupportedModelError
 from evengaze.layout import VisualLayout
 from evengaze.models.base import Adapter, VisionTower

@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from evengaze.debias.measures import NAMES, bottom, padding_ratio, sample_measures, spearman, summarise
-from evengaze.debias.profile import Profile
+from evengaze.calibration.means import Profile
+from evengaze.calibration.measures import NAMES, bottom, padding_ratio, sample_measures, spearman, summarise
 from evengaze.layout import VisualLayout, VisualTokens
 
 

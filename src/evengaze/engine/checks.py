@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from evengaze.attention import attention_module, implementation_of
+from evengaze.engine.attention import attention_module, implementation_of
 from evengaze.errors import AttachError, ConfigError, LayoutWarning
-from evengaze.models.base import architecture_of
-from evengaze.protocol import Pruner, Stage
-
-if TYPE_CHECKING:
-    from evengaze.engine import Handle
+from evengaze.protocol import Method, Stage
 
 
-def refuse_second(model: nn.Module, held: Handle | None) -> None:
+def refuse_second(model: nn.Module, held: Method | None) -> None:
     """Raise an AttachError if the model has a pruner."""
     if held is not None:
         raise AttachError(
-            f"{type(model).__name__} already has {held.pruner.name} attached. Leave its `with` block or call "
+            f"{type(model).__name__} already has {held.name} attached. Leave its `with` block or call "
             "remove() on its handle first; one pruner at a time."
         )
 
 
-def check_stages(pruner: Pruner, stages: Sequence[Stage], layers: Sequence[nn.Module]) -> None:
+def check_stages(pruner: Method, stages: Sequence[Stage], layers: Sequence[nn.Module]) -> None:
     """Raise unless a method's stages fit a model's decoder layers.
 
     Raises:
@@ -50,13 +46,6 @@ def check_stages(pruner: Pruner, stages: Sequence[Stage], layers: Sequence[nn.Mo
             implementation_of(attention_module(layers[stage.attended]))
 
 
-def check_curve(pruner: Pruner, stages: Sequence[Stage], layers: Sequence[nn.Module], model: nn.Module) -> None:
-    """Warn if the trend was calibrated for another model, method or layer."""
-    if pruner.debias is not None and stages:
-        layer = pruner.ranked_layer(len(layers))
-        pruner.debias.check(architecture=architecture_of(model.config), method=pruner.name, layer=layer)
-
-
 def refuse_chunks(model: Any, arguments: Mapping[str, Any]) -> None:
     """Raise a ConfigError if `generate`, called with `arguments`, would read the prompt in pieces."""
     config = arguments.get("generation_config") or model.generation_config
@@ -68,7 +57,7 @@ def refuse_chunks(model: Any, arguments: Mapping[str, Any]) -> None:
         )
 
 
-def warn_blind(model: nn.Module, pruner: Pruner) -> None:
+def warn_blind(model: nn.Module, pruner: Method) -> None:
     """Warn that a prompt of embeddings only may hold pictures that cannot be seen."""
     warnings.warn(
         f"{type(model).__name__} was called with embeddings and no input_ids, which would say where images are: "

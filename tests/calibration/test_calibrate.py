@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import evengaze as eg
+from evengaze.calibration.calibrate import calibrate, tight, to_curve
+from evengaze.calibration.means import GROUPS
+from evengaze.calibration.measures import Measure
+from evengaze.calibration.observe import Observations, Sample, image_digest, observe, priors
+from evengaze.calibration.stats import LayerStats
+from evengaze.calibration.validate import judge, validate
 from evengaze.debias import Curve, CurveWarning, Debias, Exponential, Origin, RowsColumns
-from evengaze.debias.calibrate import calibrate, tight, to_curve
-from evengaze.debias.measures import Measure
-from evengaze.debias.observe import Observations, Sample, image_digest, observe, priors
-from evengaze.debias.profile import GROUPS
-from evengaze.debias.stats import LayerStats
-from evengaze.debias.validate import judge, validate
 from evengaze.errors import ConfigError, CurveError
 from evengaze.layout import VisualLayout
 from evengaze.methods import parse

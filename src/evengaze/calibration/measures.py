@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evengaze.debias.fit import student
+from evengaze.calibration.fit import student
+from evengaze.calibration.means import Array, Profile
 from evengaze.debias.padding import PaddingMask
-from evengaze.debias.profile import Array, Profile
 from evengaze.layout import VisualTokens
 
 LEVEL = 0.95
@@ -91,7 +91,7 @@ def sample_measures(
 
 
 def sigma(summary: Mapping[str, float]) -> Measure:
-    """Sigma of a fit's summary (see `evengaze.debias.fit.Fitted`) as a measure; 0 is even, confidence is the fit's."""
+    """Sigma of a fit's summary (`evengaze.calibration.fit.Fitted`) as a measure; 0 is even, confidence the fit's."""
     low, high = summary.get("sigma_low", float("nan")), summary.get("sigma_high", float("nan"))
     return Measure(summary["sigma"], low, high, 0.0, int(summary["samples"]), low > 0 or high < 0)
 

@@ -2,9 +2,9 @@
 
 The only cutting point is the input of a decoder layer. Pre-hooks on the layers replace the hidden states at a stage,
 and from there on the position ids, rotary tables and attention mask by the parts that belong to the surviving tokens.
-What outlives the forward call is on the cache (`evengaze.cache`); the rest (`evengaze.prefill`) ends with it. A call of
-the model itself returns states, and so logits, of the length of its inputs, with zeros where tokens were dropped;
-`generate`, which looks at the last one only, is spared that.
+What outlives the forward call is on the cache (`evengaze.engine.cache`); the rest (`evengaze.engine.prefill`) ends with
+it. A call of the model itself returns states, and so logits, of the length of its inputs, with zeros where tokens were
+dropped; `generate`, which looks at the last one only, is spared that.
 """
 
 from __future__ import annotations
@@ -17,42 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evengaze import cache as kv
-from evengaze import checks
-from evengaze.attention import attention_module, hidden_attention, probe, tap, untap
 from evengaze.compat import cache_in
-from evengaze.cut import real_tokens
+from evengaze.engine import cache as kv
+from evengaze.engine import checks
+from evengaze.engine.attention import attention_module, hidden_attention, probe, tap, untap
+from evengaze.engine.decode import Steps
+from evengaze.engine.intercept import intercept
+from evengaze.engine.masks import real_tokens
+from evengaze.engine.prefill import Prefill, Selections
+from evengaze.engine.rotary import Rotary
 from evengaze.errors import LayoutError, NothingPrunedError, UnsupportedModelError
-from evengaze.intercept import intercept
 from evengaze.layout import VisualLayout
 from evengaze.models import BareDecoder, adapter_for, find_decoder
 from evengaze.models.base import Adapter, Call, EncoderCall
-from evengaze.prefill import Prefill, Selections
-from evengaze.protocol import Pruner, Stage
-from evengaze.rotary import Rotary
-from evengaze.steps import Steps
+from evengaze.protocol import Method, Stage
 from evengaze.trace import Trace
 
 _MARK = "_evengaze_handle"
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def attach(model: nn.Module, pruner: Pruner, *, layout: VisualLayout | None = None) -> Handle:
-    """Prune a model's visual tokens from now on, until the returned handle is removed.
-
-    Args:
-        model: a transformers model. Its `generate()` and forward are used as always.
-        pruner: the method.
-        layout: where the visual tokens are, for a bare decoder or an unknown family; found by the family's adapter if
-            left out.
-
-    Raises:
-        AttachError: the model is attached already, or its attention cannot be read.
-        UnsupportedModelError: no adapter serves the model.
-        ConfigError: the method's stages do not fit the model.
-    """
-    return pruner(model, layout=layout)
 
 
 @dataclass(frozen=True)
@@ -75,9 +58,9 @@ class Handle:
     """An attached pruner. A context manager: leaving it, also by an exception, restores the model.
 
     Args:
-        model: as for `attach`.
-        pruner: as for `attach`.
-        layout: as for `attach`.
+        model: a transformers model.
+        pruner: the method.
+        layout: where the visual tokens are; found by the family's adapter if left out.
         freeze: without a cache, every token of a generation repeats the prefill; repeat the first one's selection then
             (as a cache would), or rank anew each time.
 
@@ -88,7 +71,7 @@ class Handle:
     """
 
     def __init__(
-        self, model: nn.Module, pruner: Pruner, layout: VisualLayout | None = None, *, freeze: bool = True
+        self, model: nn.Module, pruner: Method, layout: VisualLayout | None = None, *, freeze: bool = True
     ) -> None:
         unwrap = getattr(model, "get_base_model", None)  # adapters such as LoRA wrap the model whose forward runs
         model = unwrap() if callable(unwrap) else model
@@ -104,10 +87,10 @@ class Handle:
         decoder = find_decoder(model) if self._adapter is None else self._adapter.decoder(model)
         self._decoder: Any = decoder
         self._layers: list[nn.Module] = list(decoder.get_submodule("layers").children())
-        checks.refuse_second(model, decoder.__dict__.get(_MARK))
+        held: Handle | None = decoder.__dict__.get(_MARK)
+        checks.refuse_second(model, None if held is None else held.pruner)
         stages = list(pruner.stages(len(self._layers)))
         checks.check_stages(pruner, stages, self._layers)
-        checks.check_curve(pruner, stages, self._layers, model)
         self._stages = {stage.layer: (number, stage) for number, stage in enumerate(stages)}
         self._taps = {s.layer - 1 for s in stages if s.attention == "previous"}
         self._rotary = Rotary()
@@ -148,6 +131,11 @@ class Handle:
         self._shared.clear()
         self._rotary.reset()
         self._steps.begin()
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers."""
+        return len(self._layers)
 
     @property
     def _implementation(self) -> str:

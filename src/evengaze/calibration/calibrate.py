@@ -14,15 +14,15 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from evengaze.debias.beyond import fit_rows_columns
+from evengaze.calibration.fit import Family, Fit, Fitted, fit_curve
+from evengaze.calibration.observe import Encode, Observations, Sample, observe
+from evengaze.calibration.observer import first_layer
+from evengaze.calibration.rows_columns import fit_rows_columns
+from evengaze.calibration.stats import LayerStats
 from evengaze.debias.curve import Curve, Origin, hash_data
-from evengaze.debias.fit import Family, Fit, Fitted, fit_curve
-from evengaze.debias.observe import Encode, Observations, Sample, observe
-from evengaze.debias.observer import first_layer
-from evengaze.debias.stats import LayerStats
 from evengaze.errors import CurveError
+from evengaze.methods.base import Pruner
 from evengaze.models import adapter_for
-from evengaze.protocol import Pruner
 
 
 def calibrate(
@@ -46,7 +46,7 @@ def calibrate(
 
     Args:
         model, processor, samples, method, layers, target, batch_size, encode, state, after_batch: see `observe`.
-        family: see `evengaze.debias.fit.fit_curve`; or "rows-columns", see `evengaze.debias.beyond`.
+        family: see `evengaze.calibration.fit.fit_curve`; or "rows-columns", see `evengaze.debias.beyond`.
         fit: see there.
         tolerance: stop as soon as the confidence band's bounds are within this fraction of the trend everywhere.
         origin: what is known of the model and data in words; the rest is filled in.

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evengaze.debias.trend import FLOOR
 from evengaze.errors import CurveError
 
 Array = NDArray[np.float64]
 
 GROUPS = 32
-FLOOR = 1e-4
-"""Scores below this share of their sample's mean count as this much in averages of logs."""
 
 
 @dataclass(frozen=True)

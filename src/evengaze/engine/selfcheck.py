@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from evengaze import compat
 from evengaze.compat import cache_argument, cache_of
-from evengaze.engine import Handle
+from evengaze.engine.session import Handle
 from evengaze.errors import IncompatibleReleaseError
 from evengaze.layout import VisualLayout
-from evengaze.protocol import Pruner, Selection, Stage, View, top
+from evengaze.protocol import Selection, Stage, View, top
 
 LAYERS, LENGTH, PICTURE, KEEP = 3, 12, (4, 8), 2
 TOLERANCE = 1e-4
@@ -35,12 +35,11 @@ _passed = False
 
 @dataclass(frozen=True)
 class Probe:
-    """A method of one stage, for the check. It keeps what is attended to most, or the first tokens if it reads nothing."""
+    """A method of one stage. It keeps what is attended to most, or the first tokens if it reads nothing."""
 
     stage: Stage
     positions: Literal["original", "renumbered"] = "original"
     name: str = "selfcheck"
-    debias = None
 
     def stages(self, layers: int) -> Sequence[Stage]:
         """The one."""
@@ -108,7 +107,7 @@ def _incompatible(probe: Probe, attention: str, what: str) -> IncompatibleReleas
         f"pruning does not work with transformers {transformers.__version__}: in a self-check, a tiny decoder pruned "
         f"at a stage that reads {probe.stage.attention or 'no'} attention ({attention}) {what}. Nothing was attached. "
         "Upgrade evengaze (pip install -U evengaze); if that does not help, install a release of transformers that it "
-        f"was tested with (pip install 'transformers=={compat.NEWEST}.*') and report it with the output of `evengaze doctor`."
+        f"was tested with (pip install 'transformers=={compat.NEWEST}.*') and report it with `evengaze env`."
     )
 
 
@@ -163,7 +162,7 @@ def _distance(probe: Probe, attention: str) -> float:
 
 
 def _masked(decoder: Any, probe: Probe, states: Tensor, real: Tensor, positions: Tensor, gone: Tensor) -> Tensor:
-    """(B, L, d) what the decoder makes of a sequence if from the stage's layer on nobody sees the tokens that are gone."""
+    """(B, L, d) what the decoder makes of a sequence if nobody sees the tokens that are gone from the stage on."""
     whole = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool).tril() & real[:, None]
     seen = whole & ~gone[:, None]
     if probe.stage.trims_below:

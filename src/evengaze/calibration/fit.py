@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from evengaze.calibration.families import fit_family
+from evengaze.calibration.means import Array, Means, Profile
 from evengaze.debias.curve import Band, Samples
-from evengaze.debias.families import fit_family
-from evengaze.debias.profile import Array, Means, Profile
 from evengaze.debias.trend import Exponential, TrendCurve
 from evengaze.errors import ConfigError, CurveError
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evengaze import cache as kv
 from evengaze.compat import is_mask
-from evengaze.cut import is_flat, mask_columns, take_mask
-from evengaze.rotary import Rotary
+from evengaze.engine import cache as kv
+from evengaze.engine.masks import is_flat, mask_columns, take_mask
+from evengaze.engine.rotary import Rotary
 
 
 class Steps:

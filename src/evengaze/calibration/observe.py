@@ -14,15 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from evengaze.calibration.measures import Measure, padding_ratio, summarise
+from evengaze.calibration.observer import Observer, Sink, first_layer, first_stage
+from evengaze.calibration.stats import LayerStats
 from evengaze.debias.beyond import Prior
 from evengaze.debias.curve import architecture_of
-from evengaze.debias.measures import Measure, padding_ratio, summarise
-from evengaze.debias.observer import Observer, Sink, first_layer, first_stage
-from evengaze.debias.stats import LayerStats
-from evengaze.debias.steps import Debias
+from evengaze.debias.debias import Debias
 from evengaze.errors import ConfigError, CurveError
+from evengaze.methods.base import Pruner
 from evengaze.models import adapter_for
-from evengaze.protocol import Pruner, View, resolve_keep
+from evengaze.protocol import View, resolve_keep
 
 STATE = 1
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from evengaze.debias.beyond import SinkMask
 from evengaze.debias.curve import Curve, Origin, warn_if_foreign
+from evengaze.debias.families import trend_from_dict
 from evengaze.debias.padding import PaddingMask
 from evengaze.debias.presets import preset, published_trend
-from evengaze.debias.trend import Trend, trend_from_dict
+from evengaze.debias.trend import Trend
 from evengaze.errors import ConfigError
 from evengaze.layout import VisualTokens
 

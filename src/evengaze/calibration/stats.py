@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evengaze.debias.measures import sample_measures
+from evengaze.calibration.means import GROUPS, Array, Profile, floored_log
+from evengaze.calibration.measures import sample_measures
+from evengaze.debias.debias import Debias
 from evengaze.debias.padding import PaddingMask
-from evengaze.debias.profile import GROUPS, Array, Profile, floored_log
-from evengaze.debias.steps import Debias
 from evengaze.errors import CurveError
 from evengaze.layout import VisualTokens
 from evengaze.protocol import top_allowed

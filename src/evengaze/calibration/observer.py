@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from evengaze.errors import ConfigError
-from evengaze.protocol import Pruner, Selection, Stage, View
+from evengaze.methods.base import Pruner
+from evengaze.protocol import Selection, Stage, View
 
 Sink = Callable[[int, View, Tensor], None]
 

@@ -8,9 +8,9 @@ import torch
 from scipy.optimize import curve_fit, isotonic_regression
 from scipy.stats import t as student_t
 
-from evengaze.debias.families import _pool, fit_family
-from evengaze.debias.fit import choose_family, evaluate, fit_curve, fit_scores, student
-from evengaze.debias.profile import FLOOR, Profile
+from evengaze.calibration.families import _pool, fit_family
+from evengaze.calibration.fit import choose_family, evaluate, fit_curve, fit_scores, student
+from evengaze.calibration.means import FLOOR, Profile
 from evengaze.debias.trend import Exponential, ExponentialFloor, Isotonic, Polynomial
 from evengaze.errors import ConfigError, CurveError
 

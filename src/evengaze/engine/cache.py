@@ -23,7 +23,7 @@ from transformers.cache_utils import (
 )
 
 from evengaze.compat import QUANTIZED_LAYER
-from evengaze.cut import causal_mask, is_flat, mask_columns, take_mask
+from evengaze.engine.masks import causal_mask, is_flat, mask_columns, take_mask
 from evengaze.errors import AttachError, ConfigError
 
 

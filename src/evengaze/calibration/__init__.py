@@ -1,0 +1,1 @@
+"""Measuring a model's bias: what text attends to by position, curves fitted to it, and whether they help."""

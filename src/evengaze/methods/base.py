@@ -1,0 +1,206 @@
+"""`Pruner`, the base class of all methods: from scores to a selection, and from a method to an attached model."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from evengaze.debias import Debias
+from evengaze.engine import selfcheck
+from evengaze.engine.session import Handle
+from evengaze.errors import ConfigError, ScoreError
+from evengaze.layout import VisualLayout
+from evengaze.methods.scope import select_parts
+from evengaze.models.base import Adapter, architecture_of
+from evengaze.protocol import Mode, Positions, Scope, Selection, Source, Stage, View, top_allowed
+from evengaze.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Pruner(ABC):
+    """Base class of all methods: a frozen dataclass of its parameters.
+
+    A method implements `stages`, `score` and `budget`; one that merges overrides `choose`. Calling a pruner on a
+    model attaches it: `with pruner(model) as run: model.generate(...)`.
+
+    Attributes:
+        debias: the two debiasing steps, applied to the language-to-vision ranking.
+        mode: "corrected" (default) or "official", the published code's choices, quirks included.
+        scope: what a budget is for: all visual tokens of a "prompt" (default), those of each "image" (or video), or
+            those of each "frame" (or tile).
+    """
+
+    debias: Debias | None = field(default=None, kw_only=True)
+    mode: Mode = field(default="corrected", kw_only=True)
+    scope: Scope = field(default="prompt", kw_only=True)
+
+    name: ClassVar[str]
+    positions: ClassVar[Positions] = "original"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("corrected", "official"):
+            raise ConfigError(f"mode must be 'corrected' or 'official', not {self.mode!r}")
+        if self.scope not in ("prompt", "image", "frame"):
+            raise ConfigError(f"scope must be 'prompt', 'image' or 'frame', not {self.scope!r}")
+        for f in fields(self):
+            if isinstance(getattr(self, f.name), list):  # as JSON and the command line give them
+                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
+
+    # -- what a method says ---------------------------------------------------------------------------------------
+    @abstractmethod
+    def stages(self, layers: int) -> Sequence[Stage]:
+        """The stages, by ascending layer, for a decoder of `layers` layers."""
+
+    @abstractmethod
+    def score(self, view: View) -> Tensor:
+        """(n,) scores of the candidates; larger means keep."""
+
+    @abstractmethod
+    def budget(self, stage: int, current: int, original: int) -> int:
+        """How many of `current` candidates survive a stage, given the `original` number of visual tokens."""
+
+    def size_after(self, stage: int, current: int, original: int) -> int:
+        """Visual tokens that go on after a stage: survivors and recycled ones."""
+        return min(current, self.budget(stage, current, original))
+
+    def with_keep(self, tokens: int, visual: int) -> Self:
+        """The same method with about `tokens` of `visual` tokens left after its first stage, other stages in
+        proportion. `schedule.solve_for_budget` turns this knob."""
+        raise ConfigError(f"{self.name} has no budget to solve for")
+
+    def language_to_vision(self, stage: int) -> bool:
+        """Whether the attention that a stage reads is paid by text, which is what debiasing corrects.
+
+        Stages that read none are never debiased, whatever this says.
+        """
+        return True
+
+    def by_text(self, sources: Sequence[Source]) -> list[bool]:
+        """For stages that read from the given sources, in order: whether each ranks by attention from text."""
+        return [source is not None and self.language_to_vision(i) for i, source in enumerate(sources)]
+
+    def ranked_stages(self, layers: int) -> list[Stage]:
+        """The stages that rank by attention from text, for a decoder of `layers` layers."""
+        stages = self.stages(layers)
+        return list(itertools.compress(stages, self.by_text([stage.attention for stage in stages])))
+
+    def ranked_layer(self, layers: int) -> int | None:
+        """The decoder layer by whose attention from text tokens are first ranked, of `layers`; None if by none."""
+        return next((stage.attended for stage in self.ranked_stages(layers)), None)
+
+    def prepare(self, model: nn.Module, adapter: Adapter | None, shared: dict[str, Any]) -> Callable[[], None]:
+        """Called when the pruner is attached. A method that acts outside the decoder (in a vision tower) hooks it here.
+
+        Args:
+            model: the model.
+            adapter: its family's adapter; None if the caller gave an explicit layout.
+            shared: lives as long as the attachment; `View.shared` is the same dictionary.
+
+        Returns:
+            A function that undoes it.
+        """
+        return lambda: None
+
+    # -- the shared way from scores to a selection ------------------------------------------------------------------
+    def select(self, view: View) -> Selection:
+        """What the engine calls: a selection for the row, or one for each part of it that has its own budget."""
+        if self.scope == "prompt":
+            return self._select(view)
+        return select_parts(view, self.scope, self._select)
+
+    def _select(self, view: View) -> Selection:
+        """All candidates if the budget allows it (the dense model, padding included), else what `choose` says."""
+        count = self.budget(view.stage, len(view), view.original)
+        if count >= len(view) and self.mode == "corrected":
+            return Selection(keep=torch.arange(len(view), device=view.hidden.device))
+        return self.choose(view, count)
+
+    def choose(self, view: View, count: int) -> Selection:
+        """Keep the best `count` candidates by debiased score."""
+        score, allowed = self.ranked(view)
+        return Selection(keep=top_allowed(score, allowed, count))
+
+    def ranked(self, view: View) -> tuple[Tensor, Tensor]:
+        """Scores after debiasing, and which candidates may be chosen at all.
+
+        Returns:
+            (n,) float32 scores and (n,) bool; where padding may not be kept it is False there.
+        """
+        raw = self.score(view).float()
+        if raw.shape != (len(view),):
+            raise ScoreError(f"{self.name} scored {tuple(raw.shape)} for {len(view)} visual tokens")
+        if bool(raw.isnan().any()):
+            raise ScoreError(
+                f"{self.name} produced NaN scores at stage {view.stage}. The model's hidden states are probably not "
+                "finite: try bfloat16 or float32 instead of float16, or check the inputs."
+            )
+        view.memory[f"raw{view.stage}"] = raw
+        score, allowed = raw, torch.ones_like(raw, dtype=torch.bool)
+        *before, now = self.by_text(view.sources)
+        earlier = sum(before)
+        if self.debias is not None and now and self.debias.applies(earlier):
+            score, allowed = self.debiased(self.debias, raw, view)
+        elif self.debias is not None and self.mode == "corrected" and earlier:
+            allowed = self.debias.valid(view.tokens).to(raw.device)  # padding stays out of later rankings, too
+        view.memory[f"score{view.stage}"] = score
+        return score, allowed
+
+    def debiased(self, debias: Debias, score: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        """Apply the debiasing steps; a method overrides this only where its official patch computes them otherwise."""
+        features = view.features if debias.sinks is not None else None
+        return debias(score, view.tokens, official=self.mode == "official", features=features)
+
+    # -- use ----------------------------------------------------------------------------------------------------
+    def __call__(self, model: nn.Module, *, layout: VisualLayout | None = None) -> Handle:
+        """Attach to a model; use the result as a context manager, or call its `remove()`."""
+        selfcheck.ensure()
+        handle = Handle(model, self, layout)
+        if self.debias is not None and self.stages(handle.depth):
+            layer = self.ranked_layer(handle.depth)
+            try:
+                self.debias.check(architecture=architecture_of(handle.model.config), method=self.name, layer=layer)
+            except BaseException:  # warnings may be errors
+                handle.remove()
+                raise
+        return handle
+
+    def schedule(self, layers: int, visual: int) -> Schedule:
+        """Visual tokens entering each layer, for `visual` tokens at the start."""
+        return Schedule.of(self, layers=layers, visual=visual)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other parameters."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The parameters as JSON-able values; `methods.from_dict` reads them back."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "debias"}
+        values = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in values.items()}
+        if self.scope == "prompt":  # the default has no effect on a fingerprint
+            values.pop("scope")
+        return {"method": self.name, **values, "debias": None if self.debias is None else self.debias.to_dict()}
+
+
+def attach(model: nn.Module, pruner: Pruner, *, layout: VisualLayout | None = None) -> Handle:
+    """Prune a model's visual tokens from now on, until the returned handle is removed.
+
+    Args:
+        model: a transformers model. Its `generate()` and forward are used as always.
+        pruner: the method.
+        layout: where the visual tokens are, for a bare decoder or an unknown family; found by the family's adapter if
+            left out.
+
+    Raises:
+        AttachError: the model is attached already, or its attention cannot be read.
+        UnsupportedModelError: no adapter serves the model.
+        ConfigError: the method's stages do not fit the model.
+        IncompatibleReleaseError: pruning does not work with the installed transformers.
+    """
+    return pruner(model, layout=layout)
