@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ def test_help_does_not_import_torch_or_transformers():
         "report",
         "profile",
         "doctor",
+        "env",
         "list",
     ):
         assert f" {command} " in out
@@ -76,3 +78,23 @@ def test_debug_shows_the_traceback(tmp_path):
 def test_wrong_usage_is_reported_by_the_parser(arguments, capsys):
     assert run(*arguments) == 2
     assert "Usage" in capsys.readouterr().err
+
+
+def test_env_names_versions_devices_and_the_check(capsys):
+    assert run("env", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["evengaze"] == __version__ and found["packages"]["torch"] and found["self_check"]["passed"]
+    assert {"eager", "sdpa"} <= set(found["attention"]) and found["devices"]["cpu"]["cores"]
+    assert run("env") == 0
+    out = capsys.readouterr().out
+    for name in ("evengaze", "python", "torch", "transformers", "tokenizers", "CUDA", "attention"):
+        assert any(line.startswith(f"{name} ") for line in out.splitlines()), name
+    assert "passed" in out
+
+
+def test_env_ends_with_1_where_pruning_does_not_work(monkeypatch, capsys):
+    from evengaze.engine import selfcheck
+
+    monkeypatch.setattr(selfcheck, "TOLERANCE", -1.0)
+    assert run("env") == 1
+    assert "FAILED: pruning does not work" in capsys.readouterr().out
