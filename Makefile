@@ -1,10 +1,11 @@
-# Every target sets itself up in .venv; all it needs is python3 (>= 3.10) with venv and pip.
+# Every target sets itself up in .venv; all it needs is python3 (>= 3.11) with venv and pip.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+export PYTHON
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint format wheel smoke parity clean
+.PHONY: demo test lint format wheel smoke smoke-open parity compat clean
 
 demo: $(VENV)/.runtime  ## The main job on the embedded model: a table, pictures and a report in evengaze-demo/
 	$(BIN)/evengaze demo --out evengaze-demo $(ARGS)
@@ -29,10 +30,17 @@ wheel: $(VENV)/.dev
 	rm -rf dist
 	$(BIN)/python -m build --wheel
 
-smoke: wheel  ## The wheel in an empty environment, outside the repository
-	rm -rf build/smoke && $(PYTHON) -m venv build/smoke
-	build/smoke/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt dist/*.whl
-	cd build/smoke && bin/evengaze demo --limit 40 --out report && test -s report/report.html
+smoke: wheel  ## The wheel in an empty environment, outside the repository, with the versions of constraints.txt
+	tools/smoke.sh build/smoke -c constraints.txt
+
+smoke-open: wheel  ## The same with whatever the registry serves today (TORCH=torch==... puts a build of torch there first)
+	tools/smoke.sh build/smoke-open
+
+RELEASES ?= newest 5.23 5.21
+compat: $(RELEASES:%=compat-%)  ## Engine, models, methods, parity, debiasing and family matrix on releases of transformers
+
+compat-%:
+	tools/compat.sh $*
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -46,4 +54,4 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@ $(VENV)/.runtime
 
 clean:
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis evengaze-demo
+	rm -rf build dist .compat .mypy_cache .pytest_cache .ruff_cache .hypothesis evengaze-demo

@@ -11,15 +11,30 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import cache_utils
 from transformers.cache_utils import Cache, QuantizedLayer
 
 OLDEST, NEWEST = "5.21", "5.24"
-"""Releases of transformers that the whole test suite was run with, and all between."""
+"""The oldest and the newest release of transformers that `make compat` was run with."""
 
 QUANTIZED_LAYER: type = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)  # the base came with the FP8 cache
+
+
+def untested(release: str = transformers.__version__) -> str | None:
+    """What to know about a release of transformers that lies outside the tested ones; None about the others."""
+    number = Version(release).release[:2]
+    if Version(OLDEST).release <= number <= Version(NEWEST).release:
+        return None
+    newer = number > Version(NEWEST).release
+    return (
+        f"transformers {release} is {'newer' if newer else 'older'} than the releases that evengaze was tested with "
+        f"({OLDEST} to {NEWEST}). A self-check on a tiny decoder passed; your model's family was not checked. "
+        + ("Look for a newer evengaze: pip install -U evengaze." if newer else "Upgrade: pip install -U transformers.")
+    )
 
 
 def cache_in(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -31,6 +31,10 @@ class IncompatibleReleaseError(EvengazeError, RuntimeError):
     """Pruning does not work with the installed release of transformers."""
 
 
+class ReleaseWarning(UserWarning):
+    """The installed release of transformers is newer (or older) than any that evengaze was tested with."""
+
+
 class NothingPrunedError(EvengazeError, RuntimeError):
     """A call contained visual tokens, but the attached pruner never got to prune them."""
 

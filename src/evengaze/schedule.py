@@ -7,9 +7,7 @@ layer l in full; counting that layer as already pruned, as some papers do, makes
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
-
-from typing_extensions import Self
+from typing import Any, Protocol, Self, TypeVar
 
 from evengaze.errors import ConfigError
 from evengaze.protocol import Method, Stage

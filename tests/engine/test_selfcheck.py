@@ -12,7 +12,7 @@ from transformers.models.llama import modeling_llama as llama
 import evengaze as eg
 from evengaze import compat
 from evengaze.engine import selfcheck
-from evengaze.errors import IncompatibleReleaseError
+from evengaze.errors import IncompatibleReleaseError, ReleaseWarning
 from evengaze.testing import tiny
 
 
@@ -89,3 +89,21 @@ def test_a_release_that_breaks_pruning_is_named_before_anything_is_attached(
     assert f"transformers=={compat.NEWEST}.*" in str(caught.value)
     monkeypatch.undo()
     assert torch.equal(model.generate(**inputs, max_new_tokens=2, do_sample=False), dense)
+
+
+def test_an_untested_release_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = tiny("llava")
+    monkeypatch.setattr(selfcheck, "_passed", False)
+    monkeypatch.setattr(compat, "untested", lambda: "transformers 9.0 is newer")
+    with pytest.warns(ReleaseWarning, match="newer") as seen:
+        for _ in range(2):
+            eg.attach(model, eg.FastV(keep=5)).remove()
+    assert len([w for w in seen if w.category is ReleaseWarning]) == 1
+    assert seen[0].filename == __file__
+
+
+def test_which_releases_are_tested() -> None:
+    assert compat.untested() is None, "raise compat.NEWEST after `make compat`"
+    assert compat.untested(f"{compat.NEWEST}.7") is None
+    assert "pip install -U evengaze" in str(compat.untested("99.0.0.dev0"))
+    assert "pip install -U transformers" in str(compat.untested("5.4.0"))

@@ -31,6 +31,7 @@ def doctor(
     from pathlib import Path
 
     from evengaze.demo.model import FOLDER
+    from evengaze.engine import selfcheck
     from evengaze.errors import ConfigError, UnsupportedModelError
     from evengaze.models.inspect import diagnose, skeleton
     from evengaze.models.loading import load_config
@@ -38,6 +39,7 @@ def doctor(
     where = str(FOLDER) if model == "demo" else str(Path(model).expanduser()) if model.startswith("~") else model
     if (where.startswith((".", "/")) or "/" not in where) and not Path(where).is_dir():
         raise ConfigError(f"there is no folder {where}; hub ids look like llava-hf/llava-1.5-7b-hf")
+    distance = selfcheck.check()
     config = load_config(where, revision=revision)
     try:
         found = diagnose(config)
@@ -53,7 +55,7 @@ def doctor(
     if as_json:
         typer.echo(json.dumps(_as_dict(found), indent=2))
         return
-    _show(found)
+    _show(found, distance)
 
 
 def _as_dict(found: Diagnosis) -> dict[str, Any]:
@@ -70,9 +72,12 @@ def _as_dict(found: Diagnosis) -> dict[str, Any]:
     }
 
 
-def _show(found: Diagnosis) -> None:
+def _show(found: Diagnosis, distance: float) -> None:
+    import transformers
     from rich.console import Console
     from rich.table import Table
+
+    from evengaze import compat
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
@@ -90,4 +95,6 @@ def _show(found: Diagnosis) -> None:
     table.add_row("padding", found.adapter.padding)
     for k, limit in enumerate(found.cannot):
         table.add_row("" if k else "does not work", limit)
+    table.add_row("transformers", f"{transformers.__version__}: {compat.untested() or 'tested'}")
+    table.add_row("self-check", f"passed: a pruned tiny decoder equals a masked one within {distance:.0e}")
     Console().print(table)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from evengaze import compat
 from evengaze.compat import cache_argument, cache_of
 from evengaze.engine.session import Handle
-from evengaze.errors import IncompatibleReleaseError
+from evengaze.errors import IncompatibleReleaseError, ReleaseWarning
 from evengaze.layout import VisualLayout
 from evengaze.protocol import Selection, Stage, View, top
 
@@ -68,7 +69,7 @@ KINDS = (
 
 
 def ensure() -> None:
-    """Run the check once in a process.
+    """Run the check once in a process, and warn once if the release of transformers is an untested one.
 
     Raises:
         IncompatibleReleaseError: pruning does not work with the installed transformers.
@@ -78,6 +79,9 @@ def ensure() -> None:
         if not _passed:
             check()
             _passed = True
+            unknown = compat.untested()
+            if unknown is not None:
+                warnings.warn(unknown, ReleaseWarning, stacklevel=4)
 
 
 def check() -> float:

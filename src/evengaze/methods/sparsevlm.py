@@ -20,7 +20,7 @@ from evengaze.methods.stages import check_layers, default_layers, per_stage
 from evengaze.protocol import Merge, Positions, Selection, Stage, View, resolve_keep, top_allowed
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 TABLES = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
 """Tokens kept at each stage for the published average budgets, for 576 visual tokens and 32 layers."""

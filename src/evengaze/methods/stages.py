@@ -15,7 +15,7 @@ from evengaze.methods.base import Pruner
 from evengaze.protocol import Source, Stage, View, resolve_keep
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 
 @dataclass(frozen=True)

@@ -76,14 +76,12 @@ class Adapter:
         model_types: the `config.model_type` values that it serves.
         padding: in words, who pads pictures and how it is known which tokens show padding.
         limits: in words, what does not work with the family (apart from what `vision_tower` says).
-        oldest: the oldest transformers release in which the family can be pruned, if the package's own is too old.
     """
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
     padding: ClassVar[str] = "none"
     limits: ClassVar[tuple[str, ...]] = ()
-    oldest: ClassVar[str | None] = None
 
     def decoder(self, model: nn.Module) -> nn.Module:
         """The module whose `layers` the engine hooks."""

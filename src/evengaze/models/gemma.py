@@ -23,9 +23,6 @@ class PaliGemma(Adapter):
     limits: ClassVar[tuple[str, ...]] = (
         "flash attention: it cannot express bidirectional attention among a prompt's images, pruned or not",
     )
-    oldest: ClassVar[str | None] = (
-        "5.18"  # with 5.10 a pruned model does not agree with the oracle; none in between was tried
-    )
 
     def grid(self, config: Any, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of visual tokens of a picture."""
@@ -55,7 +52,6 @@ class Gemma3(PaliGemma):
         *PaliGemma.limits,
         "ranking at sliding-window layers: tokens outside the window get no attention there",
     )
-    oldest = None
 
     def grid(self, config: Any, height: int, width: int) -> tuple[int, int]:
         """The square grid that the projector pools to."""

@@ -11,8 +11,6 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
-import transformers
-from packaging.version import Version
 from torch import nn
 
 from evengaze.errors import ConfigError, UnsupportedModelError
@@ -95,7 +93,7 @@ def adapter_for(model: nn.Module) -> Adapter:
     A text decoder without a vision side gets a `BareDecoder`, which needs an explicit layout.
 
     Raises:
-        UnsupportedModelError: no adapter matches, the family cannot be pruned in principle, or transformers is too old
+        UnsupportedModelError: no adapter matches, or the family cannot be pruned in principle
             for it.
     """
     config: Any = getattr(model, "config", None)
@@ -110,20 +108,7 @@ def adapter_for(model: nn.Module) -> Adapter:
             raise UnsupportedModelError(reason)
         find_decoder(model)
         adapter = BareDecoder()
-    reason = too_old(adapter)
-    if reason is not None:
-        raise UnsupportedModelError(reason)
     return adapter
-
-
-def too_old(adapter: Adapter) -> str | None:
-    """Why the installed transformers does not do for a family; None if it does."""
-    if adapter.oldest is None or Version(transformers.__version__) >= Version(adapter.oldest):
-        return None
-    return (
-        f"{adapter.name} needs transformers {adapter.oldest} or newer to be pruned; "
-        f"this is {transformers.__version__}. Upgrade it: pip install -U transformers"
-    )
 
 
 def why_not(config: Any) -> str | None:
