@@ -27,6 +27,10 @@ class AttachError(EvengazeError, RuntimeError):
     """A pruner is already attached, the model cannot be tapped, or a pruned cache is used without a pruner."""
 
 
+class MissingExtraError(EvengazeError, ImportError):
+    """A part is used whose packages are not installed; the message names the extra that brings them."""
+
+
 class IncompatibleReleaseError(EvengazeError, RuntimeError):
     """Pruning does not work with the installed release of transformers."""
 

@@ -9,15 +9,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from jinja2 import Environment, StrictUndefined
-
 from evengaze import __version__
 from evengaze.errors import DataError
-from evengaze.evaluate import figures
 from evengaze.evaluate.metrics.paired import Paired
 from evengaze.evaluate.recipes import published
 from evengaze.evaluate.results import Row, Table, load, tables
+from evengaze.extras import require
 from evengaze.files import write_whole
 
 _READING = (
@@ -42,7 +39,13 @@ def write_report(root: Path, out: Path, *, published: bool = True) -> list[Path]
 
     Raises:
         DataError: there are no results, or files cannot be written.
+        MissingExtraError: matplotlib or jinja2 is not installed.
     """
+    require("evaluate", "a report", "matplotlib", "jinja2")
+    from jinja2 import Environment, StrictUndefined
+
+    from evengaze.evaluate import figures
+
     found = tables(load(root))
     if not any(row.value is not None for table in found for row in table.rows):
         reasons = {str(row.result["problem"]) for table in found for row in table.rows}
@@ -228,6 +231,8 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _save_figure(figure: Any, out: Path, name: str) -> list[Path]:
+    import matplotlib
+
     paths = [out / f"{name}.png", out / f"{name}.svg"]
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,63 @@
+"""Pruning needs none of the extras' packages, and what needs one says which extra brings it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from evengaze.errors import EvengazeError, MissingExtraError
+from evengaze.extras import require
+
+EXTRAS = ("matplotlib", "typer", "rich", "jinja2")
+
+
+def run_without(code: str, *absent: str) -> subprocess.CompletedProcess[str]:
+    """Run code in an interpreter in which some packages cannot be imported."""
+    hide = f"import sys; sys.modules.update(dict.fromkeys({absent!r}))\n"
+    return subprocess.run([sys.executable, "-c", hide + code], capture_output=True, text=True, timeout=120)
+
+
+def test_pruning_calibrating_and_evaluating_need_no_extra():
+    code = """
+import evengaze as eg
+from evengaze.testing import tiny
+import evengaze.calibration.calibrate, evengaze.evaluate.grid, evengaze.evaluate.report
+model, inputs = tiny("llava")
+with eg.FastV(keep=4)(model) as run:
+    model.generate(**inputs, max_new_tokens=2)
+print(run.trace)
+for name in eg.__all__:
+    getattr(eg, name)
+"""
+    done = run_without(code, *EXTRAS)
+    assert done.returncode == 0, done.stderr
+    assert "-> 4 at layer 2" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "absent", "extra"),
+    [
+        ("import evengaze.viz.overlay", "matplotlib", "viz"),
+        ("from evengaze.evaluate.report import write_report as w; w(None, None)", "jinja2", "evaluate"),
+        ("import evengaze.__main__ as m; m.main()", "typer", "cli"),
+        ("import evengaze.__main__ as m; m.main()", "rich", "cli"),
+    ],
+)
+def test_what_needs_an_extra_names_it(code, absent, extra):
+    done = run_without(code, absent)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert absent in last and f'pip install "evengaze[{extra}]"' in last
+
+
+def test_the_command_without_its_extra_is_one_line():
+    done = run_without("import evengaze.__main__ as m; m.main()", "typer", "rich")
+    assert done.returncode == 1 and done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_missing_package_is_an_error_of_ours_and_an_import_error():
+    with pytest.raises(MissingExtraError, match="no_such_module") as caught:
+        require("cli", "it", "json", "no_such_module")
+    assert isinstance(caught.value, ImportError) and isinstance(caught.value, EvengazeError)
