@@ -125,6 +125,16 @@ class VisualTokens:
         """The tokens at `index` (m,), in that order."""
         return replace(self, **{k: getattr(self, k)[index] for k in _COLUMNS})
 
+    def counts(self) -> list[list[int]]:
+        """Tokens of each frame (or tile) of each picture, as `schedule.Schedule` takes them."""
+        pictures: list[list[int]] = []
+        for number, info in enumerate(self.images):
+            if info.part == 0:
+                pictures.append([])
+            frames = torch.bincount(self.frame[self.image == number], minlength=info.frames)
+            pictures[-1] += [tokens for tokens in frames.tolist() if tokens]
+        return pictures
+
     def to(self, device: torch.device | str) -> VisualTokens:
         """The same table on another device."""
         indices = {k: getattr(self, k).to(device) for k in _INDICES}

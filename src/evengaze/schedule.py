@@ -6,17 +6,29 @@ layer l in full; counting that layer as already pruned, as some papers do, makes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
 
 from evengaze.errors import ConfigError
-from evengaze.protocol import Method, Stage
+from evengaze.protocol import Method, Scope, Stage
 
-__all__ = ["DecoderShape", "Schedule", "Stage", "solve_for_budget"]
+__all__ = ["DecoderShape", "Schedule", "Stage", "Visual", "solve_for_budget"]
+
+Visual = int | Sequence[int | Sequence[int]]
+"""Visual tokens of a prompt: of its one picture; or one entry a picture, which for a video or a picture in tiles lists
+the tokens of each frame or tile. `[[64] * 8]` is a video of eight frames; `VisualTokens.counts` says it of a prompt."""
 
 
 class Scheduled(Method, Protocol):
-    """A method that says beforehand what its stages leave."""
+    """A method that says beforehand what its stages leave.
+
+    Attributes:
+        scope: what has a budget of its own: the prompt, each picture or video of it, or each frame or tile.
+    """
+
+    @property
+    def scope(self) -> Scope: ...
 
     def size_after(self, stage: int, current: int, original: int) -> int:
         """Visual tokens that go on after a stage which `current` of the `original` ones reach."""
@@ -101,26 +113,26 @@ class Schedule:
     name: str = ""
 
     @classmethod
-    def of(cls, pruner: Scheduled, layers: int, visual: int) -> Schedule:
+    def of(cls, pruner: Scheduled, layers: int, visual: Visual) -> Schedule:
         """The schedule of a method on a decoder of `layers` layers, for `visual` tokens (no padding).
 
         Raises:
             ConfigError: a stage lies outside the model, or the stages are not in ascending order.
         """
-        entering = [visual] * layers
-        cached = [visual] * layers
-        current, before = visual, -1
+        parts = current = _parts(visual, pruner.scope)
+        total, before = sum(parts), -1
+        entering, cached = [total] * layers, [total] * layers
         for i, stage in enumerate(pruner.stages(layers)):
             if not before < stage.layer < layers:
                 raise ConfigError(
                     f"{pruner.name}: stage {i} at layer {stage.layer} of {layers} is out of order or range"
                 )
             before = stage.layer
-            current = pruner.size_after(i, current, visual)
+            current = [pruner.size_after(i, now, part) for now, part in zip(current, parts, strict=True)]
             start = 0 if stage.trims_below else stage.layer
-            entering[stage.layer :] = [current] * (layers - stage.layer)
-            cached[start:] = [current] * (layers - start)
-        return cls(visual, tuple(entering), tuple(cached), pruner.name)
+            entering[stage.layer :] = [sum(current)] * (layers - stage.layer)
+            cached[start:] = [sum(current)] * (layers - start)
+        return cls(total, tuple(entering), tuple(cached), pruner.name)
 
     @property
     def layers(self) -> int:
@@ -187,33 +199,46 @@ class Schedule:
         return "\n".join(lines)
 
     @staticmethod
-    def solve_for_budget(pruner: P, average_tokens: float = 128, *, layers: int, visual: int) -> P:
+    def solve_for_budget(pruner: P, average_tokens: float = 128, *, layers: int, visual: Visual) -> P:
         """The same method with the budget that brings its average visual tokens a layer closest to `average_tokens`.
 
-        Turns the method's one knob, `Pruner.with_keep`, by bisection; the lower budget wins a tie.
+        Turns the method's one knob, `Pruner.with_keep`, by bisection; the lower budget wins a tie. With a `scope`, the
+        knob is the budget of the largest picture or frame, while the average is that of the whole prompt.
 
         Raises:
             ConfigError: the average is out of the method's reach (its first stage comes too late, or it never prunes).
         """
 
-        def average(tokens: int) -> float:
-            return Schedule.of(pruner.with_keep(tokens, visual), layers, visual).average
+        largest = max(_parts(visual, pruner.scope), default=1)
 
-        low, high = 1, visual
+        def average(tokens: int) -> float:
+            return Schedule.of(pruner.with_keep(tokens, largest), layers, visual).average
+
+        low, high = 1, largest
         if not average(low) <= average_tokens <= average(high):
             raise ConfigError(
-                f"{pruner.name} can average {average(low):.1f} to {average(high):.1f} of {visual} visual tokens over "
-                f"{layers} layers, not {average_tokens}; "
+                f"{pruner.name} can average {average(low):.1f} to {average(high):.1f} of {sum(_parts(visual))} visual "
+                f"tokens over {layers} layers, not {average_tokens}; "
                 + ("prune at an earlier layer" if average_tokens < average(low) else "ask for less")
             )
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if average(middle) <= average_tokens else (low, middle)
         best = min((low, high), key=lambda tokens: (abs(average(tokens) - average_tokens), tokens))
-        return pruner.with_keep(best, visual)
+        return pruner.with_keep(best, largest)
 
 
 solve_for_budget = Schedule.solve_for_budget
+
+
+def _parts(visual: Visual, scope: Scope = "prompt") -> list[int]:
+    """Visual tokens of whatever has a budget of its own."""
+    pictures = [visual] if isinstance(visual, int) else visual
+    frames = [[picture] if isinstance(picture, int) else list(picture) for picture in pictures]
+    if scope == "frame":
+        return [tokens for picture in frames for tokens in picture]
+    counts = [sum(picture) for picture in frames]
+    return counts if scope == "image" else [sum(counts)]
 
 
 def _paper(n: int, d: int, m: int, matrices: int) -> int:

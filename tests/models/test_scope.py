@@ -10,6 +10,7 @@ import torch
 import reference
 from evengaze.errors import ConfigError
 from evengaze.methods import from_dict, get, parse, spec
+from evengaze.schedule import Schedule
 from evengaze.testing import tiny
 from evengaze.testing.matrix import TOLERANCE, greedy
 from evengaze.testing.oracle import replayed
@@ -124,3 +125,27 @@ def test_random_tokens_are_another_draw_in_each_picture() -> None:
     _, parts = kept("llava", "random:keep=5,scope=image", images=2)
     first, second = (sorted(t % 16 for t in parts[0].kept.tolist() if t // 16 == k) for k in (0, 1))
     assert len(first) == len(second) == 5 and first != second
+
+
+@pytest.mark.parametrize("scope", ["prompt", "image", "frame"])
+@pytest.mark.parametrize(
+    "method", ["fastv:keep=3,layer=2", "pyramiddrop:layers=[1,3],keep=[0.5,0.25]", "random:keep=5"]
+)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llava", {"images": 2}), ("video_llava", {"video": True}), ("llava_next", {"images": 2}), ("idefics3", {})],
+)
+def test_the_schedule_says_beforehand_what_is_measured(
+    family: str, options: dict[str, Any], method: str, scope: str
+) -> None:
+    pruner = parse(f"{method},scope={scope}")
+    model, inputs = tiny(family, 1, **options)
+    with torch.no_grad(), pruner(model) as run:
+        model(**inputs)
+    assert run.trace is not None
+    table = run.trace.layout.rows[0]
+    schedule = pruner.schedule(run.depth, table.counts())
+    assert schedule.visual == len(table)
+    assert schedule.average == run.trace.average_tokens()
+    solved = Schedule.solve_for_budget(pruner, schedule.average, layers=run.depth, visual=table.counts())
+    assert solved.schedule(run.depth, table.counts()).average == pytest.approx(schedule.average, rel=0.15)

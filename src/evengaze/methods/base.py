@@ -19,7 +19,7 @@ from evengaze.layout import VisualLayout
 from evengaze.methods.scope import select_parts
 from evengaze.models.base import Adapter, architecture_of
 from evengaze.protocol import Mode, Positions, Scope, Selection, Source, Stage, View, top_allowed
-from evengaze.schedule import Schedule
+from evengaze.schedule import Schedule, Visual
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,8 @@ class Pruner(ABC):
                 raise
         return handle
 
-    def schedule(self, layers: int, visual: int) -> Schedule:
-        """Visual tokens entering each layer, for `visual` tokens at the start."""
+    def schedule(self, layers: int, visual: Visual) -> Schedule:
+        """Visual tokens entering each layer, for `visual` tokens at the start; see `schedule.Visual`."""
         return Schedule.of(self, layers=layers, visual=visual)
 
     def replace(self, **changes: Any) -> Self:
