@@ -5,13 +5,26 @@ BIN := $(VENV)/bin
 export PYTHON
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint format wheel smoke smoke-open parity compat clean
+.PHONY: demo test test-ray test-lmms-eval lint format wheel smoke smoke-open parity compat clean
 
 demo: $(VENV)/.runtime  ## The main job on the embedded model: a table, pictures and a report in evengaze-demo/
 	$(BIN)/evengaze demo --out evengaze-demo $(ARGS)
 
 test: $(VENV)/.dev  ## All tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# Each in an environment of its own: their dependencies (lmms-eval's filelock and av) do not suit the rest.
+ENVS ?= .venv-
+test-ray: $(ENVS)ray/.ready  ## Ray actors: equal files, lost nodes and workers
+	$(ENVS)ray/bin/python -m pytest tests/evaluate/test_ray.py $(ARGS)
+
+test-lmms-eval: $(ENVS)lmms-eval/.ready  ## The plug-in inside lmms-eval
+	$(ENVS)lmms-eval/bin/python -m pytest tests/evaluate/test_lmms_eval.py $(ARGS)
+
+$(ENVS)%/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(ENVS)$*
+	$(ENVS)$*/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$*]" pytest psutil
+	touch $@
 
 lint: $(VENV)/.dev  ## Formatting, lint and types
 	$(BIN)/ruff format --check .

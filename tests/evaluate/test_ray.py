@@ -66,12 +66,11 @@ def alone(root: Path) -> dict[str, str]:
     return files(root, "alone")
 
 
-def kill_worker() -> None:
-    """Kill one process of the pool, as the system does when memory runs out."""
-    workers = [p for p in psutil.Process().children(recursive=True) if "Worker" in p.name() and "ray::" in p.name()]
-    workers = workers or [p for p in psutil.process_iter() if p.name().startswith("ray::") and "Map" in p.name()]
-    assert workers
-    workers[0].kill()
+def kill_worker(process: int) -> None:
+    """Kill one process of the pool, as the system does when memory runs out; it must be one that this test started."""
+    mine = {child.pid for child in psutil.Process().children(recursive=True)}
+    assert process in mine
+    psutil.Process(process).kill()
 
 
 @pytest.mark.parametrize("loss", ["node", "worker"])
@@ -91,7 +90,7 @@ def test_what_dies_in_mid_run_costs_no_answer(place: Path, cluster: Any, loss: s
             if loss == "node":
                 cluster.remove_node(nodes[1], allow_graceful=False)
             else:
-                kill_worker()
+                kill_worker(next(iter(backend.processes)))
 
     outcomes = dict(run_jobs(jobs(place, loss), backend, advance=advance))
     assert killed[0] < 60
@@ -99,3 +98,12 @@ def test_what_dies_in_mid_run_costs_no_answer(place: Path, cluster: Any, loss: s
     assert files(place, loss) == alone(place)
     lines = [json.loads(line) for line in shard.read_text().splitlines()]
     assert len({line["metadata"]["key"] for line in lines}) == len(lines) == 60
+
+
+@pytest.mark.parametrize("wrong", [{"actors": 0}, {"actors": -1}, {"gpus": -1.0}, {"cpus": 0}, {"cpus": -2}])
+def test_fewer_than_nothing_is_refused(wrong: dict[str, Any]) -> None:
+    from evengaze.errors import ConfigError
+    from evengaze.evaluate.ray_runner import RayBackend
+
+    with pytest.raises(ConfigError, match=f"--ray-{next(iter(wrong))}"):
+        RayBackend(ModelSpec("demo"), **wrong)

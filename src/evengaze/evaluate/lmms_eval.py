@@ -140,6 +140,10 @@ class Evengaze(lmms):  # type: ignore[misc]
         return self._text(messages), images, videos, dict(generation)
 
     def _text(self, messages: Sequence[dict[str, Any]]) -> str:
+        for message in messages:
+            for part in message["content"]:
+                if part["type"] == "text":
+                    self.predictor.refuse_markers(part["text"])
         if self.predictor.style == "official" and len(messages) == 1:
             content = messages[0]["content"]
             words = "\n".join(part["text"] for part in content if part["type"] == "text")

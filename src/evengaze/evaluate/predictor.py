@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ import torch
 
 from evengaze.calibration.observe import image_digest
 from evengaze.debias.curve import architecture_of
-from evengaze.errors import ConfigError, DataError, LayoutError
+from evengaze.errors import ConfigError, DataError, EvengazeError, LayoutError
 from evengaze.evaluate.benchmarks.types import Record
 from evengaze.evaluate.conversation import Style, chat, render, resolve
 from evengaze.evaluate.media import OFFICIAL_PICTURE, Media, read_media
@@ -29,6 +30,9 @@ DEMO = "demo"
 """Name of the embedded model."""
 CALIBRATED_ON = "calibrated_on"
 """Set in the trace of an answer about a picture that the debias curve was calibrated on."""
+_ABOUT_MEDIA = re.compile(r"image|img|video|vision|audio|frame", re.IGNORECASE)
+_TRIES = 8
+"""Records that are tried for the number of visual tokens, if the model raises on the first ones."""
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -80,12 +84,14 @@ class Prediction:
             for a text-only record. `calibrated_on` is there, and 1, if the debias curve was calibrated on the picture,
             `official_picture` if the official conversion shows it otherwise than viewers do.
         error: why there is no answer.
+        raised: whether the model or its processor raised on this record, which could be read.
     """
 
     record: Record
     text: str | None
     trace: dict[str, float]
     error: str | None = None
+    raised: bool = False
 
 
 class Predictor:
@@ -183,26 +189,61 @@ class Predictor:
         return self.ask(record.prompt, media, template)
 
     def ask(self, question: str, media: Sequence[str], template: str) -> str:
-        """The string that is tokenised for a question about some of "image" and "video"; `template` as in `prompt`."""
+        """The string that is tokenised for a question about some of "image" and "video"; `template` as in `prompt`.
+
+        Raises:
+            DataError: the question holds what the model takes for a picture.
+        """
+        self.refuse_markers(question)
         if self.style == "chat":
             return chat(self.processor, question, media)
         return render(template, question, "\n".join(f"<{kind}>" for kind in media))
+
+    def refuse_markers(self, text: str) -> None:
+        """Refuse a user's text that holds what the tokenizer turns into a picture; it cannot be escaped there.
+
+        Raises:
+            DataError: names it.
+        """
+        found = next((marker for marker in self._markers if marker in text), None)
+        if found is not None:
+            raise DataError(
+                f"the question holds {found!r}, which this model takes for a picture or video of its own. Word it "
+                f"otherwise, for instance with a space in {found!r}."
+            )
+
+    @cached_property
+    def _markers(self) -> tuple[str, ...]:
+        return media_markers(self.processor)
 
     def geometry(self, records: Sequence[Record], template: str = "vicuna_v1") -> tuple[int, int]:
         """Decoder layers, and the visual tokens of the first record that has a readable picture.
 
         Raises:
-            DataError: no record has one.
+            DataError: no record has one, or the model fails on each.
         """
         dense = parse("dense")
         decoder: Any = adapter_for(self.model).decoder(self.model)
         layers = len(decoder.layers)
+        raised: list[str] = []
         for record in records:
             if record.image is None and record.video is None:
                 continue
-            found = self.answer([record], dense, template=template, max_new_tokens=1)[0]
+            try:
+                found = self.answer([record], dense, template=template, max_new_tokens=1)[0]
+            except EvengazeError:
+                raise
+            except Exception as error:  # one odd record must not end the run; see `runner.answer_work`
+                raised.append(f"{record.key}: {type(error).__name__}: {error}")
+                if len(raised) == _TRIES:
+                    break
+                continue
             if found.trace:
                 return layers, int(found.trace["visual_tokens"])
+        if raised:
+            raise DataError(
+                f"the model failed on each of {len(raised)} records that were tried; the last, {raised[-1]}"
+            )
         raise DataError("no record has a picture that can be read: there are no visual tokens to set a budget for")
 
     # -- answering ------------------------------------------------------------------------------------------------
@@ -211,25 +252,26 @@ class Predictor:
     ) -> list[Prediction]:
         """Answer records in one batch (two if only some of them have a picture).
 
-        A record whose picture cannot be read gets an error in place of an answer; the others are answered.
+        A record whose picture cannot be read, or whose question cannot be asked, gets an error in place of an answer;
+        the others are answered.
         """
         done: dict[int, Prediction] = {}
         curve = None if pruner.debias is None else pruner.debias.curve
         known = frozenset(() if curve is None else curve.images)
-        groups: dict[str, list[tuple[int, Media]]] = {}
+        groups: dict[str, list[tuple[int, Media, str]]] = {}
         for index, record in enumerate(records):
             try:
                 media = read_media(record, official=self.spec.official)
+                text = self.prompt(record, template)
             except DataError as error:
                 done[index] = Prediction(record, None, {}, str(error))
             else:
-                groups.setdefault(media.kind, []).append((index, media))
+                groups.setdefault(media.kind, []).append((index, media, text))
         for kind, members in groups.items():
-            chosen = [records[index] for index, _ in members]
-            texts = [self.prompt(record, template) for record in chosen]
-            pictures = {} if kind == "text" else {kind: [media.content for _, media in members]}
+            texts = [text for _, _, text in members]
+            pictures = {} if kind == "text" else {kind: [media.content for _, media, _ in members]}
             answers = self.generate(texts, pictures, pruner, max_new_tokens=max_new_tokens)
-            for (index, one), record, (text, trace) in zip(members, chosen, answers, strict=True):
+            for (index, one, _), (text, trace) in zip(members, answers, strict=True):
                 seen = bool(known) and kind != "text" and image_digest(one.content) in known
                 marks = {CALIBRATED_ON: seen, OFFICIAL_PICTURE: one.differs and self.spec.official}
                 done[index] = Prediction(
@@ -291,6 +333,17 @@ class Predictor:
             "average_tokens": round(trace.average_tokens(row), 4),
             "relative_flops": round(cost / (len(entering) * self._shape.layer_flops(tokens)), 6),
         }
+
+
+def media_markers(processor: Any) -> tuple[str, ...]:
+    """Strings that a processor, or LLaVA's templates, turn into pictures and videos."""
+    tokenizer = processor.tokenizer
+    named = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")]
+    added = [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()]
+    special = [str(token) for token in getattr(tokenizer, "all_special_tokens", ())]
+    found = ["<image>", "<video>", *(token for token in named if isinstance(token, str))]
+    found += [token for token in (*added, *special) if _ABOUT_MEDIA.search(token)]
+    return tuple(dict.fromkeys(token for token in found if token))
 
 
 def encode(processor: Any, texts: Sequence[str], media: Mapping[str, Sequence[Any]]) -> Any:

@@ -7,6 +7,8 @@ Every node must see the model and the data under the same paths.
 
 from __future__ import annotations
 
+import math
+import os
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -32,7 +34,8 @@ class Worker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Answer one batch; pickled, as Ray's tables hold no objects of ours."""
         work: Work = pickle.loads(row["work"])
-        return {"job": work.job, "answered": pickle.dumps(answer_work(self.predictor, work))}
+        answered = pickle.dumps(answer_work(self.predictor, work))
+        return {"job": work.job, "answered": answered, "process": os.getpid()}
 
 
 class RayBackend:
@@ -43,6 +46,7 @@ class RayBackend:
         actors: copies of it.
         gpus: GPUs a copy; may be a fraction.
         cpus: CPUs a copy.
+        processes: ids, each on its own node, of the processes that have answered.
     """
 
     def __init__(
@@ -58,8 +62,12 @@ class RayBackend:
             cpus: CPUs a copy.
 
         Raises:
-            ConfigError: Ray is not installed, there is no cluster at the address, or it is too small.
+            ConfigError: Ray is not installed, there is no cluster at the address, it is too small, or no machine can
+                have so many actors, GPUs or CPUs.
         """
+        for what, value, least in (("actors", actors, 1), ("gpus", gpus or 0.0, 0.0), ("cpus", cpus, 1e-3)):
+            if not least <= value < math.inf:
+                raise ConfigError(f"--ray-{what} {value:g}: give {'1 or more' if what == 'actors' else 'more than 0'}")
         try:
             import ray
         except ImportError:
@@ -79,6 +87,7 @@ class RayBackend:
                 f"--ray {address}: a copy of the model asks for {self.gpus:g} GPUs and {self.cpus:g} CPUs; the cluster "
                 f"has {have.get('GPU', 0):g} and {have.get('CPU', 0):g} in all. Lower --ray-gpus or --ray-cpus."
             )
+        self.processes: set[int] = set()
         self._described: dict[str, dict[str, Any]] = {}
 
     @property
@@ -103,7 +112,10 @@ class RayBackend:
         import ray
 
         task = ray.remote(num_gpus=self.gpus, num_cpus=self.cpus, max_retries=3)(_probe)
-        answer = ray.get(task.remote(self.spec, self._threads, records, template))
+        try:
+            answer = ray.get(task.remote(self.spec, self._threads, records, template))
+        except ray.exceptions.RayError as error:
+            raise DataError(f"Ray's workers cannot load the model ({_last_line(error)})") from error
         if isinstance(answer, str):
             raise DataError(answer)
         return answer  # type: ignore[no-any-return]
@@ -124,8 +136,20 @@ class RayBackend:
             num_gpus=self.gpus or None,
             num_cpus=None if self.gpus else self.cpus,
         )
-        for row in table.iter_rows():
-            yield int(row["job"]), pickle.loads(row["answered"])
+        try:
+            for row in table.iter_rows():
+                self.processes.add(int(row["process"]))
+                yield int(row["job"]), pickle.loads(row["answered"])
+        except ray.exceptions.RayError as error:
+            raise DataError(
+                f"Ray gave up ({_last_line(error)}). All answers up to here are on disk; give the same command again "
+                "to go on."
+            ) from error
+
+
+def _last_line(error: Exception) -> str:
+    """What a traceback from another machine ends with."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 def _probe(spec: ModelSpec, threads: int, records: Sequence[Record], template: str) -> Any:

@@ -12,20 +12,12 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from evengaze.debias import CurveWarning
-from evengaze.errors import (
-    AttachError,
-    ConfigError,
-    DataError,
-    EvengazeError,
-    LayoutError,
-    NothingPrunedError,
-    ScoreError,
-)
+from evengaze.errors import ConfigError, DataError, EvengazeError, LayoutError
 from evengaze.evaluate.benchmarks import Benchmark, Record, Score, ScoreOptions
 from evengaze.evaluate.fingerprint import describe_pruner, describe_records, digest, stamp, versions
 from evengaze.evaluate.jsonl import Answer
@@ -54,6 +46,10 @@ class Work:
     batch: tuple[Record, ...]
 
 
+HOPELESS = 16
+"""So many records in a row on which the model raises, and no answer before them, mean that it can answer nothing."""
+MANY = 256
+"""So many mean that it cannot any more, as after an error of the accelerator."""
 _MARK = 8
 """Digits of an answer's id that tell the picture's content."""
 _UNSEEN = "0" * _MARK
@@ -96,13 +92,25 @@ class LocalBackend:
 
 
 def answer_work(predictor: Predictor, work: Work) -> Answered:
-    """Answer one batch; that the method does not fit the model is an answer, too."""
+    """Answer one batch; that the method does not fit the model is an answer, too.
+
+    Whatever else the model or its processor raises is the fault of a record: the batch is halved until it is found, and
+    the others are answered.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CurveWarning)  # each result says it, once
             return predictor.answer(work.batch, work.pruner, template=work.template, max_new_tokens=work.max_new_tokens)
-    except (ConfigError, ScoreError, LayoutError, AttachError, NothingPrunedError) as error:
-        return str(error)
+    except Exception as error:
+        if isinstance(error, EvengazeError) and not isinstance(error, LayoutError):
+            return str(error)
+        if len(work.batch) == 1:
+            reason = f"the model raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            return [Prediction(work.batch[0], None, {}, reason, raised=True)]
+    middle = len(work.batch) // 2
+    halves = [answer_work(predictor, replace(work, batch=part)) for part in (work.batch[:middle], work.batch[middle:])]
+    unfit = next((half for half in halves if isinstance(half, str)), None)
+    return unfit if unfit is not None else [one for half in halves for one in half if not isinstance(one, str)]
 
 
 @dataclass(frozen=True)
@@ -227,6 +235,7 @@ class _Session:
     def __init__(self, job: Job, records: Sequence[Record], backend: Backend, rank: int, world: int) -> None:
         self.job, self.records, self._waits = job, records, world > 1
         self.failed: str | None = None
+        self._raised = 0
         self._stack = ExitStack()
         try:
             self._stack.enter_context(locked(job.folder, rank))
@@ -254,6 +263,9 @@ class _Session:
             self.failed = answered
             return 0
         model = self.fingerprint["model"]["name"]
+        self._raised = self._raised + len(answered) if all(p.raised for p in answered) else 0
+        if self._raised >= (MANY if self._done else HOPELESS):
+            self.failed = f"{self._raised} records in a row failed; the last: {answered[-1].error}"
         good = [p for p in answered if p.text is not None and p.record.key not in self._done]
         bad = [p for p in answered if p.error is not None and p.record.key not in self._done | self._known]
         self._answers.append([_answer(self.job, p, model, self._identity) for p in good])
