@@ -139,7 +139,8 @@ def test_a_processor_that_raises_on_one_picture_costs_one_record(model: Path, tm
     given = job(tmp_path)
     records = list(given.benchmark.records(given.data))
     assert predictor.geometry(records) == (6, 16)  # of the first picture that does not raise
-    outcome = run(Job(given.benchmark, given.data, given.pruner, given.folder, max_new_tokens=2), LocalBackend(predictor))
+    short = Job(given.benchmark, given.data, given.pruner, given.folder, max_new_tokens=2)
+    outcome = run(short, LocalBackend(predictor))
     assert outcome.errors
     assert {"ZeroDivisionError" in line["error"] for line in outcome.errors.values()} == {True}
     assert len(outcome.answers) + len(outcome.errors) == 12

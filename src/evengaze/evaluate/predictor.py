@@ -274,9 +274,8 @@ class Predictor:
             for (index, one, _), (text, trace) in zip(members, answers, strict=True):
                 seen = bool(known) and kind != "text" and image_digest(one.content) in known
                 marks = {CALIBRATED_ON: seen, OFFICIAL_PICTURE: one.differs and self.spec.official}
-                done[index] = Prediction(
-                    record, text, {**trace, **{mark: 1 for mark, is_set in marks.items() if is_set}}
-                )
+                set_marks = {mark: 1 for mark, is_set in marks.items() if is_set}
+                done[index] = Prediction(records[index], text, {**trace, **set_marks})
         return [done[index] for index in range(len(records))]
 
     @torch.inference_mode()
