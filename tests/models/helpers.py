@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evengaze.engine.encoded import Encoded
 from evengaze.layout import VisualLayout
 from evengaze.models import Call, EncoderCall, adapter_for
 
@@ -16,18 +17,20 @@ PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 def encode(model: Any, inputs: dict[str, Tensor]) -> tuple[list[EncoderCall], dict[str, Tensor]]:
     """Run the encoders on a model's inputs: the recorded calls, and all features (n, d) by kind."""
-    calls, features = [], {}
+    watched, features = Encoded(), {}
+    undo = list(watched.watch(model.base_model))
     for kind, name in PIXELS.items():
         if name not in inputs:
             continue
         function = getattr(model.base_model, f"get_{kind}_features")
         arguments = {k: inputs[k] for k in inspect.signature(function).parameters if k in inputs}
-        calls.append(EncoderCall(kind, arguments))
         with torch.no_grad():
             out = function(**arguments, return_dict=True).pooler_output
         parts = out if isinstance(out, (list, tuple)) else list(out)
         features[kind] = torch.cat([p.reshape(-1, p.shape[-1]) for p in parts])
-    return calls, features
+    for restore in undo:
+        restore()
+    return watched.calls, features
 
 
 def layout(model: Any, inputs: dict[str, Tensor], *, repeat: int = 1) -> VisualLayout | None:

@@ -9,11 +9,22 @@ from typing import Any
 
 
 def intercept(
-    owner: Any, name: str, before: Callable[[dict[str, Any]], None], after: Callable[[], None] | None = None
+    owner: Any,
+    name: str,
+    before: Callable[[dict[str, Any]], None] | None = None,
+    after: Callable[[], None] | None = None,
+    returned: Callable[[dict[str, Any], Any], None] | None = None,
 ) -> Callable[[], None]:
     """Call `before` with a bound method's arguments by name, then the method, then `after`; returns what undoes it.
 
     transformers encodes images in methods that are no module calls, which hooks cannot see.
+
+    Args:
+        owner: the object whose method it is.
+        name: of the method.
+        before: receives the arguments.
+        after: called in any case.
+        returned: receives the arguments and the result, unless the method raises.
     """
     method = getattr(owner, name)
     signature = inspect.signature(method)
@@ -23,9 +34,14 @@ def intercept(
     def call(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind_partial(*args, **kwargs)
         bound.apply_defaults()
-        before(dict(bound.arguments))
+        arguments = dict(bound.arguments)
+        if before is not None:
+            before(arguments)
         try:
-            return method(*args, **kwargs)
+            result = method(*args, **kwargs)
+            if returned is not None:
+                returned(arguments, result)
+            return result
         finally:
             if after is not None:
                 after()

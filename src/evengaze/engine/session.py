@@ -22,6 +22,7 @@ from evengaze.engine import cache as kv
 from evengaze.engine import checks
 from evengaze.engine.attention import attention_module, hidden_attention, probe, tap, untap
 from evengaze.engine.decode import Steps
+from evengaze.engine.encoded import Encoded
 from evengaze.engine.intercept import intercept
 from evengaze.engine.masks import real_tokens
 from evengaze.engine.prefill import Prefill, Selections
@@ -29,7 +30,7 @@ from evengaze.engine.rotary import Rotary
 from evengaze.errors import LayoutError, NothingPrunedError, UnsupportedModelError
 from evengaze.layout import VisualLayout
 from evengaze.models import BareDecoder, adapter_for, find_decoder
-from evengaze.models.base import Adapter, Call, EncoderCall
+from evengaze.models.base import Adapter, Call
 from evengaze.protocol import Method, Stage
 from evengaze.trace import Trace
 
@@ -97,7 +98,7 @@ class Handle:
         self._steps = Steps(self._implementation, self._rotary)
         self._run: Prefill | None = None
         self._frozen: _Frozen | None = None
-        self._encoded: list[EncoderCall] = []
+        self._encoded = Encoded()
         self._ids: Tensor | None = None
         self._mask: Tensor | None = None
         self._labels: Tensor | None = None
@@ -160,9 +161,8 @@ class Handle:
         if callable(getattr(self.model, "generate", None)):
             keep(intercept(self.model, "generate", self._enter_generate, self._leave_generate))
         if self._adapter is not None:
-            for kind in ("image", "video"):
-                if callable(getattr(base, f"get_{kind}_features", None)):
-                    keep(intercept(base, f"get_{kind}_features", functools.partial(self._encode, kind)))
+            for undo in self._encoded.watch(base):
+                keep(undo)
             keep(self._adapter.prepare(self.model, self._surviving))
         keep(self.pruner.prepare(self.model, self._adapter, self._shared))
 
@@ -184,9 +184,6 @@ class Handle:
         """What has been encoded so far belongs to no later call."""
         self._encoded.clear()
         self._shared["prompt"] = self._shared.get("prompt", 0) + 1
-
-    def _encode(self, kind: Any, arguments: dict[str, Any]) -> None:
-        self._encoded.append(EncoderCall(kind, arguments))
 
     def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         if module is self.model:
@@ -221,7 +218,7 @@ class Handle:
     def _begin(self, states: Tensor, mask: Any, cache: Any) -> Prefill | None:
         ids, given = self._ids, self._mask if self._mask is not None else mask
         self._ids = self._mask = None
-        encoded = tuple(self._encoded)
+        encoded, placed = tuple(self._encoded.calls), tuple(self._encoded.placed)
         self._forget_encoded()
         length, past = states.shape[1], 0 if cache is None else int(cache.get_seq_length())
         real = real_tokens(given, states, past)
@@ -237,7 +234,7 @@ class Handle:
             layout: VisualLayout | None = frozen.layout
         else:
             frozen = None
-            layout = self._find(Call(ids, None if given is None else real, past, encoded), length)
+            layout = self._find(Call(ids, None if given is None else real, past, encoded, placed), length)
         if layout is None or layout.total == 0:
             return None
         kv.check(cache)

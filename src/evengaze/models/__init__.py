@@ -2,7 +2,7 @@
 
 from evengaze.models.base import Adapter, Call, EncoderCall, find_decoder
 from evengaze.models.llava import llava_processor
-from evengaze.models.pictures import Picture, View, assemble
+from evengaze.models.pictures import Panel, Picture, assemble
 from evengaze.models.registry import BUILT_IN, BareDecoder, adapter_for, adapter_for_type, register
 
 __all__ = [
@@ -11,8 +11,8 @@ __all__ = [
     "BareDecoder",
     "Call",
     "EncoderCall",
+    "Panel",
     "Picture",
-    "View",
     "adapter_for",
     "adapter_for_type",
     "assemble",

@@ -23,10 +23,27 @@ class EncoderCall:
     Attributes:
         kind: which of the two functions was called.
         arguments: its arguments by name (`pixel_values`, `image_sizes`, `image_grid_thw`, ... as the family has them).
+        result: what it returned.
+        inner: it was made by another encoding: some families encode a video through their function for images.
     """
 
     kind: Literal["image", "video"]
     arguments: dict[str, Any]
+    result: Any = None
+    inner: bool = False
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One call of the model's `get_placeholder_mask`, which says which tokens the features of pictures fill.
+
+    Attributes:
+        arguments: its arguments by name.
+        masks: what it returned: of images, and of videos and sounds where the family has them; (B, L) bool each.
+    """
+
+    arguments: dict[str, Any]
+    masks: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,7 @@ class Call:
         encoded: the image and video encodings since the last call, in order. With beams or `num_return_sequences` the
             rows of `input_ids` are repeated, but each image was encoded once: row b belongs to sample
             `b // (B // samples)`.
+        placed: where the model put them, as far as it says so in a method of its own.
         device: where the layout is made; the engine moves it to the decoder's.
     """
 
@@ -47,6 +65,7 @@ class Call:
     attention_mask: Tensor | None
     past: int
     encoded: Sequence[EncoderCall]
+    placed: Sequence[Placement] = ()
     device: Any = "cpu"
 
 
@@ -75,13 +94,15 @@ class Adapter:
         name: the family's name for people.
         model_types: the `config.model_type` values that it serves.
         padding: in words, who pads pictures and how it is known which tokens show padding.
-        limits: in words, what does not work with the family (apart from what `vision_tower` says).
+        limits: in words, what does not work with the family (apart from dropping patches in its tower).
+        mixes: in words, what happens to patches between the tower and the decoder, if it is more than a projection.
     """
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
     padding: ClassVar[str] = "none"
     limits: ClassVar[tuple[str, ...]] = ()
+    mixes: ClassVar[str] = "what a patch of the vision tower becomes in the decoder is not known"
 
     def decoder(self, model: nn.Module) -> nn.Module:
         """The module whose `layers` the engine hooks."""
@@ -138,7 +159,10 @@ class Adapter:
         Raises:
             UnsupportedModelError: the family mixes patches between the tower and the decoder; the message says how.
         """
-        raise UnsupportedModelError(f"{self.name}: patches cannot be dropped in the vision tower")
+        raise UnsupportedModelError(
+            f"{self.name}: {self.mixes}, so single patches cannot be dropped in the vision tower. Prune in the decoder "
+            "instead."
+        )
 
     def visual_token_ids(self, model: nn.Module) -> tuple[int, ...]:
         """Ids of the placeholder tokens of images and videos."""

@@ -7,11 +7,10 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from evengaze.errors import UnsupportedModelError
 from evengaze.layout import ImageInfo, VisualLayout
 from evengaze.models.base import Adapter, Call, VisionTower
 from evengaze.models.llava import feature_tower, patch_size
-from evengaze.models.pictures import Picture, View, assemble
+from evengaze.models.pictures import Panel, Picture, assemble
 
 
 class PaliGemma(Adapter):
@@ -35,7 +34,7 @@ class PaliGemma(Adapter):
         for encoder in call.encoded:
             pixels = encoder.arguments["pixel_values"]
             info = ImageInfo(self.grid(config, *pixels.shape[-2:]))
-            pictures += [Picture.still(View.plain(info))] * len(pixels.flatten(0, -4))
+            pictures += [Picture.still(Panel.plain(info))] * len(pixels.flatten(0, -4))
         return assemble(call, {config.image_token_id: pictures})
 
     def vision_tower(self, model: nn.Module, kind: Literal["image", "video"] = "image") -> VisionTower:
@@ -52,15 +51,9 @@ class Gemma3(PaliGemma):
         *PaliGemma.limits,
         "ranking at sliding-window layers: tokens outside the window get no attention there",
     )
+    mixes = "the projector averages groups of patches into one visual token"
 
     def grid(self, config: Any, height: int, width: int) -> tuple[int, int]:
         """The square grid that the projector pools to."""
         side = math.isqrt(config.mm_tokens_per_image)
         return (side, side)
-
-    def vision_tower(self, model: nn.Module, kind: Literal["image", "video"] = "image") -> VisionTower:
-        """Refused: the projector pools patches."""
-        raise UnsupportedModelError(
-            f"{self.name}: the projector averages groups of patches into one visual token, so single patches cannot be "
-            "dropped in the vision tower. Prune in the decoder instead."
-        )

@@ -104,7 +104,7 @@ def _tower(adapter: Adapter, model: nn.Module) -> tuple[str, ...]:
 
 SKELETON = """\
 from evengaze.layout import ImageInfo
-from evengaze.models import Adapter, Picture, View, assemble, register
+from evengaze.models import Adapter, Panel, Picture, assemble, register
 
 
 class {name}(Adapter):
@@ -119,7 +119,7 @@ class {name}(Adapter):
             pixels = encoded.arguments["pixel_values"]
             grid = (pixels.shape[-2] // 14, pixels.shape[-1] // 14)  # rows and columns of *visual tokens* of an image
             for _ in pixels:
-                pictures.append(Picture.still(View.plain(ImageInfo(grid))))
+                pictures.append(Picture.still(Panel.plain(ImageInfo(grid))))
         return assemble(call, {{model.config.image_token_id: pictures}})
 
 

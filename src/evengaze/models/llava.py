@@ -11,7 +11,7 @@ from evengaze.layout import ImageInfo, VisualLayout
 from evengaze.models.base import Adapter, Call, EncoderCall, VisionTower
 from evengaze.models.border import MEAN_COLOUR, padding_share
 from evengaze.models.loading import load_processor
-from evengaze.models.pictures import Picture, View, assemble
+from evengaze.models.pictures import Panel, Picture, assemble
 
 
 class Llava(Adapter):
@@ -38,7 +38,7 @@ class Llava(Adapter):
             shares = list(padding_share(pixels, grid, MEAN_COLOUR))
         else:  # a Pixtral tower: pictures of any size in one batch; each is read up to its own size, without padding
             shares = [pixels.new_zeros(int(h) // patch, int(w) // patch).cpu() for h, w in sizes]
-        return [Picture.still(View.plain(ImageInfo(_shape(s)), s, special=special)) for s in shares]
+        return [Picture.still(Panel.plain(ImageInfo(_shape(s)), s, special=special)) for s in shares]
 
     def vision_tower(self, model: nn.Module, kind: Literal["image", "video"] = "image") -> VisionTower:
         """The CLIP or SigLIP tower."""
@@ -68,7 +68,7 @@ class VideoLlava(Llava):
             for video in encoder.arguments["pixel_values_videos"]:
                 grid = (video.shape[-2] // patch, video.shape[-1] // patch)
                 info = ImageInfo(grid, frames=len(video))
-                videos.append(Picture.video(View.plain(info, padding_share(video, grid, MEAN_COLOUR), special=1)))
+                videos.append(Picture.video(Panel.plain(info, padding_share(video, grid, MEAN_COLOUR), special=1)))
         return assemble(call, {config.image_token_id: images, config.video_token_id: videos})
 
     def vision_tower(self, model: nn.Module, kind: Literal["image", "video"] = "image") -> VisionTower:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,10 @@ from torch.nn.functional import interpolate
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-from evengaze.errors import UnsupportedModelError
 from evengaze.layout import ImageInfo, VisualLayout
-from evengaze.models.base import Adapter, Call, EncoderCall, VisionTower
+from evengaze.models.base import Adapter, Call, EncoderCall
 from evengaze.models.llava import patch_size
-from evengaze.models.pictures import NO_CANDIDATE, Picture, View, assemble
+from evengaze.models.pictures import NO_CANDIDATE, Panel, Picture, assemble
 
 
 class LlavaNext(Adapter):
@@ -30,6 +29,7 @@ class LlavaNext(Adapter):
     name = "LLaVA-NeXT"
     model_types: ClassVar[tuple[str, ...]] = ("llava_next",)
     padding = "the black canvas of the detail view; what unpadding leaves at the edge, from `image_sizes`"
+    mixes = "the features of the tiles are stitched, unpadded or pooled on their way to the decoder"
 
     def layout(self, model: nn.Module, call: Call) -> VisualLayout | None:
         """Two views an image (thumbnail, detail); x runs through both in sequence order."""
@@ -50,14 +50,7 @@ class LlavaNext(Adapter):
     def _video(self, config: Any, frames: int) -> Picture:
         """LLaVA-NeXT-Video: each frame's grid is pooled by a stride."""
         side = _side(config) // config.spatial_pool_stride
-        return Picture.video(View.plain(ImageInfo((side, side), frames)))
-
-    def vision_tower(self, model: nn.Module, kind: Literal["image", "video"] = "image") -> VisionTower:
-        """Refused: several patches or tiles share a token."""
-        raise UnsupportedModelError(
-            f"{self.name}: the features of the tiles are stitched, unpadded or pooled on their way to the decoder, so "
-            "patches dropped in the vision tower do not correspond to visual tokens. Prune in the decoder instead."
-        )
+        return Picture.video(Panel.plain(ImageInfo((side, side), frames)))
 
 
 class LlavaNextVideo(LlavaNext):
@@ -88,8 +81,8 @@ class LlavaOnevision(LlavaNext):
 
     def _video(self, config: Any, frames: int) -> Picture:
         side = math.ceil(_side(config) / 2)
-        view = View.plain(ImageInfo((side, side), frames))
-        return Picture.video(View(view.info, torch.cat([view.cell, torch.tensor([NO_CANDIDATE])])))
+        view = Panel.plain(ImageInfo((side, side), frames))
+        return Picture.video(Panel(view.info, torch.cat([view.cell, torch.tensor([NO_CANDIDATE])])))
 
 
 def tiled(config: Any, size: tuple[int, int], most_tiles: int | None = None) -> Picture:
@@ -107,16 +100,16 @@ def tiled(config: Any, size: tuple[int, int], most_tiles: int | None = None) -> 
     cell = torch.arange(rows * columns).reshape(rows, columns)
     detail = torch.cat([cell, torch.full((rows, 1), NO_CANDIDATE)], 1).flatten()
     whole = (size[1], size[0])
-    base = View.plain(ImageInfo((side, side), size=whole))
+    base = Panel.plain(ImageInfo((side, side), size=whole))
     if rows * columns == 0:  # of a very long picture nothing but newlines may be left
-        return Picture.still(View(base.info, torch.cat([base.cell, detail])))
-    return Picture.still(base, View(ImageInfo((rows, columns), size=whole, part=1), detail, share))
+        return Picture.still(Panel(base.info, torch.cat([base.cell, detail])))
+    return Picture.still(base, Panel(ImageInfo((rows, columns), size=whole, part=1), detail, share))
 
 
 def _thumbnail(config: Any, size: tuple[int, int]) -> Picture:
     """A picture among several of a prompt in LLaVA-OneVision: one grid and a newline."""
-    view = View.plain(ImageInfo((_side(config), _side(config)), size=(size[1], size[0])))
-    return Picture.still(View(view.info, torch.cat([view.cell, torch.tensor([NO_CANDIDATE])])))
+    view = Panel.plain(ImageInfo((_side(config), _side(config)), size=(size[1], size[0])))
+    return Picture.still(Panel(view.info, torch.cat([view.cell, torch.tensor([NO_CANDIDATE])])))
 
 
 def _side(config: Any) -> int:

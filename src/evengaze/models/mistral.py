@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from evengaze.errors import UnsupportedModelError
 from evengaze.layout import ImageInfo, VisualLayout
-from evengaze.models.base import Adapter, Call, VisionTower
+from evengaze.models.base import Adapter, Call
 from evengaze.models.llava import patch_size
-from evengaze.models.pictures import Picture, View, assemble
+from evengaze.models.pictures import Panel, Picture, assemble
 
 
 class Mistral3(Adapter):
@@ -20,6 +19,7 @@ class Mistral3(Adapter):
     name = "Mistral 3"
     model_types = ("mistral3",)
     padding = "none: what a batch is padded to is cut off again (`image_sizes`)"
+    mixes = "the patch merger joins groups of patches into one visual token"
 
     def layout(self, model: nn.Module, call: Call) -> VisualLayout | None:
         """Grids from `image_sizes`: what the batch was padded to never becomes a token."""
@@ -28,12 +28,5 @@ class Mistral3(Adapter):
         pictures = []
         for encoder in call.encoded:
             for height, width in torch.as_tensor(encoder.arguments["image_sizes"]).tolist():
-                pictures.append(Picture.still(View.plain(ImageInfo((height // step, width // step)))))
+                pictures.append(Picture.still(Panel.plain(ImageInfo((height // step, width // step)))))
         return assemble(call, {config.image_token_id: pictures})
-
-    def vision_tower(self, model: nn.Module, kind: Literal["image", "video"] = "image") -> VisionTower:
-        """Refused: the patch merger joins groups of patches."""
-        raise UnsupportedModelError(
-            f"{self.name}: the patch merger joins groups of patches into one visual token, so single patches cannot be "
-            "dropped in the vision tower. Prune in the decoder instead."
-        )

@@ -22,7 +22,7 @@ NO_CANDIDATE = -1
 
 
 @dataclass(frozen=True)
-class View:
+class Panel:
     """Part of a picture that is shown on one grid: all of it, a thumbnail, a detail view, or equal tiles or frames.
 
     Attributes:
@@ -36,7 +36,7 @@ class View:
     padding: Tensor | None = None
 
     @classmethod
-    def plain(cls, info: ImageInfo, padding: Tensor | None = None, *, special: int = 0) -> View:
+    def plain(cls, info: ImageInfo, padding: Tensor | None = None, *, special: int = 0) -> Panel:
         """Complete grids in raster order, each behind `special` tokens that are no candidates."""
         frame = torch.cat([torch.full((special,), NO_CANDIDATE), torch.arange(info.cells)])
         return cls(info, frame.repeat(info.frames), padding)
@@ -66,12 +66,12 @@ class Picture:
         return int(self.cell.shape[0])
 
     @classmethod
-    def video(cls, view: View) -> Picture:
+    def video(cls, view: Panel) -> Picture:
         """Frames that are pictures of their own: x starts again in each."""
         return cls._of([view], x=view.cell.double() / view.info.cells)
 
     @classmethod
-    def still(cls, *views: View) -> Picture:
+    def still(cls, *views: Panel) -> Picture:
         """One image. If it is shown in several views or tiles, x runs through all of them in sequence order."""
         rank = torch.cat([(v.cell != NO_CANDIDATE).double().cumsum(0) for v in views])
         total = sum(float(v.info.cells * v.info.frames) for v in views)
@@ -79,7 +79,7 @@ class Picture:
         return cls._of(views, x=(ahead + rank - 1) / total)
 
     @classmethod
-    def _of(cls, views: Sequence[View], x: Tensor) -> Picture:
+    def _of(cls, views: Sequence[Panel], x: Tensor) -> Picture:
         image = torch.cat([torch.full((len(v.cell),), k) for k, v in enumerate(views)])
         cell = torch.cat([v.cell for v in views])
         frame = torch.cat([((v.cell == 0).cumsum(0) - 1).clamp(min=0) for v in views])
@@ -92,7 +92,7 @@ class Picture:
         return cls(tuple(v.info for v in views), image, frame, cell, x, padding)
 
 
-def _offsets(views: Sequence[View]) -> list[float]:
+def _offsets(views: Sequence[Panel]) -> list[float]:
     """Candidates ahead of each view."""
     ahead, out = 0.0, []
     for v in views:
@@ -115,15 +115,40 @@ def runs(call: Call, token: int, encoded: int) -> list[tuple[int, int, bool]]:
     if call.input_ids is None or not encoded:
         return []
     ids = call.input_ids.cpu()
-    times = max(1, int((ids == token).sum()) // encoded)
+    mask = ids == token
+    times = max(1, int(mask.sum()) // encoded)
     found = []
-    for row in ids[::times]:
-        there = torch.nn.functional.pad((row == token).int(), (1, 1))
-        edge = there.diff()
-        starts, stops = (edge == 1).nonzero()[:, 0].tolist(), (edge == -1).nonzero()[:, 0].tolist()
-        for start, stop in zip(starts, stops, strict=True):
-            found.append((stop - start, int(row[start - 1]) if start else -1, stop == stops[-1]))
+    for row, there in zip(ids[::times], mask[::times], strict=True):
+        pairs = spans(there)
+        for start, stop in pairs:
+            found.append((stop - start, int(row[start - 1]) if start else -1, stop == pairs[-1][1]))
     return found
+
+
+def spans(there: Tensor) -> list[tuple[int, int]]:
+    """(start, stop) of every unbroken run of True in a row (L,)."""
+    edge = torch.nn.functional.pad(there.int(), (1, 1)).diff()
+    return list(zip((edge == 1).nonzero()[:, 0].tolist(), (edge == -1).nonzero()[:, 0].tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Filling:
+    """Which tokens the encoded pictures of one kind fill.
+
+    Attributes:
+        mask: (B, L) bool, on the CPU.
+        pictures: those pictures, in order.
+        token: how messages call their placeholder.
+    """
+
+    mask: Tensor
+    pictures: Sequence[Picture]
+    token: str
+
+    @property
+    def encoded(self) -> int:
+        """How many tokens the pictures have."""
+        return sum(len(p) for p in self.pictures)
 
 
 def assemble(call: Call, pictures: Mapping[int, Sequence[Picture]]) -> VisualLayout | None:
@@ -144,21 +169,26 @@ def assemble(call: Call, pictures: Mapping[int, Sequence[Picture]]) -> VisualLay
             raise LayoutError("images were encoded but the model was called with inputs_embeds: give a layout by hand")
         return None
     ids = call.input_ids.cpu()
-    times = _repeats(ids, pictures)
+    return fill(call, [Filling(ids == token, found, f"of id {token}") for token, found in pictures.items()])
+
+
+def fill(call: Call, fillings: Sequence[Filling]) -> VisualLayout | None:
+    """`assemble` where it is known which tokens are filled; arguments, result and errors likewise."""
+    times = _repeats(fillings)
     if times == 0:
         return None
-    queues = {token: list(found) for token, found in pictures.items()}
+    queues = [list(f.pictures) for f in fillings]
     rows = []
-    for b, row in enumerate(ids[::times]):
+    for b in range(0, len(fillings[0].mask), times):
         placed: list[tuple[Tensor, Picture]] = []
-        for token, queue in queues.items():
-            position = (row == token).nonzero()[:, 0]
+        for f, queue in zip(fillings, queues, strict=True):
+            position = f.mask[b].nonzero()[:, 0]
             start = 0
             while start < len(position):
                 if not queue or start + len(queue[0]) > len(position):
                     raise LayoutError(
-                        f"row {b} holds {len(position)} placeholder tokens of id {token}, which is no whole number of "
-                        "pictures: the placeholders of a picture must not be cut off or split between calls"
+                        f"row {b // times} holds {len(position)} placeholder tokens {f.token}, which is no whole "
+                        "number of pictures: the placeholders of a picture must not be cut off or split between calls"
                     )
                 picture = queue.pop(0)
                 placed.append((position[start : start + len(picture)], picture))
@@ -167,16 +197,16 @@ def assemble(call: Call, pictures: Mapping[int, Sequence[Picture]]) -> VisualLay
     return VisualLayout(tuple(r for r in rows for _ in range(times)))
 
 
-def _repeats(ids: Tensor, pictures: Mapping[int, Sequence[Picture]]) -> int:
+def _repeats(fillings: Sequence[Filling]) -> int:
     """How often each sample's row is repeated (beams); 0 if there are no placeholders."""
     times = set()
-    for token, found in pictures.items():
-        there, encoded = int((ids == token).sum()), sum(len(p) for p in found)
+    for f in fillings:
+        there, encoded = int(f.mask.sum()), f.encoded
         if there == 0:
             continue
-        if encoded == 0 or there % encoded or len(ids) % (there // encoded):
+        if encoded == 0 or there % encoded or len(f.mask) % (there // encoded):
             raise LayoutError(
-                f"the call holds {there} placeholder tokens of id {token}, but the images encoded for it fill "
+                f"the call holds {there} placeholder tokens {f.token}, but the images encoded for it fill "
                 f"{encoded}. Attach the pruner before the images are encoded, and use the model's own processor."
             )
         times.add(there // encoded)

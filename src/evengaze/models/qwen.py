@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from evengaze.errors import UnsupportedModelError
 from evengaze.layout import ImageInfo, VisualLayout
-from evengaze.models.base import Adapter, Call, EncoderCall, VisionTower
-from evengaze.models.pictures import Picture, View, assemble
+from evengaze.models.base import Adapter, Call
+from evengaze.models.deepstack import shorten_deepstack
+from evengaze.models.pictures import Panel, Picture, assemble
 
 
 class Qwen2VL(Adapter):
@@ -21,33 +21,21 @@ class Qwen2VL(Adapter):
     model_types = ("qwen2_vl", "qwen2_5_vl")
     padding = "none: pictures are resized to whole groups of patches"
     limits = ("renumbered positions: three-axis rotary positions have no order without gaps; originals are kept",)
+    mixes = "each visual token is merged from a group of patches"
 
     def layout(self, model: nn.Module, call: Call) -> VisualLayout | None:
         """Grids from `image_grid_thw` and `video_grid_thw`; each temporal patch of a video is a frame."""
         config: Any = model.config
         merge = config.vision_config.spatial_merge_size
         images, videos = [], []
-        for encoder in _outermost(call.encoded):
+        for encoder in (e for e in call.encoded if not e.inner):
             for t, h, w in torch.as_tensor(encoder.arguments[f"{encoder.kind}_grid_thw"]).tolist():
-                view = View.plain(ImageInfo((h // merge, w // merge), frames=t))
+                view = Panel.plain(ImageInfo((h // merge, w // merge), frames=t))
                 if encoder.kind == "image":
                     images.append(Picture.still(view))
                 else:
                     videos.append(Picture.video(view))
         return assemble(call, {config.image_token_id: images, config.video_token_id: videos})
-
-    def vision_tower(self, model: nn.Module, kind: Literal["image", "video"] = "image") -> VisionTower:
-        """Refused: the merger joins groups of patches."""
-        raise UnsupportedModelError(
-            f"{self.name}: each visual token is merged from a group of patches, so single patches cannot be dropped in "
-            "the vision tower. Prune in the decoder instead."
-        )
-
-
-def _outermost(encoded: Sequence[EncoderCall]) -> list[EncoderCall]:
-    """Without the calls that others made: Qwen3-VL encodes a video through its function for images."""
-    videos = {id(e.arguments["pixel_values_videos"]) for e in encoded if e.kind == "video"}
-    return [e for e in encoded if e.kind == "video" or id(e.arguments["pixel_values"]) not in videos]
 
 
 class Qwen3VL(Qwen2VL):
@@ -57,23 +45,5 @@ class Qwen3VL(Qwen2VL):
     model_types = ("qwen3_vl", "qwen3_vl_moe")
 
     def prepare(self, model: nn.Module, surviving: Callable[[], Tensor | None]) -> Callable[[], None]:
-        """Give the decoder's deepstack step the features of those visual tokens that are still there.
-
-        The decoder adds them by a mask over the whole prompt, between two layers, where no hook sees it; the method is
-        shadowed on this one instance.
-        """
-        decoder: Any = self.decoder(model)
-        original = decoder._deepstack_process
-
-        def shortened(hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
-            kept = surviving()
-            if kept is not None and hidden_states.shape[1] != visual_pos_masks.shape[1]:
-                kept = kept.to(visual_pos_masks.device)
-                rank = (visual_pos_masks.flatten().cumsum(0) - 1).view_as(visual_pos_masks).gather(1, kept)
-                visual_pos_masks = visual_pos_masks.gather(1, kept)
-                visual_embeds = visual_embeds[rank[visual_pos_masks].to(visual_embeds.device)]
-            added: Tensor = original(hidden_states, visual_pos_masks, visual_embeds)
-            return added
-
-        decoder._deepstack_process = shortened
-        return lambda: decoder.__dict__.pop("_deepstack_process", None) and None
+        """The deepstack step gets the features of those visual tokens that are still there."""
+        return shorten_deepstack(self.decoder(model), surviving)

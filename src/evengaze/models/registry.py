@@ -16,6 +16,7 @@ from torch import nn
 from evengaze.errors import ConfigError, UnsupportedModelError
 from evengaze.layout import VisualLayout
 from evengaze.models.base import Adapter, Call, VisionTower, find_decoder
+from evengaze.models.generic import generic_for
 
 ENTRY_POINTS = "evengaze.adapters"
 
@@ -102,6 +103,8 @@ def adapter_for(model: nn.Module) -> Adapter:
             f"{type(model).__name__} has no config.model_type: give a transformers model (not a pipeline or a wrapper)"
         )
     adapter = adapter_for_type(config.model_type)
+    if adapter is None:
+        adapter = generic_for(model)
     if adapter is None:
         reason = why_not(config)
         if reason is not None:

@@ -6,21 +6,22 @@ picture has is not told to the model: it follows from the placeholders in the pr
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from evengaze.errors import UnsupportedModelError
 from evengaze.layout import ImageInfo, VisualLayout
-from evengaze.models.base import Adapter, Call, EncoderCall, VisionTower
+from evengaze.models.base import Adapter, Call, EncoderCall
 from evengaze.models.llava import patch_size
-from evengaze.models.pictures import Picture, View, assemble, runs
+from evengaze.models.pictures import Panel, Picture, assemble, runs
 
 
 class Tiled(Adapter):
     """What the three have in common."""
+
+    mixes = "pixel shuffle joins groups of patches into one visual token"
 
     def shrink(self, config: Any) -> int:
         """How many patches along each side of a tile become one visual token."""
@@ -61,15 +62,8 @@ class Tiled(Adapter):
         for size in self.picture_sizes(call, config.image_token_id, cells, len(shares)):
             own, shares = shares[:size], shares[size:]
             padding = None if None in own else torch.stack([s for s in own if s is not None])
-            pictures.append(Picture.still(View.plain(ImageInfo(grid, frames=size), padding)))
+            pictures.append(Picture.still(Panel.plain(ImageInfo(grid, frames=size), padding)))
         return assemble(call, {config.image_token_id: pictures})
-
-    def vision_tower(self, model: nn.Module, kind: Literal["image", "video"] = "image") -> VisionTower:
-        """Refused: pixel shuffle joins groups of patches."""
-        raise UnsupportedModelError(
-            f"{self.name}: pixel shuffle joins groups of patches into one visual token, so single patches cannot be "
-            "dropped in the vision tower. Prune in the decoder instead."
-        )
 
 
 class InternVL(Tiled):

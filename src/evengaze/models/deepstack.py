@@ -1,0 +1,41 @@
+"""Decoders that add features of inner tower layers to the visual tokens behind their first layers ("deepstack")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+METHOD = "_deepstack_process"
+
+
+def shorten_deepstack(decoder: Any, surviving: Callable[[], Tensor | None]) -> Callable[[], None]:
+    """Give a decoder's deepstack step the features of those visual tokens that are still there.
+
+    The decoder adds them by a mask over the whole prompt, between two layers, where no hook sees it; the method is
+    shadowed on this one instance.
+
+    Args:
+        decoder: the module with the layers; one without such a step is left alone.
+        surviving: as in `Adapter.prepare`.
+
+    Returns:
+        A function that undoes it.
+    """
+    original = getattr(decoder, METHOD, None)
+    if original is None:
+        return lambda: None
+
+    def shortened(hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
+        kept = surviving()
+        if kept is not None and hidden_states.shape[1] != visual_pos_masks.shape[1]:
+            kept = kept.to(visual_pos_masks.device)
+            rank = (visual_pos_masks.flatten().cumsum(0) - 1).view_as(visual_pos_masks).gather(1, kept)
+            visual_pos_masks = visual_pos_masks.gather(1, kept)
+            visual_embeds = visual_embeds[rank[visual_pos_masks].to(visual_embeds.device)]
+        added: Tensor = original(hidden_states, visual_pos_masks, visual_embeds)
+        return added
+
+    setattr(decoder, METHOD, shortened)
+    return lambda: decoder.__dict__.pop(METHOD, None) and None
