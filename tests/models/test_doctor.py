@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import typer
-from transformers import AriaConfig, AutoModelForImageTextToText, MllamaConfig
+from transformers import AutoModelForImageTextToText, Kosmos2Config, MllamaConfig
 from typer.testing import CliRunner
 
 from evengaze.cli import doctor
@@ -64,17 +64,17 @@ def test_json(tmp_path: Path) -> None:
 
 
 def test_unknown_family_gets_a_skeleton_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    AriaConfig().save_pretrained(tmp_path)
+    Kosmos2Config().save_pretrained(tmp_path)
     result = run(str(tmp_path))
     assert result.exit_code == 1
-    assert "no adapter for config.model_type 'aria'" in result.output
+    assert "no adapter for config.model_type 'kosmos-2'" in result.output
     code = result.output.partition("# An adapter to fill in:")[2]
-    assert code.strip() == skeleton("aria").strip()
+    assert code.strip() == skeleton("kosmos-2").strip()
     monkeypatch.setattr(registry, "_registered", {})
     exec(code, {})
-    adapter = registry.adapter_for_type("aria")
+    adapter = registry.adapter_for_type("kosmos-2")
     assert adapter is not None
-    assert adapter.name == "aria"
+    assert adapter.name == "kosmos-2"
 
 
 def test_refused_family_says_why(tmp_path: Path) -> None:

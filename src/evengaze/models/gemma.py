@@ -52,6 +52,7 @@ class Gemma3(PaliGemma):
         "ranking at sliding-window layers: tokens outside the window get no attention there",
     )
     mixes = "the projector averages groups of patches into one visual token"
+    vision_tower = Adapter.vision_tower
 
     def grid(self, config: Any, height: int, width: int) -> tuple[int, int]:
         """The square grid that the projector pools to."""
