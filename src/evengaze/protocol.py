@@ -23,12 +23,14 @@ from torch import Tensor, nn
 
 from evengaze.errors import ConfigError
 from evengaze.layout import VisualTokens
+from evengaze.parameters import coerce
 
 Mode = Literal["corrected", "official"]
 Scope = Literal["prompt", "image", "frame"]
 Positions = Literal["original", "renumbered"]
 Source = Literal["previous", "own"] | None
 """Whose attention a stage reads; see `Stage`."""
+SOURCES = ("previous", "own")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class Stage:
     layer: int
     attention: Source = "previous"
     trims_below: bool = False
+
+    def __post_init__(self) -> None:
+        coerce(self)
 
     @property
     def attended(self) -> int | None:

@@ -23,6 +23,7 @@ from evengaze.debias.padding import PaddingMask
 from evengaze.debias.trend import FLOOR, TrendCurve, interpolate, numbers
 from evengaze.errors import ConfigError, CurveError
 from evengaze.layout import VisualTokens
+from evengaze.parameters import coerce
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,8 @@ class SinkMask:
     ratio: float = 5.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not self.ratio > 1:
+        coerce(self)
+        if not self.ratio > 1:
             raise ConfigError(f"ratio={self.ratio!r} must be a number above 1")
 
     def valid(self, features: Tensor) -> Tensor:
@@ -193,3 +195,15 @@ class SinkMask:
     def to_dict(self) -> dict[str, Any]:
         """The parameters as JSON-able values."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SinkMask:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: an unknown parameter, or one of the wrong type or out of range.
+        """
+        unknown = set(values) - {"ratio"}
+        if unknown:
+            raise ConfigError(f"SinkMask has no parameter {', '.join(sorted(map(str, unknown)))}")
+        return cls(**values)

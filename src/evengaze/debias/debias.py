@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from evengaze.debias.presets import preset, published_trend
 from evengaze.debias.trend import Trend
 from evengaze.errors import ConfigError
 from evengaze.layout import VisualTokens
+from evengaze.parameters import coerce
 
 Stages = Literal["first", "all"]
 
@@ -42,8 +43,11 @@ class Debias:
     curve: Curve | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.stages not in get_args(Stages):
-            raise ConfigError(f"stages must be 'first' or 'all', not {self.stages!r}")
+        coerce(self)
+        if self.trend is not None and not callable(getattr(self.trend, "weights", None)):
+            raise ConfigError(
+                f"Debias: trend must be a Trend, such as Exponential(1.5), or None, not {self.trend!r:.200}"
+            )
 
     def applies(self, stage: int) -> bool:
         """Whether a stage, counted from 0, is debiased."""
@@ -103,17 +107,28 @@ class Debias:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Debias:
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: an unknown parameter, or one of the wrong type or out of range.
+            CurveError: the same in the trend or its origin.
+        """
+        if not isinstance(values, dict):
+            raise ConfigError(f"a Debias is read from a dictionary, not from {values!r:.80}")
         unknown = set(values) - {"padding", "trend", "stages", "origin", "sinks"}
         if unknown:
-            raise ConfigError(f"Debias has no parameter {', '.join(sorted(unknown))}")
+            raise ConfigError(f"Debias has no parameter {', '.join(sorted(map(str, unknown)))}")
+        for name in ("padding", "trend", "origin", "sinks"):
+            if not isinstance(values.get(name), dict | None):
+                raise ConfigError(f"Debias: {name} must be a dictionary or None, not {values[name]!r:.80}")
         padding, trend, origin = values.get("padding"), values.get("trend"), values.get("origin")
+        sinks = values.get("sinks")
         return cls(
             padding=None if padding is None else PaddingMask.from_dict(padding),
             trend=None if trend is None else trend_from_dict(trend),
             stages=values.get("stages", "first"),
             origin=None if origin is None else Origin.from_dict(origin),
-            sinks=None if values.get("sinks") is None else SinkMask(**values["sinks"]),
+            sinks=None if sinks is None else SinkMask.from_dict(sinks),
         )
 
     @classmethod

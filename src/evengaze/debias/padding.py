@@ -20,6 +20,7 @@ from torch import Tensor
 
 from evengaze.errors import ConfigError, LayoutError
 from evengaze.layout import ImageInfo, VisualTokens
+from evengaze.parameters import coerce
 
 Formula = Literal["share", "pad", "unpad", "bilinear"]
 
@@ -49,8 +50,7 @@ class PaddingMask:
     def __post_init__(self) -> None:
         if self.formula not in get_args(Formula):
             raise ConfigError(f"formula must be one of {', '.join(get_args(Formula))}, not {self.formula!r}")
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
-            raise ConfigError(f"threshold must be a number in [0, 1), not {self.threshold!r}")
+        coerce(self)
         if not 0 <= self.threshold < 1:
             raise ConfigError(f"threshold={self.threshold} must be in [0, 1): the share of a patch that may be padding")
 
@@ -99,7 +99,11 @@ class PaddingMask:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PaddingMask:
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: an unknown parameter, or one of the wrong type or out of range.
+        """
         unknown = set(values) - {"threshold", "formula"}
         if unknown:
             raise ConfigError(f"PaddingMask has no parameter {', '.join(sorted(unknown))}")

@@ -265,11 +265,11 @@ def _job(task: Task, cell: Cell, setting: Setting) -> Job:
 
 def _notes(cell: Cell, task: Task, outcome: Outcome) -> list[str]:
     """A debias curve of something else, or one that knows the pictures; pictures that were converted otherwise."""
-    if cell.pruner.debias is None:
+    if cell.pruner.debiasing is None:
         return picture_notes(outcome)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CurveWarning)  # said in the result instead
-        foreign = cell.pruner.debias.check(
+        foreign = cell.pruner.debiasing.check(
             architecture=outcome.fingerprint["model"]["architecture"],
             method=cell.pruner.name,
             layer=cell.pruner.ranked_layer(task.layers),

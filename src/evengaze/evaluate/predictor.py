@@ -256,7 +256,7 @@ class Predictor:
         the others are answered.
         """
         done: dict[int, Prediction] = {}
-        curve = None if pruner.debias is None else pruner.debias.curve
+        curve = None if pruner.debiasing is None else pruner.debiasing.curve
         known = frozenset(() if curve is None else curve.images)
         groups: dict[str, list[tuple[int, Media, str]]] = {}
         for index, record in enumerate(records):

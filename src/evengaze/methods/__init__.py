@@ -126,10 +126,6 @@ def parse(text: str) -> Pruner:
         if (key := key.strip()) in values:
             raise ConfigError(f"{key} is given twice in {text!r}")
         values[key] = _value(value.strip())
-    if isinstance(values.get("debias"), str):
-        from evengaze.debias import Debias
-
-        values["debias"] = Debias.parse(values["debias"])
     return _build(name, values)
 
 
@@ -169,10 +165,6 @@ def _build(name: str, values: Mapping[str, Any]) -> Pruner:
     missing = [k for k, f in known.items() if f.default is MISSING and f.default_factory is MISSING and k not in values]
     if missing:
         raise ConfigError(f"{method.name} needs {', '.join(missing)}")
-    if not callable(getattr(values.get("debias"), "valid", None)) and values.get("debias") is not None:
-        raise ConfigError(
-            f"debias must be 'padding', a preset's name or a curve file that ends in .json, not {values['debias']!r}"
-        )
     return method(**values)
 
 

@@ -6,7 +6,8 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, ClassVar, Self
+from pathlib import Path
+from typing import Any, ClassVar, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,11 @@ from evengaze.errors import ConfigError, ScoreError
 from evengaze.layout import VisualLayout
 from evengaze.methods.scope import select_parts
 from evengaze.models.base import Adapter, architecture_of
-from evengaze.protocol import Mode, Positions, Scope, Selection, Source, Stage, View, top_allowed
+from evengaze.parameters import coerce
+from evengaze.protocol import SOURCES, Mode, Positions, Scope, Selection, Source, Stage, View, top_allowed
 from evengaze.schedule import Schedule, Visual
+
+_DEBIAS = "a Debias, 'padding', a preset's name, a curve file that ends in .json, or None"
 
 
 @dataclass(frozen=True)
@@ -29,28 +33,46 @@ class Pruner(ABC):
     A method implements `stages`, `score` and `budget`; one that merges overrides `choose`. Calling a pruner on a
     model attaches it: `with pruner(model) as run: model.generate(...)`.
 
+    Values of another type than a field's annotation says are an error; numpy's numbers and lists become Python's
+    numbers and tuples (`evengaze.parameters`).
+
     Attributes:
-        debias: the two debiasing steps, applied to the language-to-vision ranking.
+        debias: the two debiasing steps, applied to the language-to-vision ranking. As text, what `Debias.parse` takes:
+            "padding", a preset's name or a curve file; it is stored as a `Debias`.
         mode: "corrected" (default) or "official", the published code's choices, quirks included.
         scope: what a budget is for: all visual tokens of a "prompt" (default), those of each "image" (or video), or
             those of each "frame" (or tile).
     """
 
-    debias: Debias | None = field(default=None, kw_only=True)
+    debias: Debias | str | Path | None = field(default=None, kw_only=True, metadata={"expected": _DEBIAS})
     mode: Mode = field(default="corrected", kw_only=True)
     scope: Scope = field(default="prompt", kw_only=True)
 
     name: ClassVar[str]
     positions: ClassVar[Positions] = "original"
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        abstract = any(getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in dir(cls))
+        name = getattr(cls, "name", None)
+        if not abstract and not (isinstance(name, str) and name):
+            raise ConfigError(
+                f"the method {cls.__qualname__} needs a name, by which files and the command line call it: write "
+                'name: ClassVar[str] = "..." in the class'
+            )
+        _one_of(cls, "attention", SOURCES)
+        _one_of(cls, "positions", get_args(Positions))
+
     def __post_init__(self) -> None:
-        if self.mode not in ("corrected", "official"):
-            raise ConfigError(f"mode must be 'corrected' or 'official', not {self.mode!r}")
-        if self.scope not in ("prompt", "image", "frame"):
-            raise ConfigError(f"scope must be 'prompt', 'image' or 'frame', not {self.scope!r}")
-        for f in fields(self):
-            if isinstance(getattr(self, f.name), list):  # as JSON and the command line give them
-                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
+        coerce(self)
+        if isinstance(self.debias, (str, Path)):
+            object.__setattr__(self, "debias", Debias.parse(str(self.debias)))
+
+    @property
+    def debiasing(self) -> Debias | None:
+        """`debias` as it is stored."""
+        assert not isinstance(self.debias, (str, Path))
+        return self.debias
 
     # -- what a method says ---------------------------------------------------------------------------------------
     @abstractmethod
@@ -144,10 +166,11 @@ class Pruner(ABC):
         score, allowed = raw, torch.ones_like(raw, dtype=torch.bool)
         *before, now = self.by_text(view.sources)
         earlier = sum(before)
-        if self.debias is not None and now and self.debias.applies(earlier):
-            score, allowed = self.debiased(self.debias, raw, view)
-        elif self.debias is not None and self.mode == "corrected" and earlier:
-            allowed = self.debias.valid(view.tokens).to(raw.device)  # padding stays out of later rankings, too
+        debias = self.debiasing
+        if debias is not None and now and debias.applies(earlier):
+            score, allowed = self.debiased(debias, raw, view)
+        elif debias is not None and self.mode == "corrected" and earlier:
+            allowed = debias.valid(view.tokens).to(raw.device)  # padding stays out of later rankings, too
         view.memory[f"score{view.stage}"] = score
         return score, allowed
 
@@ -161,10 +184,10 @@ class Pruner(ABC):
         """Attach to a model; use the result as a context manager, or call its `remove()`."""
         selfcheck.ensure()
         handle = Handle(model, self, layout)
-        if self.debias is not None and self.stages(handle.depth):
+        if self.debiasing is not None and self.stages(handle.depth):
             layer = self.ranked_layer(handle.depth)
             try:
-                self.debias.check(architecture=architecture_of(handle.model.config), method=self.name, layer=layer)
+                self.debiasing.check(architecture=architecture_of(handle.model.config), method=self.name, layer=layer)
             except BaseException:  # warnings may be errors
                 handle.remove()
                 raise
@@ -184,7 +207,15 @@ class Pruner(ABC):
         values = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in values.items()}
         if self.scope == "prompt":  # the default has no effect on a fingerprint
             values.pop("scope")
-        return {"method": self.name, **values, "debias": None if self.debias is None else self.debias.to_dict()}
+        return {"method": self.name, **values, "debias": None if self.debiasing is None else self.debiasing.to_dict()}
+
+
+def _one_of(cls: type, name: str, allowed: Sequence[Any]) -> None:
+    """Raise a ConfigError unless a class attribute, where a class sets it, has one of the allowed values."""
+    value = cls.__dict__.get(name)
+    if isinstance(value, str) and value not in allowed:
+        known = ", ".join(map(repr, allowed))
+        raise ConfigError(f"{cls.__qualname__}: {name} must be one of {known}, not {value!r}")
 
 
 def attach(model: nn.Module, pruner: Pruner, *, layout: VisualLayout | None = None) -> Handle:

@@ -10,7 +10,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from evengaze.errors import ConfigError
 from evengaze.layout import VisualTokens, precise
 from evengaze.methods.base import Pruner
 from evengaze.methods.stages import Grouping, OneStage
@@ -50,11 +49,6 @@ class Random(OneStage):
 
     name: ClassVar[str] = "random"
     attention: ClassVar[Source] = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ConfigError(f"seed={self.seed!r} must be a whole number")
 
     def score(self, view: View) -> Tensor:
         """Uniform noise, seeded by `seed` and by the embeddings of the question (table look-ups, hence exact)."""

@@ -36,6 +36,6 @@ class FastV(OneStage):
 
     def choose(self, view: View, count: int) -> Selection:
         """The best `count`; the official code lowers it to the number of unpadded tokens, even to 0."""
-        if self.mode == "official" and self.debias is not None:
-            count = min(count, int(self.debias.valid(view.tokens, official=True).sum()))
+        if self.mode == "official" and self.debiasing is not None:
+            count = min(count, int(self.debiasing.valid(view.tokens, official=True).sum()))
         return super().choose(view, count)

@@ -52,7 +52,7 @@ class ILLaVA(OneStage):
     def __post_init__(self) -> None:
         super().__post_init__()
         drop = self.vision_drop
-        if not isinstance(drop, (int, float)) or not drop > 0 or (drop > 1 and not float(drop).is_integer()):
+        if not drop > 0 or (drop > 1 and not float(drop).is_integer()):
             raise ConfigError(f"vision_drop={drop!r} must be a number of patches or a fraction in (0, 1)")
         if self.vision_layers:
             check_layers(self.vision_layers, name="vision_layers")

@@ -39,8 +39,9 @@ class SparseVLM(Pruner):
 
     Attributes:
         keep: an average budget, as a number of tokens or a fraction (the published table if there is one, else one
-            derived for 32 layers and three stages; fewer stages use its first entries, so that the average is higher;
-            `schedule.solve_for_budget` fits any depth), or the tokens kept at each stage, one entry a stage.
+            derived for 32 layers and three stages, see `derive_table`; fewer stages use its first entries, so that the
+            average is higher; `schedule.solve_for_budget` fits any depth), or the tokens kept at each stage, one entry
+            a stage.
         layers: the layers that rank; None takes (2, 6, 15), scaled to the decoder's depth in corrected mode.
     """
 
@@ -189,11 +190,22 @@ def derive_table(average: int, visual: int) -> tuple[float, ...]:
 
     Made for 32 layers and the published stage layers; `schedule.solve_for_budget` makes one for any model. An average
     of at least `visual` keeps everything.
+
+    The layers up to the first stage see all visual tokens, so a small average of a large prompt is out of reach (128 of
+    2880, for instance), or leaves next to nothing behind that stage. Then `average` tokens are left behind the first
+    stage instead, and half as many behind each later one, so that more than `average` enter a layer: with more than
+    the 576 tokens of the published tables, wherever the average would leave fewer than that.
     """
     from evengaze.schedule import solve_for_budget
 
     if average >= visual:
         return (visual,) * len(_LAYERS)
-    table = solve_for_budget(SparseVLM(layers=_LAYERS), average, layers=32, visual=visual).keep
-    assert isinstance(table, tuple)
-    return table
+    method = SparseVLM(layers=_LAYERS)
+    least = method.with_keep(average, visual)
+    try:
+        solved = solve_for_budget(method, average, layers=32, visual=visual)
+    except ConfigError:
+        solved = least
+    table, floor = solved.keep, least.keep
+    assert isinstance(table, tuple) and isinstance(floor, tuple)
+    return floor if visual > _VISUAL and table[0] < floor[0] else table

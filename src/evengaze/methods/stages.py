@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from evengaze.errors import ConfigError
 from evengaze.methods.base import Pruner
-from evengaze.protocol import Source, Stage, View, resolve_keep
+from evengaze.protocol import Selection, Source, Stage, View, resolve_keep
 
 if TYPE_CHECKING:
     from typing import Self
@@ -70,6 +71,10 @@ class Grouping(OneStage):
         """No token is better than another."""
         return torch.zeros(len(view), device=view.hidden.device)
 
+    @abstractmethod
+    def choose(self, view: View, count: int) -> Selection:
+        """Merge into `count` groups."""
+
 
 @dataclass(frozen=True)
 class ManyStages(Pruner):
@@ -93,7 +98,19 @@ class ManyStages(Pruner):
         super().__post_init__()
         layers = self.published if self.layers is None else self.layers
         check_layers(layers, reads_previous=self.attention == "previous")
-        object.__setattr__(self, "keep", per_stage(self.keep, len(layers), self.shrink))
+        given = self.keep
+        if isinstance(given, tuple) and given == self.__dataclass_fields__["keep"].default:
+            # A method's own budgets serve other stages, too: the first ones, or more that shrink on.
+            more = [given[-1] * self.shrink ** (i + 1) for i in range(len(layers) - len(given))]
+            given = (*given[: len(layers)], *(m if isinstance(given[-1], float) else max(1, round(m)) for m in more))
+        object.__setattr__(self, "_given", self.keep)
+        object.__setattr__(self, "keep", per_stage(given, len(layers), self.shrink))
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other parameters; for other `layers`, `keep` is what was given, a single value for instance."""
+        if "layers" in changes and "keep" not in changes:
+            changes["keep"] = self.__dict__["_given"]
+        return super().replace(**changes)
 
     @property
     def budgets(self) -> tuple[float, ...]:

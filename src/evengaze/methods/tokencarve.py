@@ -43,7 +43,7 @@ class TokenCarve(OneStage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.balance, (int, float)) or not 0 <= self.balance <= 1:
+        if not 0 <= self.balance <= 1:
             raise ConfigError(f"balance={self.balance!r} must be a number in [0, 1]")
 
     def stages(self, layers: int) -> Sequence[Stage]:
