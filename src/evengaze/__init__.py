@@ -14,7 +14,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from evengaze.version import __version__
 
 _EXPORTS = {
     "attach": "evengaze.methods.base",
@@ -33,7 +33,12 @@ _EXPORTS = {
     "View": "evengaze.methods",
     "Selection": "evengaze.methods",
     "Merge": "evengaze.methods",
+    "OneStage": "evengaze.methods",
+    "ManyStages": "evengaze.methods",
+    "register": "evengaze.methods",
     "parse": "evengaze.methods",
+    "calibrate": "evengaze.calibration.calibrate",
+    "Sample": "evengaze.calibration.observe",
     "FastV": "evengaze.methods.fastv",
     "PyramidDrop": "evengaze.methods.pyramiddrop",
     "SparseVLM": "evengaze.methods.sparsevlm",
@@ -55,10 +60,12 @@ __all__ = [*_EXPORTS, *_MODULES, "__version__"]
 
 if TYPE_CHECKING:
     from evengaze import demo, errors, methods, models, testing
+    from evengaze.calibration.calibrate import calibrate
+    from evengaze.calibration.observe import Sample
     from evengaze.debias import Debias, PaddingMask, TrendCurve
     from evengaze.engine.session import Handle
     from evengaze.layout import ImageInfo, VisualLayout, VisualTokens
-    from evengaze.methods import Merge, Pruner, Selection, Stage, View, parse
+    from evengaze.methods import ManyStages, Merge, OneStage, Pruner, Selection, Stage, View, parse, register
     from evengaze.methods.base import attach
     from evengaze.methods.baselines import Dense, Pool, Random, Uniform
     from evengaze.methods.divprune import DivPrune

@@ -29,7 +29,7 @@ def describe(*, check: bool = True) -> dict[str, Any]:
         `devices`, `attention` (implementations that can be asked for here), `variables` that are set, and
         `self_check` with `passed`, and `difference` and `seconds` or the `error`.
     """
-    from evengaze import __version__
+    from evengaze.version import __version__
 
     found: dict[str, Any] = {
         "evengaze": __version__,

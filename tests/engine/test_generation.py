@@ -110,6 +110,10 @@ def test_several_stages_may_trim_the_caches_below(static):
             assert (generate(model, alone, **options)[1][0] - together[b]).abs().max() < 1e-4
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6."),
+    reason="torch 2.6 does not compile the dense model, either (transformers 5.21)",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fastv:keep=5", "pyramiddrop:layers=[2,4],keep=[8,4]", "tokencarve:keep=5"])
 @pytest.mark.parametrize("batch", [1, 3])

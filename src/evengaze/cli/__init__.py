@@ -84,7 +84,7 @@ def _quiet() -> None:
 
 def _version(asked: bool) -> None:
     if asked:
-        from evengaze import __version__
+        from evengaze.version import __version__
 
         typer.echo(__version__)
         raise typer.Exit

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import transformers
 
-from evengaze import __version__
 from evengaze.demo.experiment import EARLY, KEEPS, LAYER, Cell, Outcome, Result
 from evengaze.evaluate.metrics.paired import Paired, compare
+from evengaze.version import __version__
 from evengaze.viz.accuracy import Point, plot_accuracy
 from evengaze.viz.bias import plot_trend
 from evengaze.viz.patches import Canvas, Panel, draw_panels

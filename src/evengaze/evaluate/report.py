@@ -9,13 +9,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from evengaze import __version__
 from evengaze.errors import DataError
 from evengaze.evaluate.metrics.paired import Paired
 from evengaze.evaluate.recipes import published
 from evengaze.evaluate.results import Row, Table, load, tables
 from evengaze.extras import require
 from evengaze.files import write_whole
+from evengaze.version import __version__
 
 _READING = (
     "Tokens are the visual tokens that enter a decoder layer, averaged over layers and measured. FLOPs are those of "

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 from evengaze.errors import DataError
 from evengaze.viz.patches import Canvas, Panel, draw_panels
+from evengaze.viz.traced import Traced
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
-
-    from evengaze.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Compared:
     """
 
     label: str
-    trace: Trace
+    trace: Traced
     answer: str = ""
 
 

@@ -9,18 +9,17 @@ import torch
 from torch import Tensor
 
 from evengaze.errors import DataError
-from evengaze.methods import top
+from evengaze.protocol import top
 from evengaze.viz.patches import Canvas, Panel, draw_panels
+from evengaze.viz.traced import Decision, Traced
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-    from evengaze.trace import RowTrace, Trace
-
 
 def plot_trace(
-    trace: Trace,
+    trace: Traced,
     image: Image | Sequence[Image] | None = None,
     *,
     row: int = 0,
@@ -67,13 +66,13 @@ def plot_trace(
     return draw_panels([panels])
 
 
-def plain_choice(trace: Trace, row: int = 0, stage: int = 0) -> Tensor | None:
+def plain_choice(trace: Traced, row: int = 0, stage: int = 0) -> Tensor | None:
     """The tokens that the kept places would have gone to by raw score among all candidates.
 
     Returns:
         (m,) indices into the row's visual tokens, as many as were kept; None if the stage was not debiased.
     """
-    decision: RowTrace = trace.stages[stage].rows[row]
+    decision: Decision = trace.stages[stage].rows[row]
     debias = trace.pruner.get("debias")
     number = stage % len(trace.stages)
     if not debias or decision.raw is None or decision.scores is None:

@@ -1,0 +1,62 @@
+"""What a figure needs to know of a call. `evengaze.trace.Trace` is it; how it is recorded is not asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from evengaze.layout import VisualLayout
+
+
+class Decision(Protocol):
+    """One row at one stage; see `trace.RowTrace`."""
+
+    @property
+    def candidates(self) -> Tensor:
+        """(n,) tokens that arrived."""
+
+    @property
+    def kept(self) -> Tensor:
+        """(m,) tokens that survived."""
+
+    @property
+    def recycled(self) -> Tensor | None:
+        """(c,) tokens that stand for merged ones."""
+
+    @property
+    def raw(self) -> Tensor | None:
+        """(n,) scores before debiasing."""
+
+    @property
+    def scores(self) -> Tensor | None:
+        """(n,) scores after it."""
+
+
+class Decisions(Protocol):
+    """One stage; see `trace.StageTrace`."""
+
+    @property
+    def layer(self) -> int:
+        """Where the tokens left."""
+
+    @property
+    def rows(self) -> Sequence[Decision]:
+        """One entry a row."""
+
+
+class Traced(Protocol):
+    """One prefill; see `trace.Trace`."""
+
+    @property
+    def pruner(self) -> Mapping[str, Any]:
+        """The method's parameters."""
+
+    @property
+    def layout(self) -> VisualLayout:
+        """The visual tokens of every row."""
+
+    @property
+    def stages(self) -> Sequence[Decisions]:
+        """By ascending layer."""
