@@ -6,6 +6,7 @@ import evengaze as eg
 from evengaze.methods import resolve_keep
 
 
+@eg.methods.register
 @dataclass(frozen=True)
 class MiddleOut(eg.Pruner):
     """Keep the tokens nearest to the middle of the picture, where photographers put things."""

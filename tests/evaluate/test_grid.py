@@ -16,12 +16,12 @@ from evengaze.cli import evaluate as command
 from evengaze.debias import Curve, CurveWarning, Debias, Exponential
 from evengaze.errors import ConfigError, CurveError, DataError
 from evengaze.evaluate.benchmarks import BENCHMARKS, get_benchmark
-from evengaze.evaluate.grid import Plan, cells, split_methods
+from evengaze.evaluate.grid import Plan, cells
 from evengaze.evaluate.predictor import ModelSpec, Predictor
 from evengaze.evaluate.recipes import Recipe, names, published
 from evengaze.evaluate.results import load, tables
 from evengaze.evaluate.runner import Job, LocalBackend, run
-from evengaze.methods import parse
+from evengaze.methods import parse, split
 from evengaze.schedule import Schedule
 from runner_fakes import save_model, save_pope
 
@@ -38,13 +38,13 @@ from runner_fakes import save_model, save_pope
     ],
 )
 def test_methods_are_split_where_a_new_one_begins(given: list[str], expected: tuple[str, ...]) -> None:
-    assert split_methods(given) == expected
+    assert split(given) == expected
 
 
 @pytest.mark.parametrize("given", ["keep=4,fastv", "fastv;keep=4"])
 def test_a_parameter_needs_a_method(given: str) -> None:
     with pytest.raises(ConfigError, match="without a method before it"):
-        split_methods([given])
+        split([given])
 
 
 def test_every_method_has_baselines_at_its_average_tokens() -> None:

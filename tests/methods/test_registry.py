@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from evengaze import methods
 from evengaze.debias import Debias, Exponential, PaddingMask
 from evengaze.errors import ConfigError
+from evengaze.methods import registry
 from evengaze.methods._template import Norm
 from evengaze.methods.fastv import FastV
 from evengaze.methods.himap import HiMAP
@@ -123,7 +127,7 @@ def test_registering_another_class_under_a_taken_name_is_refused() -> None:
 
 
 def test_names_of_registered_methods_are_looked_up_whatever_their_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
 
     @dataclass(frozen=True)
     class Shouted(Norm):
@@ -135,6 +139,116 @@ def test_names_of_registered_methods_are_looked_up_whatever_their_case(monkeypat
 
 
 def test_the_template_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     assert methods.register(Norm) is Norm
     assert methods.parse("norm:keep=5") == Norm(5)
+
+
+OUTSIDE = """
+from dataclasses import dataclass
+from evengaze import methods
+
+@methods.register
+@dataclass(frozen=True)
+class Last(methods.OneStage):
+    keep: float = 9
+    name = "last-ones"
+    attention = None
+
+    def score(self, view):
+        return view.tokens.x
+"""
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module of somebody else's, and a registry that forgets it."""
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "somebodys.py"
+    path.write_text(OUTSIDE)
+    yield path
+    sys.modules.pop("somebodys", None)
+
+
+def test_a_class_is_found_by_its_module(outside: Path) -> None:
+    found = methods.parse("somebodys:Last:keep=12.5%,layer=3")
+    assert (found.name, found.keep, found.layer) == ("last-ones", 0.125, 3)
+    assert methods.parse(methods.spec(found)) == found and methods.parse("somebodys:Last") == methods.parse("last-ones")
+    assert methods.split(["somebodys:Last,keep=4,fastv", "somebodys:Last:keep=3,layer=2;none"]) == (
+        "somebodys:Last:keep=4",
+        "fastv",
+        "somebodys:Last:keep=3,layer=2",
+        "none",
+    )
+    with pytest.raises(ConfigError, match=r"no class Lost.*Did you mean 'Last'"):
+        methods.parse("somebodys:Lost")
+    with pytest.raises(ConfigError, match="nobodys cannot be imported"):
+        methods.parse("nobodys:Last")
+    with pytest.raises(ConfigError, match="no method"):
+        methods.parse("json:JSONDecoder")
+
+
+@pytest.mark.parametrize("by", ["module", "file"])
+def test_a_plugin_registers_its_methods(outside: Path, by: str) -> None:
+    with pytest.raises(ConfigError, match="unknown method"):
+        methods.get("last-ones")
+    methods.load("somebodys" if by == "module" else str(outside))
+    assert methods.parse("last-ones:keep=4").keep == 4
+    assert methods.names()[-1] == "last-ones"
+    with pytest.raises(ConfigError, match="no such file"):
+        methods.load(str(outside.with_name("other.py")))
+    outside.with_name("broken.py").write_text("1 / 0")
+    with pytest.raises(ConfigError, match=r"broken\.py cannot be imported \(ZeroDivisionError"):
+        methods.load(str(outside.with_name("broken.py")))
+
+
+def test_installed_packages_bring_methods_by_entry_points(outside: Path) -> None:
+    info = outside.parent / "somebodys-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: somebodys\nVersion: 1.0\n")
+    points = "[evengaze.methods]\nlast-ones = somebodys:Last\nwrong = somebodys:Last\ngone = nowhere:Method\n"
+    (info / "entry_points.txt").write_text(points)
+    importlib.invalidate_caches()
+    assert {"last-ones", "wrong", "gone"} <= set(methods.names())
+    assert methods.parse("last-ones:keep=4").keep == 4
+    with pytest.raises(ConfigError, match=r"'gone' comes from nowhere:Method, which fails"):
+        methods.get("gone")
+    with pytest.raises(ConfigError, match="whose name is 'last-ones'"):
+        methods.get("wrong")
+
+
+def test_a_class_that_is_defined_again_replaces_the_old_one(outside: Path) -> None:
+    first = methods.load(str(outside)).Last
+    second = methods.load(str(outside)).Last
+    assert first is not second and methods.get("last-ones") is second
+
+
+def test_files_import_nothing(outside: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown method"):
+        methods.from_dict({"method": "somebodys:Last"})
+    assert "somebodys" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [("fastvv", "fastv"), ("sparse-vlm", "sparsevlm"), ("fastv:kep=3", "keep"), ("pyramiddrop:layer=[2]", "layers")],
+)
+def test_bad_names_say_what_was_meant(text: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"Did you mean '{meant}'"):
+        methods.parse(text)
+
+
+def test_shares_may_be_written_in_per_cent() -> None:
+    assert methods.parse("fastv:keep=12.5%") == FastV(0.125)
+    assert methods.parse("himap:keep=[50%, 6 %]").keep == (0.5, 0.06)
+    assert methods.parse("fastv:keep=100%").keep == 1.0
+    with pytest.raises(ConfigError, match="neither a whole number"):
+        methods.parse("fastv:keep=150%")
+
+
+def test_every_method_of_the_package_is_registered_where_it_is_defined() -> None:
+    found = [methods.get(name) for name in methods.names()]
+    for module in registry.MODULES:
+        assert any(cls.__module__.startswith(f"evengaze.methods.{module}") for cls in found), module
+    assert len(found) == len(set(found)) == len(methods.names())

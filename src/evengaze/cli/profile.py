@@ -46,9 +46,9 @@ def profile(
     import json
 
     from evengaze.cli import session
-    from evengaze.evaluate.grid import split_methods
+    from evengaze.methods import split
 
-    specs = split_methods(methods or ["fastv:keep=0.5;fastv:keep=0.25;fastv:keep=0.125"])
+    specs = split(methods or ["fastv:keep=0.5;fastv:keep=0.25;fastv:keep=0.125"])
     pruners = [session.method(spec) for spec in specs]
     pictures = [session.sample_picture()] if image is None else session.read_pictures([image])
     loaded = session.Session(model, revision=revision, dtype=dtype, device=device, allow_missing=allow_missing)

@@ -88,11 +88,11 @@ def compare(
     Without --debias the second row leaves out padding only. Methods that do not rank by text are drawn once.
     """
     from evengaze.cli import session
-    from evengaze.evaluate.grid import split_methods
+    from evengaze.methods import split
     from evengaze.viz.compare import plot_comparison
 
     session.output(out, ".png", ".pdf", ".svg")
-    specs = split_methods(methods or ["fastv:keep=0.125;pyramiddrop;random:keep=0.125;uniform:keep=0.125"])
+    specs = split(methods or ["fastv:keep=0.125;pyramiddrop;random:keep=0.125;uniform:keep=0.125"])
     pruners = [session.method(spec, debias) for spec in specs]
     pictures = session.read_pictures(image)
     loaded = session.Session(model, revision=revision, dtype=dtype, device=device, allow_missing=allow_missing)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from evengaze import methods
 from evengaze.debias import CurveWarning, Debias
-from evengaze.errors import ConfigError, CurveError
+from evengaze.errors import CurveError
 from evengaze.evaluate.benchmarks import Benchmark, Record, ScoreOptions
 from evengaze.evaluate.fingerprint import describe_pruner, digest
 from evengaze.evaluate.runner import Backend, Job, Outcome, overlap_notes, picture_notes, run_jobs
@@ -300,31 +300,3 @@ def _result(cell: Cell, outcome: Outcome, notes: list[str]) -> dict[str, Any]:
         "problem": outcome.problem,
         "notes": notes,
     }
-
-
-def split_methods(texts: Sequence[str]) -> tuple[str, ...]:
-    """Split ``none,fastv:keep=128,layer=2,random:keep=128`` into methods.
-
-    Methods are separated by commas or semicolons. A part ``key=value`` belongs to the method before it: a method's
-    name has no "=", so this is never ambiguous. Commas in brackets do not separate.
-
-        split_methods(["fastv:keep=128,layer=2,none"])  ->  ("fastv:keep=128,layer=2", "none")
-
-    Raises:
-        ConfigError: a parameter stands before any method.
-    """
-    found: list[str] = []
-    for text in texts:
-        own = len(found)
-        for block in text.split(";"):
-            begin = True
-            for part in filter(None, (p.strip() for p in re.split(r",(?![^\[]*\])", block))):
-                if "=" in part.partition(":")[0]:
-                    if begin or len(found) == own:
-                        raise ConfigError(f"--methods {text!r}: {part!r} is a parameter without a method before it")
-                    joint = "," if ":" in found[-1] else ":"
-                    found[-1] += joint + part
-                else:
-                    found.append(part)
-                begin = False
-    return tuple(found)

@@ -12,8 +12,9 @@ import yaml
 
 from evengaze.errors import ConfigError
 from evengaze.evaluate.conversation import Style
-from evengaze.evaluate.grid import BASELINES, Plan, split_methods
+from evengaze.evaluate.grid import BASELINES, Plan
 from evengaze.evaluate.predictor import ModelSpec
+from evengaze.methods import split
 
 _FOLDER = files("evengaze.recipes")
 _PUBLISHED = "published"
@@ -100,7 +101,7 @@ class Recipe:
                     raise ConfigError(f"{key} must be a list, not {changed[key]!r}")
                 changed[key] = tuple(changed[key])
         if "methods" in changed:
-            changed["methods"] = split_methods(changed["methods"])
+            changed["methods"] = split(changed["methods"])
         if "budgets" in changed and not all(isinstance(b, (int, float)) and b > 0 for b in changed["budgets"]):
             raise ConfigError(f"budgets must be numbers of tokens, not {list(changed['budgets'])}")
         if changed.get("prompt") not in (None, "auto", "official", "chat"):

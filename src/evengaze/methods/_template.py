@@ -1,4 +1,8 @@
-"""The smallest useful method: copy this file, change `score`, and add a line to the registry in `__init__.py`.
+"""The smallest useful method: copy this file anywhere, change `score`, and put `@register` above `@dataclass`.
+
+`evengaze run --plugin FILE.py --method norm:keep=64`, or `FILE:Norm:keep=64`, uses it from the command line. In this
+package, the module's name also goes into the list in `registry.py`.
+
 
 It keeps the tokens with the largest hidden states, a signal that needs no attention at all. Where yours comes from
 (paper, equation, upstream file) belongs here.

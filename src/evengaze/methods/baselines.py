@@ -12,10 +12,12 @@ from torch import Tensor
 
 from evengaze.layout import VisualTokens, precise
 from evengaze.methods.base import Pruner
+from evengaze.methods.registry import register
 from evengaze.methods.stages import Grouping, OneStage
 from evengaze.protocol import Merge, Selection, Source, Stage, View
 
 
+@register
 @dataclass(frozen=True)
 class Dense(Pruner):
     """The unpruned model, under the same roof as the methods that it is compared with."""
@@ -35,6 +37,7 @@ class Dense(Pruner):
         return current
 
 
+@register
 @dataclass(frozen=True)
 class Random(OneStage):
     """Random tokens. The same prompt gets the same ones in every run, batch and place in the batch.
@@ -60,6 +63,7 @@ class Random(OneStage):
         return noise[place]
 
 
+@register
 @dataclass(frozen=True)
 class Uniform(OneStage):
     """A regular lattice on each image or frame: bands of rows, each cut into equal segments, the middles of which stay.
@@ -78,6 +82,7 @@ class Uniform(OneStage):
         return torch.zeros(len(view), device=view.hidden.device).index_fill(0, middle, 1.0)
 
 
+@register
 @dataclass(frozen=True)
 class Pool(Grouping):
     """Average pooling over the cells of the lattice of `Uniform`: a quarter of the tokens is 2 x 2 pooling."""

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from evengaze.methods.registry import register
 from evengaze.methods.stages import OneStage
 from evengaze.protocol import Source, View
 
 _CHUNK = 256
 
 
+@register
 @dataclass(frozen=True)
 class DivPrune(OneStage):
     """Greedily pick the token whose nearest picked token is farthest away, by cosine distance.

@@ -11,10 +11,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from evengaze.methods.registry import register
 from evengaze.methods.stages import OneStage
 from evengaze.protocol import Selection, View
 
 
+@register
 @dataclass(frozen=True)
 class FastV(OneStage):
     """Keep the visual tokens that the last prompt token attends to most in layer `layer - 1`.

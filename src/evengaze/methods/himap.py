@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from evengaze.methods.registry import register
 from evengaze.methods.stages import ManyStages
 from evengaze.protocol import View
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from evengaze.debias import Debias
 
 
+@register
 @dataclass(frozen=True)
 class HiMAP(ManyStages):
     """Two stages, ranked by the layer before each; survivors keep their original positions.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from evengaze.errors import ConfigError
 from evengaze.layout import precise
 from evengaze.methods._tower import shorten
+from evengaze.methods.registry import register
 from evengaze.methods.stages import OneStage, check_layers
 from evengaze.protocol import Merge, Selection, Stage, View, resolve_keep
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from evengaze.models.base import Adapter
 
 
+@register
 @dataclass(frozen=True)
 class ILLaVA(OneStage):
     """Rank by the last prompt token's attention in layer `layer - 1`; the worst survivor takes in the dropped tokens.

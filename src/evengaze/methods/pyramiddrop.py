@@ -10,10 +10,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from evengaze.methods.registry import register
 from evengaze.methods.stages import ManyStages
 from evengaze.protocol import Positions, Source, View
 
 
+@register
 @dataclass(frozen=True)
 class PyramidDrop(ManyStages):
     """Before each stage layer r, keep the tokens to which the last prompt token is about to attend most there.

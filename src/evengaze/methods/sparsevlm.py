@@ -16,6 +16,7 @@ from torch import Tensor
 
 from evengaze.errors import ConfigError
 from evengaze.methods.base import Pruner
+from evengaze.methods.registry import register
 from evengaze.methods.stages import check_layers, default_layers, per_stage
 from evengaze.protocol import Merge, Positions, Selection, Stage, View, resolve_keep, top_allowed
 
@@ -27,6 +28,7 @@ TABLES = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
 _LAYERS, _VISUAL = (2, 6, 15), 576
 
 
+@register
 @dataclass(frozen=True)
 class SparseVLM(Pruner):
     """Each stage layer ranks with its own attention and hands on its output without the dropped tokens.

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from evengaze.errors import ConfigError
 from evengaze.layout import precise
+from evengaze.methods.registry import register
 from evengaze.methods.stages import OneStage
 from evengaze.protocol import Merge, Selection, Stage, View
 
 
+@register
 @dataclass(frozen=True)
 class TokenCarve(OneStage):
     """One stage that reaches back: the caches of the layers below lose the dropped tokens as well.

@@ -12,10 +12,12 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import normalize
 
+from evengaze.methods.registry import register
 from evengaze.methods.stages import Grouping
 from evengaze.protocol import Merge, Selection, View
 
 
+@register
 @dataclass(frozen=True)
 class ToMe(Grouping):
     """Repeat: split the tokens alternately into A and B, link each of A to its most similar of B, merge the closest.

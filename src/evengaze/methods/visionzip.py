@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from evengaze.methods._tower import watch
+from evengaze.methods.registry import register
 from evengaze.methods.stages import OneStage
 from evengaze.protocol import Source, View
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from evengaze.models.base import Adapter
 
 
+@register
 @dataclass(frozen=True)
 class VisionZip(OneStage):
     """Rank by the tower's own attention, in the layer whose output becomes the features.

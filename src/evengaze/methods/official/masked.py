@@ -20,11 +20,13 @@ from evengaze.engine.attention import AttentionStates, attention_module, tap
 from evengaze.engine.masks import causal_mask, take_mask
 from evengaze.layout import VisualTokens
 from evengaze.methods.fastv import FastV
+from evengaze.methods.registry import register
 from evengaze.models import find_decoder
 from evengaze.models.base import Adapter
 from evengaze.protocol import Mode, Selection, View
 
 
+@register
 @dataclass(frozen=True)
 class FastVMasked(FastV):
     """FastV with masks instead of removal, ranking again in every decoding step. One generation at a time.

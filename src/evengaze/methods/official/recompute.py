@@ -16,6 +16,7 @@ from evengaze.layout import VisualLayout
 from evengaze.methods.base import Pruner
 from evengaze.methods.fastv import FastV
 from evengaze.methods.himap import HiMAP
+from evengaze.methods.registry import register
 from evengaze.protocol import Mode
 
 
@@ -28,6 +29,7 @@ class _Recompute(Pruner):
         return Handle(model, self, layout, freeze=False)
 
 
+@register
 @dataclass(frozen=True)
 class FastVRecompute(_Recompute, FastV):
     """FastV as `fast_v_inplace=True` runs it. Use it with `use_cache=False`."""
@@ -35,6 +37,7 @@ class FastVRecompute(_Recompute, FastV):
     name: ClassVar[str] = "fastv-recompute"
 
 
+@register
 @dataclass(frozen=True)
 class HiMAPRecompute(_Recompute, HiMAP):
     """HiMAP as its evaluation scripts run it. Use it with `use_cache=False`."""
