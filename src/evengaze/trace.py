@@ -33,6 +33,8 @@ class RowTrace:
         merge: the merge, in candidate indices; None if nothing was merged.
         raw: (n,) scores as the method gave them; None if it gives none.
         scores: (n,) scores after debiasing.
+        tokens: (s,) tokens that went on, kept or recycled, in the order of the sequence.
+        place: (s,) their indices in the sequence that went on.
     """
 
     candidates: Tensor
@@ -41,12 +43,14 @@ class RowTrace:
     merge: Merge | None = None
     raw: Tensor | None = None
     scores: Tensor | None = None
+    tokens: Tensor | None = None
+    place: Tensor | None = None
 
     @classmethod
     def empty(cls) -> RowTrace:
         """The trace of a row without images."""
         none = torch.zeros(0, dtype=torch.long)
-        return cls(none, none)
+        return cls(none, none, tokens=none, place=none)
 
     @property
     def survivors(self) -> int:
@@ -106,6 +110,101 @@ class Trace:
         """(m,) indices, into the row's visual tokens, of those that survived a stage (the last one by default)."""
         return self.stages[stage].rows[row].kept.cpu()
 
+    # -- from tokens to pictures --------------------------------------------------------------------------------------
+    def boxes(
+        self,
+        picture: int = 0,
+        size: Any = None,
+        *,
+        row: int = 0,
+        stage: int = -1,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
+        """What the kept tokens show, in pixels of a picture as the user has it.
+
+        A picture that is shown in several views (a thumbnail and tiles) has boxes of several sizes, which overlap. Of a
+        video the boxes are in its frames; `layout.rows[row].frame` says in which.
+
+        Args:
+            picture: which picture of the row, counted from 0.
+            size: its (width, height) or the picture itself; what the model was told if left out.
+            row: batch row.
+            stage: which stage.
+            tokens: (m,) indices of other visual tokens of the row than the kept ones.
+
+        Returns:
+            (m, 4) float64 left, top, right, bottom, in the order of the tokens that belong to the picture.
+
+        Raises:
+            DataError: there is no such picture, or its size is not known.
+        """
+        from evengaze.pixels import patch_boxes, picture_size
+
+        table = self.layout.rows[row]
+        return patch_boxes(table, self._of_picture(picture, row, stage, tokens), picture_size(table, picture, size))
+
+    def mask(
+        self,
+        picture: int = 0,
+        size: Any = None,
+        *,
+        row: int = 0,
+        stage: int = -1,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
+        """Which pixels of a picture the kept tokens show, by the centres of the pixels; arguments as for `boxes`.
+
+        Returns:
+            (height, width) bool; of a video (frames, height, width).
+        """
+        from evengaze.pixels import is_tiled, patch_boxes, picture_size, views
+
+        table = self.layout.rows[row].to("cpu")
+        chosen, (width, height) = self._of_picture(picture, row, stage, tokens), picture_size(table, picture, size)
+        view = views(table, picture)[0]
+        frames = 1 if is_tiled(table, view) else table.images[view].frames
+        shown = torch.zeros(frames, height, width, dtype=torch.bool)
+        for box, frame in zip(patch_boxes(table, chosen, (width, height)), table.frame[chosen].tolist(), strict=True):
+            left, top, right, bottom = (box - 0.5).ceil().long().tolist()
+            shown[frame % frames, top:bottom, left:right] = True
+        return shown if frames > 1 else shown[0]
+
+    def columns(self, layer: int, row: int = 0) -> Tensor:
+        """Which visual token is behind each column of a layer's attention map, among the call's own tokens.
+
+        With `boxes(tokens=...)` and `layout.rows[row]` that is the patch. Columns of earlier turns stand before them.
+
+        Args:
+            layer: 0-based decoder layer.
+            row: batch row.
+
+        Returns:
+            (M,) indices into the row's visual tokens; -1 for text and padding. M is `entering[layer]`.
+
+        Raises:
+            DataError: no such layer or row, or a trace that was written before this was recorded.
+        """
+        if not 0 <= layer < self.layers or not 0 <= row < len(self.layout.rows):
+            raise DataError(f"the trace has {self.layers} layers and {len(self.layout.rows)} rows; not {layer}, {row}")
+        place: Tensor | None = self.layout.rows[row].position.cpu()
+        tokens: Tensor | None = torch.arange(len(self.layout.rows[row]))
+        for stage in self.stages:
+            if stage.layer <= layer:
+                tokens, place = stage.rows[row].tokens, stage.rows[row].place
+        if tokens is None or place is None:
+            raise DataError("the trace does not say where tokens stand: it was written by an older evengaze")
+        found = torch.full((self.entering[layer],), -1)
+        found[place.cpu()] = tokens.cpu()
+        return found
+
+    def _of_picture(self, picture: int, row: int, stage: int, tokens: Tensor | None) -> Tensor:
+        """(m,) those of the kept (or given) tokens that belong to a picture."""
+        from evengaze.pixels import views
+
+        table = self.layout.rows[row]
+        chosen = self.kept(row, stage) if tokens is None else tokens.cpu()
+        return chosen[torch.isin(table.image.cpu()[chosen], torch.tensor(views(table, picture)))]
+
     def __str__(self) -> str:
         steps = []
         rows = [b for b, r in enumerate(self.layout.rows) if len(r)]
@@ -120,19 +219,31 @@ class Trace:
             text += f"; KV cache {_megabytes(sum(self.kv_bytes_unpruned))} -> {_megabytes(sum(self.kv_bytes))}"
         return text
 
-    def plot(self, image: Image | None = None, row: int = 0, stage: int = 0) -> Figure:
+    def plot(
+        self,
+        image: Image | Sequence[Any] | None = None,
+        row: int = 0,
+        stage: int = 0,
+        *,
+        picture: int | None = None,
+    ) -> Figure:
         """Draw what a stage kept of one row: kept patches bright, dropped dim, padding hatched.
 
         Where the scores were debiased, the choice without debiasing is shown beside it.
 
         Args:
-            image: the row's picture (its first image), or None for the token grid alone.
+            image: the picture as the user has it, one for each frame of a video, or None for the token grid alone. If
+                the row has several pictures: all of them, or one and `picture`.
             row: batch row.
             stage: which stage.
+            picture: which picture of the row, counted from 0; all of them if left out.
+
+        Raises:
+            DataError: there is no such picture, or it is not said which one is given.
         """
         from evengaze.viz.overlay import plot_trace
 
-        return plot_trace(self, image, row=row, stage=stage)
+        return plot_trace(self, image, row=row, stage=stage, picture=picture)
 
     # -- files --------------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
@@ -188,7 +299,7 @@ class Trace:
                 data["kv_bytes"],
                 data["kv_bytes_unpruned"],
             )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise DataError(f"malformed trace: {error!r}") from error
 
     def save(self, path: str | Path) -> None:
@@ -228,9 +339,13 @@ def _row_dict(row: RowTrace) -> dict[str, Any]:
         "candidates": values(row.candidates),
         "kept": values(row.kept),
         "recycled": values(row.recycled),
-        "merge": None if merge is None else [merge.source.tolist(), merge.target.tolist(), merge.weight.tolist()],
+        "merge": None
+        if merge is None
+        else [*(t.tolist() for t in (merge.source, merge.target, merge.weight)), _dtype_name(merge.weight)],
         "raw": values(row.raw),
         "scores": values(row.scores),
+        "tokens": values(row.tokens),
+        "place": values(row.place),
     }
 
 
@@ -249,12 +364,23 @@ def _row_of(data: Mapping[str, Any]) -> RowTrace:
         candidates,
         kept,
         index(data["recycled"]),
-        None
-        if merge is None
-        else Merge(torch.tensor(merge[0]).long(), torch.tensor(merge[1]).long(), torch.tensor(merge[2])),
+        None if merge is None else _merge_of(*merge),
         real(data["raw"]),
         real(data["scores"]),
+        index(data.get("tokens")),
+        index(data.get("place")),
     )
+
+
+def _merge_of(source: list[int], target: list[int], weight: list[float], dtype: str = "float32") -> Merge:
+    kind = getattr(torch, dtype)
+    if not isinstance(kind, torch.dtype):
+        raise ValueError(f"{dtype!r} is no type of weights")
+    return Merge(torch.tensor(source).long(), torch.tensor(target).long(), torch.tensor(weight, dtype=kind))
+
+
+def _dtype_name(values: Tensor) -> str:
+    return str(values.dtype).removeprefix("torch.")
 
 
 def _range(counts: Sequence[int]) -> str:

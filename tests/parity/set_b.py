@@ -191,10 +191,13 @@ def _illava(report: Report, recorded: Recorded, case: dict[str, Any]) -> None:
     members = merge.source
     report.close("score_raw", entry.raw, atol=1e-8, rtol=1e-4)
     report.close("score", entry.score, atol=1e-8, rtol=1e-4)
-    report.equal("order", torch.sort(entry.score, descending=True, stable=True).indices)
-    report.equal("merge_members", members)
+    # Scores that differ by rounding only sort differently on another processor.
+    report.sorts("order", entry.score, 1e-6)
+    report.same_set("merge_members", members)
+    report.sorts("merge_members", entry.score, 1e-6)
     report.equal("target", merge.target[0])
-    report.equal("dropped", members[1:])
+    report.same_set("dropped", members[1:])
+    report.sorts("dropped", entry.score, 1e-6)
     report.equal("keep", entry.selection.keep)
     hidden, position = recorded.prefill.inputs[layer][0], recorded.prefill.positions[layer][0]
     report.close("hidden_k_in", hidden, atol=ATOL, rtol=RTOL)

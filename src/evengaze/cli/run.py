@@ -62,7 +62,7 @@ def run(
     if trace is not None:
         answer.trace.save(trace)
     if plot is not None:
-        answer.trace.plot(pictures[0]).savefig(plot)
+        answer.trace.plot(pictures if len(pictures) > 1 else pictures[0]).savefig(plot)
         typer.secho(f"{plot}", err=True, dim=True)
 
 

@@ -111,13 +111,18 @@ class Prefill:
                 chosen = [None if view is None else pruner.select(view) for view in views]
         self.states = None
         self.selections.append(chosen)
-        self.stages.append(
-            StageTrace(stage.layer, stage.attention, [self._trace(b, number, s) for b, s in enumerate(chosen)])
-        )
-        if all(
+        rows = [self._trace(b, number, s) for b, s in enumerate(chosen)]
+        if not all(
             s is None or (s.merge is None and len(s.keep) == len(t)) for s, t in zip(chosen, self.tables, strict=True)
         ):
-            return hidden
+            hidden = self._cut(stage, hidden, chosen)
+        places = zip(self.origins, self.tables, strict=True)
+        rows = [replace(r, tokens=o, place=t.position) for r, (o, t) in zip(rows, places, strict=True)]
+        self.stages.append(StageTrace(stage.layer, stage.attention, rows))
+        return hidden
+
+    def _cut(self, stage: Stage, hidden: Tensor, chosen: Selections) -> Tensor:
+        """(B, M', d) what is left of (B, M, d); tables, slots and caches follow."""
         old, _ = self.on(hidden.device)
         there = self._there(hidden.device)
         orders = [None if s is None else self._order(b, s) for b, s in enumerate(chosen)]

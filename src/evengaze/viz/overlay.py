@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from evengaze.errors import DataError
+from evengaze.layout import VisualTokens
+from evengaze.pixels import views
 from evengaze.protocol import top
 from evengaze.viz.patches import Canvas, Panel, draw_panels
 from evengaze.viz.traced import Decision, Traced
@@ -24,9 +26,9 @@ def plot_trace(
     *,
     row: int = 0,
     stage: int = 0,
-    picture: int = 0,
+    picture: int | None = None,
 ) -> Figure:
-    """Draw what a stage kept of one picture: kept patches bright and outlined, dropped ones dim, padding hatched.
+    """Draw what a stage kept of a row's pictures: kept patches bright and outlined, dropped ones dim, padding hatched.
 
     Where the scores were debiased, the tokens that as many places would have gone to without debiasing are shown
     beside the actual choice. Kept padding is outlined in red.
@@ -34,13 +36,14 @@ def plot_trace(
     Args:
         trace: of the call.
         image: the picture as the user has it (one for each frame of a video); it is shown as the model saw it. None
-            draws the grid alone.
+            draws the grid alone. For a row of several pictures: a list of all of them, or one and `picture`.
         row: batch row.
         stage: which stage.
-        picture: which picture of the row.
+        picture: which picture of the row, counted from 0; all of them, one below the other, if left out.
 
     Raises:
-        DataError: there is no such row, stage or picture, or a video is given another number of frames.
+        DataError: there is no such row, stage or picture, it is not said which of several pictures is given, or a video
+            is given another number of frames.
     """
     if not trace.stages:
         raise DataError("nothing was pruned in this call: there is no stage to draw")
@@ -51,19 +54,37 @@ def plot_trace(
         )
     at = trace.stages[stage]
     decision = at.rows[row]
-    canvas = Canvas.of(trace.layout.rows[row].to("cpu"), image, picture)
+    tokens = trace.layout.rows[row].to("cpu")
     plain = plain_choice(trace, row, stage)
     name = str(trace.pruner.get("method", "pruner"))
-
-    panels = []
-    if image is not None:
-        panels.append(Panel(canvas, "as the model saw it", _count(int(canvas.there.sum()), "visual token")))
-    if plain is not None:
-        panels.append(Panel(canvas, f"{name}, plain", canvas.describe(plain), plain))
     label = f"{name}, debiased" if plain is not None else f"{name}, layer {at.layer}"
     chosen = decision.kept.cpu()
-    panels.append(Panel(canvas, label, canvas.describe(chosen), chosen, decision.recycled))
-    return draw_panels([panels])
+    lines = []
+    for number, given in _given(tokens, image, picture):
+        canvas = Canvas.of(tokens, given, views(tokens, number)[0])
+        line = []
+        if given is not None:
+            line.append(Panel(canvas, "as the model saw it", _count(int(canvas.there.sum()), "visual token")))
+        if plain is not None:
+            line.append(Panel(canvas, f"{name}, plain", canvas.describe(plain), plain))
+        line.append(Panel(canvas, label, canvas.describe(chosen), chosen, decision.recycled))
+        lines.append(line)
+    return draw_panels(lines)
+
+
+def _given(tokens: VisualTokens, image: Any, picture: int | None) -> list[tuple[int, Any]]:
+    """The pictures to draw, by number, and what was given for each."""
+    count = sum(info.part == 0 for info in tokens.images)
+    if picture is not None or count <= 1:
+        return [(picture or 0, image)]
+    if image is None:
+        return [(number, None) for number in range(count)]
+    if not isinstance(image, Sequence) or len(image) != count:
+        raise DataError(
+            f"the row has {count} pictures: give all of them in a list, or say which one this is (picture=0 to "
+            f"picture={count - 1})"
+        )
+    return list(enumerate(image))
 
 
 def plain_choice(trace: Traced, row: int = 0, stage: int = 0) -> Tensor | None:

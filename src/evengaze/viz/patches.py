@@ -15,7 +15,8 @@ from PIL import Image as images
 from torch import Tensor
 
 from evengaze.errors import DataError
-from evengaze.layout import ImageInfo, VisualTokens
+from evengaze.layout import VisualTokens
+from evengaze.pixels import is_tiled, tile_columns
 from evengaze.viz.style import INK, KEPT, WASTED, new_figure, title
 
 if TYPE_CHECKING:
@@ -79,8 +80,8 @@ class Canvas:
             frames = [None] * info.frames
         elif isinstance(image, Sequence):
             frames = list(image)
-        elif info.frames > 1 and _tiled(tokens, index):
-            across = _tile_columns(image, info)
+        elif is_tiled(tokens, index):
+            across = tile_columns(info, image.size)
             frames = cut(image, info.frames - 1, across)
         else:
             frames = [image]
@@ -268,23 +269,6 @@ def cut(image: Image, tiles: int, across: int) -> list[Image | None]:
     boxes = [(x * width, y * height, (x + 1) * width, (y + 1) * height) for y in range(down) for x in range(across)]
     size = (max(1, round(width)), max(1, round(height)))
     return [*(image.resize(size, images.Resampling.LANCZOS, box=box) for box in boxes), image]
-
-
-def _tiled(tokens: VisualTokens, index: int) -> bool:
-    """Whether the frames are tiles of one picture, through which the raster runs on; in a video it starts again."""
-    own = tokens.image == index
-    frame, x = tokens.frame[own], tokens.x[own]
-    return bool(x[frame == frame.max()].min() > x[frame == 0].max())
-
-
-def _tile_columns(image: Image, info: ImageInfo) -> int:
-    """How many tiles are side by side: processors choose the arrangement that is closest to the picture's shape.
-
-    The layout does not say it; the last frame is the whole picture.
-    """
-    tiles, shape = info.frames - 1, info.grid[1] / info.grid[0]
-    fits = [c for c in range(1, tiles + 1) if tiles % c == 0]
-    return min(fits, key=lambda c: abs(np.log(c / (tiles // c) * shape * image.height / image.width)))
 
 
 def _across(frames: int, rows: int, columns: int) -> int:
