@@ -114,8 +114,8 @@ class View:
         real: (L,) bool, False for batch padding and fillers.
         sources: whose attention each stage so far reads, this one's last.
         memory: lives as long as the prompt; a method may carry values from stage to stage in it.
-        shared: lives as long as the attachment (see `Pruner.prepare`). The engine puts the call's `layout` in it, and
-            `prompt`, a number that changes when what the encoders did so far belongs to no later call.
+        shared: the attachment's dictionary (see `Pruner.prepare`), copied for the call, with the call's `layout` and
+            with what was noted in `shared["notes"]()` while its pictures were encoded.
     """
 
     stage: int

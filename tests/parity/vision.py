@@ -29,14 +29,14 @@ def check_tower(folder: Folder, case: dict[str, Any], report: Report) -> None:
         return selection
 
     cut = TowerCut(VisionTower(layers, layers, 0, len(layers)), method.vision_layers, choose)
-    handles = cut.install()
+    undo = cut.install()
     hidden = report.want("hidden_prev")
     with torch.inference_mode():
         for layer in layers[min(method.vision_layers) :]:
             out = layer(hidden, attention_mask=None)
             hidden = out[0] if isinstance(out, tuple) else out
-    for handle in handles:
-        handle.remove()
+    for step in undo:
+        step()
 
     official = "official" in case["name"]  # rounds merged tokens through float16
     report.close("hidden_out", hidden, atol=1e-2 if official else 1e-4)

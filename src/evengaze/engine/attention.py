@@ -1,30 +1,20 @@
-"""Reading one attention call: the queries and keys that it received, and the softmax rows that a method asks for.
+"""What one attention call received, and the softmax rows of it that a method asks for.
 
-`tap` borrows a single call of a single attention module. The module's config is shadowed by a copy that names an
-implementation registered through transformers' public `AttentionInterface`; the module itself then hands over its
-post-RoPE, post-norm query and key. The shadow is gone before the real implementation runs, so sdpa and flash stay on.
 No n x n map is ever made: only the asked rows are multiplied, in float32.
 """
 
 from __future__ import annotations
 
-import copy
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from evengaze.compat import without_cache
 from evengaze.errors import AttachError
 
-_PREFIX = "evengaze:"
-_SLOT = "_evengaze_tap"
 _ELEMENTS = 1 << 24
 """Scores held at once while rows are reduced; bounds the memory of methods with many query rows."""
 
@@ -133,19 +123,6 @@ class AttentionStates:
         return seen[None]
 
 
-class _Stop(BaseException):
-    """Leaves a probed layer at its attention call. Not an Exception, so that no model code swallows it."""
-
-
-@dataclass
-class _Tap:
-    config: Any
-    sink: Callable[[AttentionStates], None]
-    past: int
-    once: bool
-    stop: bool
-
-
 def attention_module(layer: nn.Module) -> nn.Module:
     """The self-attention module of a decoder or encoder layer.
 
@@ -178,112 +155,9 @@ def implementation_of(module: nn.Module) -> str:
     return str(name)
 
 
-def tap(
-    module: nn.Module, sink: Callable[[AttentionStates], None], *, past: int = 0, once: bool = True, stop: bool = False
-) -> None:
-    """Hand the states of the module's next attention call (of every one, if not `once`) to `sink`.
-
-    Args:
-        module: an attention module.
-        sink: receives the states before the real attention runs.
-        past: cached entries in front of the call's first query.
-        once: disarm before the sink is called.
-        stop: leave the layer at the attention call by an exception that `probe` catches.
-    """
-    config: Any = module.config
-    name = _PREFIX + implementation_of(module)
-    if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, _tapped)
-    shadow = copy.copy(config)
-    shadow._attn_implementation_internal = name
-    module.__dict__[_SLOT] = _Tap(config, sink, past, once, stop)
-    module.config = shadow
-
-
-def untap(module: nn.Module) -> bool:
-    """Give the module its own config back; whether a tap was still waiting."""
-    armed: _Tap | None = module.__dict__.pop(_SLOT, None)
-    if armed is not None:
-        module.config = armed.config
-    return armed is not None
-
-
-@contextmanager
-def tapped(module: nn.Module, sink: Callable[[AttentionStates], None]) -> Iterator[None]:
-    """Observe every attention call of a module inside a `with` block."""
-    tap(module, sink, once=False)
-    try:
-        yield
-    finally:
-        untap(module)
-
-
-def probe(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionStates:
-    """The queries and keys with which a layer that has not run yet would attend to its input.
-
-    The layer is left at its attention call; its cache is not touched.
-
-    Raises:
-        AttachError: the layer never called the attention interface.
-    """
-    found: list[AttentionStates] = []
-    module = attention_module(layer)
-    tap(module, found.append, stop=True)
-    try:
-        args, kwargs = without_cache(args, kwargs)
-        layer.forward(*args, **kwargs)
-    except _Stop:
-        return found[0]
-    finally:
-        untap(module)
-    raise hidden_attention(module)
-
-
 def hidden_attention(module: nn.Module) -> AttachError:
     """The error for a module whose attention does not go through the interface."""
     return AttachError(
         f"{type(module).__name__} did not call transformers' attention interface, so its queries and keys are hidden. "
         "A custom kernel or a patched forward replaces it; use the stock module with 'sdpa', 'eager' or flash."
     )
-
-
-def _implementation(module: nn.Module, name: str | None) -> Callable[..., Any]:
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if name is None or name == "eager":
-        if eager is None:
-            raise hidden_attention(module)
-        return eager  # type: ignore[no-any-return]
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)  # type: ignore[no-any-return]
-
-
-def _tapped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
-    """The attention function behind a tap: report, then let the real implementation do the work."""
-    armed: _Tap = module.__dict__[_SLOT]
-    if armed.once or armed.stop:
-        untap(module)
-    scaling = kwargs.get("scaling")
-    causal = kwargs.get("is_causal")
-    if causal is None:
-        causal = getattr(module, "is_causal", True)
-    armed.sink(
-        AttentionStates(
-            query,
-            key,
-            mask,
-            query.shape[-1] ** -0.5 if scaling is None else scaling,
-            kwargs.get("softcap"),
-            kwargs.get("s_aux"),
-            kwargs.get("sliding_window"),
-            armed.past,
-            bool(causal),
-        )
-    )
-    if armed.stop:
-        raise _Stop
-    shadow, module.config = module.config, armed.config  # flash reads the name of its kernel from here
-    try:
-        return _implementation(module, armed.config._attn_implementation)(
-            module, query, key, value, mask, *args, **kwargs
-        )
-    finally:
-        module.config = shadow

@@ -14,16 +14,19 @@ from evengaze.engine.rotary import Rotary
 
 
 class Steps:
-    """Fits the arguments of layers to their caches, in calls that prune nothing themselves."""
+    """Fits the arguments of layers to their caches, in a call that prunes nothing itself.
 
-    def __init__(self, implementation: str, rotary: Rotary) -> None:
+    Args:
+        implementation: the decoder's attention implementation.
+        rotary: the call's.
+        remember: whether masks are remembered for further layers; of one call only.
+    """
+
+    def __init__(self, implementation: str, rotary: Rotary, *, remember: bool = True) -> None:
         self._implementation = implementation
         self._rotary = rotary
+        self._remember = remember
         self._memo: dict[Any, tuple[Any, Any]] = {}
-
-    def begin(self) -> None:
-        """A new call: the masks of the last one are of no use any more."""
-        self._memo.clear()
 
     def arguments(
         self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any
@@ -49,7 +52,7 @@ class Steps:
         return args, cut
 
     def _mask(self, mask: Any, kept: kv.Kept, cache: Any, hidden: Tensor) -> Any:
-        if torch.compiler.is_compiling():
+        if not self._remember or torch.compiler.is_compiling():
             return self._cut(mask, kept, cache, hidden)
         # One gather for each step and kept set, not for each layer.
         key = (id(mask), id(kept), type(cache), kv.stored(cache), hidden.device)

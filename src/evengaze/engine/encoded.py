@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import Tensor
@@ -15,44 +16,66 @@ Kind = Literal["image", "video"]
 
 
 class Encoded:
-    """Watches `get_image_features`, `get_video_features` and `get_placeholder_mask` of a model.
+    """What the encoders did for one prompt.
 
     Attributes:
         calls: encodings, in the order in which they ended.
         placed: placements, in order.
+        notes: what methods noted meanwhile.
+        depth: encodings that run, one inside of the other.
     """
 
     def __init__(self) -> None:
         self.calls: list[EncoderCall] = []
         self.placed: list[Placement] = []
-        self._depth = 0
-
-    def watch(self, base: Any) -> Iterator[Callable[[], None]]:
-        """Start watching; yields what undoes it."""
-        for kind in ("image", "video"):
-            if callable(getattr(base, f"get_{kind}_features", None)):
-                done = functools.partial(self._encoded, kind)
-                yield intercept(base, f"get_{kind}_features", self._enter, self._leave, done)
-        if callable(getattr(base, "get_placeholder_mask", None)):
-            yield intercept(base, "get_placeholder_mask", returned=self._placed)
+        self.notes: dict[str, Any] = {}
+        self.depth = 0
 
     def clear(self) -> None:
         """Forget what was seen."""
         self.calls.clear()
         self.placed.clear()
+        self.notes.clear()
 
-    def _enter(self, arguments: dict[str, Any]) -> None:
-        self._depth += 1
+    @contextmanager
+    def encoding(self, kind: Kind, arguments: dict[str, Any]) -> Iterator[Callable[[Any], None]]:
+        """Around an encoding; the value receives its result."""
+        self.depth += 1
+        try:
+            yield lambda result: self.calls.append(EncoderCall(kind, arguments, result, inner=self.depth > 1))
+        finally:
+            self.depth -= 1
 
-    def _leave(self) -> None:
-        self._depth -= 1
+    @contextmanager
+    def placing(self, arguments: dict[str, Any]) -> Iterator[Callable[[Any], None]]:
+        """Around a placement; the value receives its result."""
 
-    def _encoded(self, kind: Kind, arguments: dict[str, Any], result: Any) -> None:
-        self.calls.append(EncoderCall(kind, arguments, result, inner=self._depth > 1))
+        def placed(result: Any) -> None:
+            found = result if isinstance(result, (tuple, list)) else (result,)
+            masks = [m for m in found if isinstance(m, Tensor)]
+            masks = [m[..., 0] if m.dim() == 3 else m for m in masks]
+            if masks and masks[0].shape[-1] > 1:  # one token is a decoding step
+                self.placed.append(Placement(arguments, tuple(masks)))
 
-    def _placed(self, arguments: dict[str, Any], result: Any) -> None:
-        found = result if isinstance(result, (tuple, list)) else (result,)
-        masks = [m for m in found if isinstance(m, Tensor)]
-        masks = [m[..., 0] if m.dim() == 3 else m for m in masks]
-        if masks and masks[0].shape[-1] > 1:  # one token is a decoding step
-            self.placed.append(Placement(arguments, tuple(masks)))
+        yield placed
+
+
+def watch(base: Any, current: Callable[[], Encoded]) -> Iterator[Callable[[], None]]:
+    """Watch `get_image_features`, `get_video_features` and `get_placeholder_mask` of a model; yields what undoes it.
+
+    Args:
+        base: the model that has them.
+        current: gives the record of the running call.
+    """
+
+    def encoding(kind: Kind, arguments: dict[str, Any]) -> Any:
+        return current().encoding(kind, arguments)
+
+    def placing(arguments: dict[str, Any]) -> Any:
+        return current().placing(arguments)
+
+    for kind in ("image", "video"):
+        if callable(getattr(base, f"get_{kind}_features", None)):
+            yield intercept(base, f"get_{kind}_features", functools.partial(encoding, kind))
+    if callable(getattr(base, "get_placeholder_mask", None)):
+        yield intercept(base, "get_placeholder_mask", placing)

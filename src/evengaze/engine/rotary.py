@@ -35,25 +35,20 @@ class _Call:
         return self.module.forward(hidden, positions, *self.rest, **self.options)
 
 
+Served = dict[int, dict[str, _Call]]
+"""By layer and name of an argument, the rotary call that makes it. Known from an earlier call of the model."""
+
+
 class Rotary:
-    """The rotary calls of a decoder.
+    """The rotary calls of one call of a decoder.
 
     A family whose rotary positions have several axes (multimodal rotary embeddings) has no renumbering: its tokens keep
     their original positions.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, served: Served) -> None:
         self._calls: list[tuple[Any, _Call]] = []
-        self._layers: dict[int, dict[str, _Call]] = {}
-
-    def clear(self) -> None:
-        """Forget the calls of the last forward (not which call serves which layer)."""
-        self._calls.clear()
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self._calls.clear()
-        self._layers.clear()
+        self._layers = served
 
     def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """A forward hook for rotary modules."""

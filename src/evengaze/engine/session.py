@@ -10,8 +10,10 @@ dropped; `generate`, which looks at the last one only, is spared that.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,39 +22,27 @@ from torch import Tensor, nn
 from evengaze.compat import cache_in
 from evengaze.engine import cache as kv
 from evengaze.engine import checks
-from evengaze.engine.attention import attention_module, hidden_attention, probe, tap, untap
+from evengaze.engine.attention import hidden_attention
+from evengaze.engine.call import Call, Calls, Frozen, module_frame
 from evengaze.engine.decode import Steps
-from evengaze.engine.encoded import Encoded
-from evengaze.engine.intercept import intercept
+from evengaze.engine.encoded import Encoded, watch
+from evengaze.engine.intercept import Mark, before_forward, behind_forward, intercept, put
 from evengaze.engine.masks import real_tokens
-from evengaze.engine.prefill import Prefill, Selections
-from evengaze.engine.rotary import Rotary
+from evengaze.engine.prefill import Prefill
+from evengaze.engine.rotary import Rotary, Served
+from evengaze.engine.tap import Taps, probe
 from evengaze.errors import LayoutError, NothingPrunedError, UnsupportedModelError
 from evengaze.layout import VisualLayout
 from evengaze.models import BareDecoder, adapter_for, find_decoder
-from evengaze.models.base import Adapter, Call
+from evengaze.models.base import Adapter
+from evengaze.models.base import Call as Prompt
 from evengaze.protocol import Method, Stage
 from evengaze.trace import Trace
 
 _MARK = "_evengaze_handle"
+_TRACES = 1000
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class _Frozen:
-    """What a call without a cache decided, for the longer calls of the same generation that follow it."""
-
-    inputs: Tensor
-    layout: VisualLayout
-    selections: list[Selections]
-
-    def continued_by(self, inputs: Tensor) -> bool:
-        """Whether a call repeats the recorded one with further tokens behind it."""
-        batch, length = self.inputs.shape[:2]
-        if inputs.shape[0] != batch or inputs.shape[1] <= length:
-            return False
-        return torch.equal(self.inputs, inputs[:, :length])
 
 
 class Handle:
@@ -65,10 +55,13 @@ class Handle:
         freeze: without a cache, every token of a generation repeats the prefill; repeat the first one's selection then
             (as a cache would), or rank anew each time.
 
+    Any number of threads may call the model at once. What belongs to a call is on that call's own object.
+
     Attributes:
         model: the model.
         pruner: the method.
-        trace: what the last call with visual tokens kept and dropped; None before the first.
+        trace: what the last call with visual tokens (of any thread) kept and dropped; None before the first.
+        traces: the same of all such calls in the order in which they ended; of the last 1000.
     """
 
     def __init__(
@@ -78,6 +71,7 @@ class Handle:
         model = unwrap() if callable(unwrap) else model
         self.model, self.pruner = model, pruner
         self.trace: Trace | None = None
+        self.traces: deque[Trace] = deque(maxlen=_TRACES)
         self._layout, self._freeze = layout, freeze
         self._adapter: Adapter | None = None if layout is not None else adapter_for(model)
         if isinstance(self._adapter, BareDecoder):
@@ -88,22 +82,17 @@ class Handle:
         decoder = find_decoder(model) if self._adapter is None else self._adapter.decoder(model)
         self._decoder: Any = decoder
         self._layers: list[nn.Module] = list(decoder.get_submodule("layers").children())
-        held: Handle | None = decoder.__dict__.get(_MARK)
-        checks.refuse_second(model, None if held is None else held.pruner)
+        held: Mark | None = decoder.__dict__.get(_MARK)
+        checks.refuse_second(model, None if held is None else held.value.pruner)
         stages = list(pruner.stages(len(self._layers)))
         checks.check_stages(pruner, stages, self._layers)
         self._stages = {stage.layer: (number, stage) for number, stage in enumerate(stages)}
-        self._taps = {s.layer - 1 for s in stages if s.attention == "previous"}
-        self._rotary = Rotary()
-        self._steps = Steps(self._implementation, self._rotary)
-        self._run: Prefill | None = None
-        self._frozen: _Frozen | None = None
-        self._encoded = Encoded()
-        self._ids: Tensor | None = None
-        self._mask: Tensor | None = None
-        self._labels: Tensor | None = None
-        self._ignored = -100
-        self._generating = False
+        self._previous = {s.layer - 1 for s in stages if s.attention == "previous"}
+        self._own = {s.layer for s in stages if s.attention == "own"}
+        self._taps = Taps()
+        self._served: Served = {}
+        self._plain = Steps(self._implementation, Rotary(self._served), remember=False)
+        self._calls = Calls()
         self._warned = False
         self._shared: dict[str, Any] = {}
         self._undo: list[Callable[[], Any]] = []
@@ -126,12 +115,10 @@ class Handle:
         """
         while self._undo:
             self._undo.pop()()
-        self._disarm()
-        self._run = self._frozen = None
-        self._encoded.clear()
+        self._taps.remove()
+        self._calls = Calls()
         self._shared.clear()
-        self._rotary.reset()
-        self._steps.begin()
+        self._served.clear()
 
     @property
     def depth(self) -> int:
@@ -145,84 +132,95 @@ class Handle:
     # -- setting up ---------------------------------------------------------------------------------------------------
     def _install(self) -> None:
         keep = self._undo.append
-        self._decoder.__dict__[_MARK] = self
-        keep(functools.partial(self._decoder.__dict__.pop, _MARK, None))
+        keep(put(self._decoder, _MARK, Mark(self)))
         base = getattr(self.model, "base_model", self.model)
         for outer in {id(m): m for m in (self.model, base) if m is not self._decoder}.values():
-            keep(outer.register_forward_pre_hook(self._enter_model, with_kwargs=True).remove)
-        keep(self._decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True).remove)
-        keep(self._decoder.register_forward_hook(self._leave_decoder, with_kwargs=True, always_call=True).remove)
+            keep(before_forward(outer, self._enter_model))
+            keep(behind_forward(outer, self._leave_model, always=True))
+        keep(before_forward(self._decoder, self._enter_decoder))
+        keep(behind_forward(self._decoder, self._leave_decoder, always=True))
         for i, layer in enumerate(self._layers):
-            hook = functools.partial(self._enter_layer, i)
-            keep(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            keep(before_forward(layer, functools.partial(self._enter_layer, i)))
+        for i in self._previous | self._own:
+            self._taps.on(self._layers[i])
         for name, module in self._decoder.named_children():
             if name.startswith("rotary_emb"):
-                keep(module.register_forward_hook(self._leave_rotary, with_kwargs=True).remove)
+                keep(behind_forward(module, self._leave_rotary))
         if callable(getattr(self.model, "generate", None)):
-            keep(intercept(self.model, "generate", self._enter_generate, self._leave_generate))
+            keep(intercept(self.model, "generate", self._generate))
         if self._adapter is not None:
-            for undo in self._encoded.watch(base):
+            for undo in watch(base, self._encoded):
                 keep(undo)
             keep(self._adapter.prepare(self.model, self._surviving))
+        self._shared["notes"] = self._notes
         keep(self.pruner.prepare(self.model, self._adapter, self._shared))
 
     def _surviving(self) -> Tensor | None:
-        return None if self._run is None else self._run.slots
+        run = self._calls.top.run
+        return None if run is None else run.slots
+
+    def _encoded(self) -> Encoded:
+        return self._calls.alive().encoded
+
+    def _notes(self) -> dict[str, Any]:
+        return self._encoded().notes
 
     # -- what a call consists of --------------------------------------------------------------------------------------
-    def _enter_generate(self, arguments: dict[str, Any]) -> None:
+    @contextmanager
+    def _generate(self, arguments: dict[str, Any]) -> Iterator[None]:
         checks.refuse_chunks(self.model, arguments)
-        self._forget_encoded()
-        self._frozen = None
-        self._generating = True
-
-    def _leave_generate(self) -> None:
-        self._generating = False
-        self._frozen = None
-
-    def _forget_encoded(self) -> None:
-        """What has been encoded so far belongs to no later call."""
-        self._encoded.clear()
-        self._shared["prompt"] = self._shared.get("prompt", 0) + 1
+        with self._calls.generate():
+            yield
 
     def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        if module is self.model:
-            self._ids = self._mask = self._labels = None
-            if not self._generating and kwargs.get("mm_encoder_outputs") is None:
-                self._forget_encoded()  # left by a call that failed before it reached the decoder, or asked for outside
+        if torch.compiler.is_compiling():
+            return None
+        call = self._calls.alive()
+        if module is self.model or call.frame is None or call.decoding:
+            # Encodings left by a call that failed before it reached the decoder, or asked for outside, are not its own.
+            inherit = module is not self.model or kwargs.get("mm_encoder_outputs") is not None
+            call = self._calls.enter(module_frame(), inherit=inherit)
         ids = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(ids, Tensor) and ids.dim() == 2:
-            self._ids = ids
+            call.ids = ids
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            self._mask = mask
+            call.mask = mask
         labels = kwargs.get("labels")
         if module is not self.model or not isinstance(labels, Tensor) or labels.dim() != 2:
             return None
         # The loss reads them behind the decoder: until then it is known which cannot be predicted.
-        self._labels = labels.clone()
-        self._ignored = int(kwargs.get("ignore_index", -100))
-        return args, {**kwargs, "labels": self._labels}
+        call.labels = labels.clone()
+        call.ignored = int(kwargs.get("ignore_index", -100))
+        return args, {**kwargs, "labels": call.labels}
+
+    def _leave_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._calls.leave(module_frame())
 
     def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._run = None
+        if torch.compiler.is_compiling():
+            return
+        call = self._calls.alive()
+        if call.frame is None or call.decoding:  # the decoder itself was called
+            call = self._calls.enter(module_frame(), inherit=True)
+        call.decoding, call.run = True, None
+        call.rotary = Rotary(self._served)
+        call.steps = Steps(self._implementation, call.rotary)
         states = kwargs.get("inputs_embeds")
         if states is None:
             states = kwargs.get("input_ids", args[0] if args else None)
-        if not torch.compiler.is_compiling():
-            self._steps.begin()
-            self._rotary.clear()
-            if states is not None and states.shape[1] > 1:  # one token is a decoding step
-                self._run = self._begin(states, kwargs.get("attention_mask"), cache_in(args, kwargs))
+        if states is not None and states.shape[1] > 1:  # one token is a decoding step
+            call.run = self._begin(call, states, kwargs.get("attention_mask"), cache_in(args, kwargs))
 
-    def _begin(self, states: Tensor, mask: Any, cache: Any) -> Prefill | None:
-        ids, given = self._ids, self._mask if self._mask is not None else mask
-        self._ids = self._mask = None
-        encoded, placed = tuple(self._encoded.calls), tuple(self._encoded.placed)
-        self._forget_encoded()
+    def _begin(self, call: Call, states: Tensor, mask: Any, cache: Any) -> Prefill | None:
+        ids, given = call.ids, call.mask if call.mask is not None else mask
+        call.ids = call.mask = None
+        encoded, placed = tuple(call.encoded.calls), tuple(call.encoded.placed)
+        notes = dict(call.encoded.notes)
+        call.encoded.clear()
         length, past = states.shape[1], 0 if cache is None else int(cache.get_seq_length())
         real = real_tokens(given, states, past)
-        frozen = self._frozen
         if states.is_floating_point():
             blind = self._adapter is not None and ids is None and past == 0 and not encoded
             if blind and self._stages and not self._warned:
@@ -230,11 +228,11 @@ class Handle:
                 checks.warn_blind(self.model, self.pruner)
         else:
             states = self._decoder.get_input_embeddings()(states)
-        if frozen is not None and cache is None and frozen.continued_by(states):
+        frozen = call.continued(states) if cache is None else None
+        if frozen is not None:
             layout: VisualLayout | None = frozen.layout
         else:
-            frozen = None
-            layout = self._find(Call(ids, None if given is None else real, past, encoded, placed), length)
+            layout = self._find(Prompt(ids, None if given is None else real, past, encoded, placed), length)
         if layout is None or layout.total == 0:
             return None
         kv.check(cache)
@@ -248,12 +246,12 @@ class Handle:
             inputs=states,
             past=past,
             implementation=self._implementation,
-            rotary=self._rotary if self.pruner.positions == "renumbered" else None,
-            shared=self._shared,
+            rotary=call.rotary if self.pruner.positions == "renumbered" else None,
+            shared={**self._shared, **notes},
             replay=None if frozen is None else frozen.selections,
         )
 
-    def _find(self, call: Call, length: int) -> VisualLayout | None:
+    def _find(self, call: Prompt, length: int) -> VisualLayout | None:
         """The layout of a call, as it was given or as the adapter sees it."""
         layout: VisualLayout | None
         if self._adapter is None:
@@ -272,32 +270,40 @@ class Handle:
 
     # -- layers -------------------------------------------------------------------------------------------------------
     def _enter_layer(self, i: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        if torch.compiler.is_compiling():
+            cache = kv.layer_of(cache_in(args, kwargs), i)
+            kv.admit(cache)
+            return self._plain.arguments(i, args, kwargs, cache)
+        call = self._calls.top
+        if call.nested or call.run is not None:
+            call = self._calls.alive()  # a call inside this one may have ended in a way that hooks do not see
         whole = cache_in(args, kwargs)
         cache = kv.layer_of(whole, i)
-        run = self._run
+        run, steps = call.run, call.steps or self._plain
         if run is None:
             kv.admit(cache)
-            return self._steps.arguments(i, args, kwargs, cache)
+            return steps.arguments(i, args, kwargs, cache)
         run.cache = whole
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         if i in self._stages:
             number, stage = self._stages[i]
             if run.replay is None:
-                self._read(run, i, stage, layer, args, kwargs, cache)
+                self._read(run, steps, i, stage, layer, args, kwargs, cache)
             hidden = run.prune(self.pruner, number, stage, hidden)
-        if i in self._taps and run.replay is None:
-            tap(attention_module(layer), functools.partial(setattr, run, "states"), past=kv.stored(cache))
+        if i in self._previous and run.replay is None:
+            self._taps.on(layer).arm(functools.partial(setattr, run, "states"), past=kv.stored(cache))
         run.entering.append(hidden.shape[1])
         if run.slots is not None and cache is not None:
             run.remember(i, cache, hidden.device)
         kv.admit(cache)
         if run.slots is None:
-            return self._steps.arguments(i, args, kwargs, cache)
+            return steps.arguments(i, args, kwargs, cache)
         return run.arguments(i, hidden, args, kwargs, cache)
 
     def _read(
         self,
         run: Prefill,
+        steps: Steps,
         i: int,
         stage: Stage,
         layer: nn.Module,
@@ -307,39 +313,42 @@ class Handle:
     ) -> None:
         """See to it that `run.states` is the attention that a stage ranks by."""
         if stage.attention == "previous":
-            module = attention_module(self._layers[i - 1])
-            if untap(module):
-                raise hidden_attention(module)
+            tap = self._taps.on(self._layers[i - 1])
+            if tap.disarm():
+                raise hidden_attention(tap.module)
         elif stage.attention == "own":
             hidden = args[0] if args else kwargs["hidden_states"]
             run.before(i, cache)
             if run.slots is not None:
                 args, kwargs = run.arguments(i, hidden, args, kwargs, cache)
             else:
-                args, kwargs = self._steps.arguments(i, args, kwargs, cache) or (args, kwargs)
+                args, kwargs = steps.arguments(i, args, kwargs, cache) or (args, kwargs)
             with torch.no_grad():
-                states = probe(layer, args, kwargs)
+                states = probe(self._taps.on(layer), layer, args, kwargs)
             past = kv.stored(cache)
             if past:  # an earlier turn's keys are in the cache, which the probe does not touch
                 states = replace(states, key=torch.cat([cache.keys[:, :, :past], states.key], 2), past=past)
             run.states = states
 
     def _leave_rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._rotary.observe(module, args, kwargs, out)
+        if torch.compiler.is_compiling():
+            return
+        rotary = self._calls.top.rotary
+        if rotary is not None:
+            rotary.observe(module, args, kwargs, out)
 
     # -- the end of a call --------------------------------------------------------------------------------------------
-    def _disarm(self) -> None:
-        for i in self._taps:
-            untap(attention_module(self._layers[i]))
-
     def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         if torch.compiler.is_compiling():
             return None
-        run, self._run = self._run, None
-        labels, self._labels = self._labels, None
-        self._disarm()
-        self._rotary.clear()
+        call, frame = self._calls.alive(), module_frame()
+        if not call.decoding:  # an exception came before it began
+            return None
+        run = call.end()
+        if call.frame is frame:
+            self._calls.leave(frame)
+        for i in self._previous if run is not None else ():
+            self._taps.on(self._layers[i]).disarm()
         if run is None or out is None:  # nothing to prune, or an exception is on its way
             return None
         if len(run.stages) < len(self._stages):
@@ -349,11 +358,12 @@ class Handle:
                 "Check that the adapter's decoder() is the module whose layers really run."
             )
         self.trace = run.trace(self.pruner, len(self._layers))
-        if self._freeze and self._generating and run.cache is None:
-            self._frozen = _Frozen(run.inputs.detach(), run.layout, run.selections)
-        if labels is not None:
-            run.ignore(labels, self._ignored)
-        return None if run.slots is None or self._generating else _restored(out, run)
+        self.traces.append(self.trace)
+        if self._freeze and call.generating and run.cache is None:
+            call.freeze(Frozen(run.inputs.detach(), run.layout, run.selections))
+        if call.labels is not None:
+            run.ignore(call.labels, call.ignored)
+        return None if run.slots is None or call.generating else _restored(out, run)
 
 
 def _restored(out: Any, run: Prefill) -> Any:

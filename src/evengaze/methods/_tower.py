@@ -8,13 +8,16 @@ before its first layer, where `Patches.of` tells a method what the tower decided
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from evengaze.engine.attention import AttentionStates, attention_module, tap
+from evengaze.engine.attention import AttentionStates
+from evengaze.engine.intercept import before_forward, behind_forward
+from evengaze.engine.tap import Taps
 from evengaze.errors import ConfigError, LayoutError, UnsupportedModelError
 from evengaze.layout import VisualLayout
 from evengaze.models.base import Adapter, VisionTower
@@ -28,21 +31,15 @@ class Patches:
     """One value for every patch that the tower saw, from the tower's calls to the prefill that uses them.
 
     Args:
-        shared: the attachment's dictionary; its `prompt` says when the calls of the next prompt begin.
+        shared: the attachment's dictionary.
     """
 
     def __init__(self, shared: Mapping[str, Any]) -> None:
         self._shared = shared
-        self._calls: list[Tensor] = []
-        self._prompt: int | None = None
 
     def add(self, values: Tensor) -> None:
-        """Values of one call, (pictures, patches)."""
-        prompt = self._shared.get("prompt")
-        if prompt != self._prompt:
-            self._calls.clear()
-        self._prompt = prompt
-        self._calls.append(values)
+        """Values of one call of the tower, (pictures, patches)."""
+        self._shared["notes"]().setdefault("tower", []).append(values)
 
     def of(self, view: View) -> Tensor:
         """(n,) values of a row's candidates.
@@ -51,9 +48,10 @@ class Patches:
             LayoutError: the tower did not run for this prompt, or its patches are not the row's visual tokens.
         """
         layout: VisualLayout = view.shared["layout"]
-        if not self._calls:
+        calls: list[Tensor] = view.shared.get("tower", [])
+        if not calls:
             raise LayoutError("the vision tower did not run for these images; pass pixels, not image embeddings")
-        values = torch.cat(self._calls).to(view.hidden.device)
+        values = torch.cat(calls).to(view.hidden.device)
         # A picture is an image or a frame. With beams the rows are repeated, but each picture was encoded once.
         pictures = [[i.frames for i in row.images] for row in layout.rows]
         total = sum(map(sum, pictures))
@@ -87,8 +85,9 @@ def watch(model: nn.Module, adapter: Adapter | None, shared: dict[str, Any]) -> 
     From the class token where the tower has one, else the mean over all patches, as VisionZip does.
     """
     patches = shared["patches"] = Patches(shared)
+    taps = Taps()
 
-    def arm(tower: VisionTower, layer: nn.Module, args: Any) -> None:
+    def arm(tower: VisionTower, layer: nn.Module, args: Any, kwargs: Any) -> None:
         def sink(states: AttentionStates) -> None:
             images, length = states.query.shape[0], states.query.shape[2]
             index = torch.arange(length, device=states.query.device)
@@ -96,13 +95,14 @@ def watch(model: nn.Module, adapter: Adapter | None, shared: dict[str, Any]) -> 
             rows = [states.received(b, queries, index[tower.special :]) for b in range(images)]
             patches.add(torch.stack(rows))
 
-        tap(attention_module(layer), sink)
+        taps.on(layer).arm(sink)
 
-    handles = [
-        tower.layers[tower.output - 1].register_forward_pre_hook(functools.partial(arm, tower))
-        for tower in towers(model, adapter)
-    ]
-    return functools.partial(_remove, handles)
+    undo: list[Callable[[], None]] = [taps.remove]
+    for tower in towers(model, adapter):
+        layer = tower.layers[tower.output - 1]
+        taps.on(layer)
+        undo.append(before_forward(layer, functools.partial(arm, tower)))
+    return functools.partial(_undo, undo)
 
 
 def shorten(
@@ -111,8 +111,7 @@ def shorten(
     """Let patches leave in the given encoder layers; `shared["patches"]` says which survived (1) or not (0)."""
     patches = shared["patches"] = Patches(shared)
     cuts = [TowerCut(tower, layers, choose) for tower in towers(model, adapter)]
-    handles = [h for cut in cuts for h in [*cut.install(), *cut.restore(patches)]]
-    return functools.partial(_remove, handles)
+    return functools.partial(_undo, [undo for cut in cuts for undo in [*cut.install(), *cut.restore(patches)]])
 
 
 class TowerCut:
@@ -122,57 +121,59 @@ class TowerCut:
     it is enough to write merged states into the stream there (the second norm's input *is* the residual stream) and to
     take the survivors from the layer's output.
 
-    Attributes:
-        kept: (images, m) indices, into the original patches, of those that are left.
     """
 
     def __init__(self, tower: VisionTower, layers: Sequence[int], choose: Choose) -> None:
         if any(not 0 <= layer < tower.output for layer in layers):
             raise ConfigError(f"vision layers {tuple(layers)}: only layers 0 to {tower.output - 1} shape the features")
         self.tower, self.layers, self.choose = tower, tuple(layers), choose
-        self.kept: Tensor | None = None
-        self._states: AttentionStates | None = None
-        self._keep: Tensor | None = None
-        self._lengths: dict[int, Tensor] = {}
-        self._full = 0
+        self._taps = Taps()
+        self._now = _Cut()
 
-    def install(self) -> list[Any]:
-        """Hook the layers; returns the hooks' handles."""
-        handles = []
+    @property
+    def kept(self) -> Tensor | None:
+        """(images, m) indices, into the original patches, of those that are left in this thread's call."""
+        return self._now.kept
+
+    def install(self) -> list[Callable[[], None]]:
+        """Hook the layers; returns what undoes it."""
+        undo: list[Callable[[], None]] = [self._taps.remove]
         for i in self.layers:
             layer = self.tower.layers[i]
-            handles.append(layer.register_forward_pre_hook(self._listen))
-            handles.append(_second_norm(layer).register_forward_pre_hook(self._merge))
-            handles.append(layer.register_forward_hook(self._take))
-        return handles
+            self._taps.on(layer)
+            undo.append(before_forward(layer, self._listen))
+            undo.append(before_forward(_second_norm(layer), self._merge))
+            undo.append(behind_forward(layer, self._take))
+        return undo
 
-    def restore(self, patches: Patches) -> list[Any]:
+    def restore(self, patches: Patches) -> list[Callable[[], None]]:
         """Hook the tower, to put survivors back into the grid and report them."""
 
-        def begin(module: nn.Module, args: Any) -> None:
-            self.kept = None
-            self._lengths.clear()
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._now.begin()
 
-        def end(module: nn.Module, args: Any, out: Any) -> Any:
-            if self.kept is None:
+        def end(module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+            now, kept = self._now, self._now.kept
+            if kept is None:
                 return out
             for name, value in out.items():
                 if isinstance(value, Tensor):
                     out[name] = self._spread(value)
                 elif isinstance(value, tuple):
                     out[name] = tuple(self._spread(v) for v in value)
-            survived = torch.zeros(len(self.kept), self._full - self.tower.special, device=self.kept.device)
-            patches.add(survived.scatter(1, self.kept, 1.0))
+            survived = torch.zeros(len(kept), now.full - self.tower.special, device=kept.device)
+            patches.add(survived.scatter(1, kept, 1.0))
+            now.begin()
             return out
 
         module = self.tower.module
-        return [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+        return [before_forward(module, begin), behind_forward(module, end)]
 
-    def _listen(self, layer: nn.Module, args: Any) -> None:
-        tap(attention_module(layer), functools.partial(setattr, self, "_states"))
+    def _listen(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        self._taps.on(layer).arm(functools.partial(setattr, self._now, "states"))
 
-    def _merge(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        stream, states = args[0], self._states
+    def _merge(self, norm: nn.Module, args: tuple[Tensor, ...], kwargs: Any) -> None:
+        stream, states = args[0], self._now.states
         assert states is not None
         special = self.tower.special
         queries = torch.arange(stream.shape[1], device=stream.device)
@@ -186,26 +187,50 @@ class TowerCut:
                 touched = merge.target.unique() + special  # type: ignore[no-untyped-call]
                 stream[b, touched] = total[touched].to(stream.dtype)
             keeps.append(selection.keep)
-        self._keep, self._states = torch.stack(keeps), None
+        self._now.keep, self._now.states = torch.stack(keeps), None
 
-    def _take(self, layer: nn.Module, args: Any, out: Any) -> Any:
+    def _take(self, layer: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
-        assert self._keep is not None
-        special = self.tower.special
-        if self.kept is None:
-            self._full = hidden.shape[1]
-        self.kept = self._keep if self.kept is None else self.kept.gather(1, self._keep)
+        now, special = self._now, self.tower.special
+        assert now.keep is not None
+        if now.kept is None:
+            now.full = hidden.shape[1]
+        now.kept = now.keep if now.kept is None else now.kept.gather(1, now.keep)
         first = torch.arange(special, device=hidden.device).expand(len(hidden), -1)
-        index = torch.cat([first, self._keep + special], 1)
+        index = torch.cat([first, now.keep + special], 1)
         short = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
-        self._lengths[short.shape[1]] = torch.cat([first, self.kept + special], 1)
+        now.lengths[short.shape[1]] = torch.cat([first, now.kept + special], 1)
         return (short, *out[1:]) if isinstance(out, tuple) else short
 
     def _spread(self, states: Any) -> Any:
-        if not isinstance(states, Tensor) or states.dim() != 3 or states.shape[1] not in self._lengths:
+        lengths = self._now.lengths
+        if not isinstance(states, Tensor) or states.dim() != 3 or states.shape[1] not in lengths:
             return states
-        index = self._lengths[states.shape[1]][..., None].expand_as(states)
-        return states.new_zeros(len(states), self._full, states.shape[2]).scatter(1, index, states)
+        index = lengths[states.shape[1]][..., None].expand_as(states)
+        return states.new_zeros(len(states), self._now.full, states.shape[2]).scatter(1, index, states)
+
+
+class _Cut(threading.local):
+    """What has become of the patches in the tower's running call; every thread has its own.
+
+    Attributes:
+        kept: (images, m) indices, into the original patches, of those that are left; None before anything has left.
+        keep: the same of the last layer, into the patches that reached it.
+        states: attention of the layer that runs.
+        lengths: by length of a sequence, the original patches in it, special tokens included.
+        full: length of the sequence before anything left.
+    """
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """A new call."""
+        self.kept: Tensor | None = None
+        self.keep: Tensor | None = None
+        self.states: AttentionStates | None = None
+        self.lengths: dict[int, Tensor] = {}
+        self.full = 0
 
 
 def _second_norm(layer: nn.Module) -> nn.Module:
@@ -216,6 +241,6 @@ def _second_norm(layer: nn.Module) -> nn.Module:
     raise UnsupportedModelError(f"{type(layer).__name__} is not laid out like a CLIP or SigLIP encoder layer")
 
 
-def _remove(handles: Sequence[Any]) -> None:
-    for handle in handles:
-        handle.remove()
+def _undo(steps: Sequence[Callable[[], None]]) -> None:
+    for step in steps:
+        step()

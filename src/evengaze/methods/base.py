@@ -122,7 +122,9 @@ class Pruner(ABC):
         Args:
             model: the model.
             adapter: its family's adapter; None if the caller gave an explicit layout.
-            shared: lives as long as the attachment; `View.shared` is the same dictionary.
+            shared: lives as long as the attachment, and is the same for the calls of all threads; `View.shared` is a
+                copy for the call. `shared["notes"]()` is the dictionary of the running call: what encoder hooks put
+                into it is in the `View.shared` of the prefill that uses the pictures.
 
         Returns:
             A function that undoes it.

@@ -8,6 +8,7 @@ Source: `modeling_llama.py` of FastV (a transformers 4.31 fork), the branch with
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from evengaze.compat import cache_in
-from evengaze.engine.attention import AttentionStates, attention_module, tap
+from evengaze.engine.attention import AttentionStates
+from evengaze.engine.intercept import before_forward
 from evengaze.engine.masks import causal_mask, take_mask
+from evengaze.engine.tap import Taps
 from evengaze.layout import VisualTokens
 from evengaze.methods.fastv import FastV
 from evengaze.methods.registry import register
@@ -41,32 +44,33 @@ class FastVMasked(FastV):
     def select(self, view: View) -> Selection:
         """Note the choice for the masks, and keep all."""
         chosen = super().select(view)
-        view.shared.setdefault("rows", {})[view.row] = (view.tokens, chosen.keep)
+        view.shared["masks"].choose(view, chosen.keep)
         return Selection(keep=torch.arange(len(view), device=chosen.keep.device))
 
     def prepare(self, model: nn.Module, adapter: Adapter | None, shared: dict[str, Any]) -> Callable[[], None]:
         """Mask the layers from `layer` on, in the prefill and in every step."""
         decoder = find_decoder(model) if adapter is None else adapter.decoder(model)
-        masks = _Masks(self, decoder, shared)
-        hooks = [decoder.register_forward_pre_hook(masks.begin, with_kwargs=True)]
+        masks = shared["masks"] = _Masks(self, decoder)
         layers = list(decoder.get_submodule("layers").children())
-        hooks += [layers[self.layer - 1].register_forward_pre_hook(masks.listen, with_kwargs=True)]
-        hooks += [layer.register_forward_pre_hook(masks.apply, with_kwargs=True) for layer in layers[self.layer :]]
+        undo = [masks.taps.remove, before_forward(decoder, masks.begin)]
+        undo += [before_forward(layers[self.layer - 1], masks.listen)]
+        undo += [before_forward(layer, masks.apply) for layer in layers[self.layer :]]
 
-        def undo() -> None:
-            for hook in hooks:
-                hook.remove()
+        def remove() -> None:
+            for step in undo:
+                step()
 
-        return undo
+        return remove
 
 
-class _Masks:
-    """The masks of the call in progress."""
+class _Masks(threading.local):
+    """The masks of the call in progress; every thread has its own."""
 
-    def __init__(self, method: FastVMasked, decoder: nn.Module, shared: dict[str, Any]) -> None:
-        self.method, self.shared = method, shared
+    def __init__(self, method: FastVMasked, decoder: nn.Module) -> None:
+        self.method, self.taps = method, Taps()
         self.decoder: Any = decoder
         self.past = 0
+        self.rows: dict[int, tuple[VisualTokens, Tensor]] = {}
         self.states: AttentionStates | None = None
         self.visible: Tensor | None = None
 
@@ -76,18 +80,22 @@ class _Masks:
         self.past = 0 if cache is None else int(cache.get_seq_length())
         self.visible = self.states = None
         if self.past == 0:
-            self.shared.pop("rows", None)
+            self.rows = {}
+
+    def choose(self, view: View, keep: Tensor) -> None:
+        """Note what stays visible in a row."""
+        self.rows[view.row] = (view.tokens, keep)
 
     def listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """In a step, read the attention that ranks; in the prefill the engine does."""
-        if self.past and self.shared.get("rows"):
-            tap(attention_module(module), functools.partial(setattr, self, "states"), past=self.past)
+        if self.past and self.rows:
+            self.taps.on(module).arm(functools.partial(setattr, self, "states"), past=self.past)
 
     def apply(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Hide the tokens that were not chosen from all queries."""
-        rows: dict[int, tuple[VisualTokens, Tensor]] = self.shared.get("rows", {})
+        rows = self.rows
         if not rows:
             return None
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]

@@ -1,0 +1,193 @@
+"""The state of running calls: one object a call, one stack of them a thread.
+
+A handle is shared by all threads that use its model, and calls may run inside of others (a streamer or a logits
+processor that asks the model something). So nothing that belongs to a call is kept on the handle or on a module.
+
+What ends a call may be a BaseException, for which torch runs no hooks. A call therefore remembers the frame of the
+module call that it belongs to: once that frame is on its thread's stack no more, the call is over.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from evengaze.engine.decode import Steps
+from evengaze.engine.encoded import Encoded
+from evengaze.engine.prefill import Prefill, Selections
+from evengaze.engine.rotary import Rotary
+from evengaze.layout import VisualLayout
+
+_FROZEN = 8
+"""Generations without a cache that may take turns inside one `generate` (contrastive decoding runs two)."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What a call without a cache decided, for the longer calls of the same generation that follow it."""
+
+    inputs: Tensor
+    layout: VisualLayout
+    selections: list[Selections]
+
+    def continued_by(self, inputs: Tensor) -> bool:
+        """Whether a call repeats the recorded one with further tokens behind it."""
+        batch, length = self.inputs.shape[:2]
+        if inputs.shape[0] != batch or inputs.shape[1] <= length:
+            return False
+        return torch.equal(self.inputs, inputs[:, :length])
+
+
+class Call:
+    """One call of `generate`, of the model, or (at the bottom of the stack) whatever a thread does outside of them.
+
+    Attributes:
+        outer: the call in which this one runs; None at the bottom.
+        frame: of the module call; None for `generate`, which ends by itself, and at the bottom.
+        generate: whether this is a call of `generate`.
+        encoded: what the encoders did for the next prompt.
+        ids: (B, L) the running forward's token ids, on their way to the decoder.
+        mask: (B, L) its padding mask, likewise.
+        labels: (B, L) its labels, which the loss reads behind the decoder.
+        ignored: the label that the loss skips.
+        decoding: whether the decoder runs.
+        nested: whether another call's decoder runs below this one.
+        run: the prefill, None if the call holds no visual tokens.
+        rotary: the calls of the decoder's rotary modules.
+        steps: fits what layers receive to their caches, in calls without a prefill.
+        frozen: prefills without a cache, newest first; of a `generate`.
+    """
+
+    __slots__ = (
+        "decoding",
+        "encoded",
+        "frame",
+        "frozen",
+        "generate",
+        "ids",
+        "ignored",
+        "labels",
+        "mask",
+        "nested",
+        "outer",
+        "rotary",
+        "run",
+        "steps",
+    )
+
+    def __init__(self, outer: Call | None, frame: FrameType | None = None, *, generate: bool = False) -> None:
+        self.outer, self.frame, self.generate = outer, frame, generate
+        self.encoded = Encoded()
+        self.ids: Tensor | None = None
+        self.mask: Tensor | None = None
+        self.labels: Tensor | None = None
+        self.ignored = -100
+        self.decoding = False
+        self.nested: bool = outer is not None and (outer.decoding or outer.nested)
+        self.run: Prefill | None = None
+        self.steps: Steps | None = None
+        self.rotary: Rotary | None = None
+        self.frozen: list[Frozen] = []
+
+    @property
+    def generating(self) -> bool:
+        """Whether `generate` made this call of the model."""
+        return self.outer is not None and self.outer.generate
+
+    def end(self) -> Prefill | None:
+        """The decoder has been left; returns the prefill, which the call keeps no longer."""
+        run, self.run, self.steps, self.rotary, self.decoding = self.run, None, None, None, False
+        return run
+
+    def freeze(self, frozen: Frozen) -> None:
+        """Remember a prefill for the calls of the same `generate` that repeat it."""
+        if self.outer is not None:
+            others = [f for f in self.outer.frozen if not torch.equal(f.inputs, frozen.inputs)]
+            self.outer.frozen = [frozen, *others][:_FROZEN]
+
+    def continued(self, inputs: Tensor) -> Frozen | None:
+        """The recorded prefill that (B, L, d) `inputs` go on with."""
+        recorded: Iterable[Frozen] = () if self.outer is None else self.outer.frozen
+        return next((frozen for frozen in recorded if frozen.continued_by(inputs)), None)
+
+
+class Calls(threading.local):
+    """The running calls of one handle; every thread sees its own.
+
+    Attributes:
+        top: the innermost call.
+    """
+
+    def __init__(self) -> None:
+        self.top = Call(None)
+
+    def alive(self) -> Call:
+        """The innermost call that still runs; calls that an exception ended are dropped."""
+        call = self.top
+        while call.frame is not None and not _runs(call.frame):
+            assert call.outer is not None  # the bottom has no frame
+            self.top = call = call.outer
+        return call
+
+    def enter(self, frame: FrameType, *, inherit: bool) -> Call:
+        """A module call begins.
+
+        Args:
+            frame: the module call's.
+            inherit: whether it may use what was encoded outside of it.
+        """
+        outer = self.alive()
+        call = Call(outer, frame)
+        if inherit or outer.generate:
+            call.encoded = outer.encoded
+        elif outer.outer is None:
+            outer.encoded.clear()
+        self.top = call
+        return call
+
+    @contextmanager
+    def generate(self) -> Iterator[None]:
+        """A call of `generate`, from beginning to end."""
+        outer = self.alive()
+        if outer.outer is None:
+            outer.encoded.clear()
+        self.top = Call(outer, generate=True)
+        try:
+            yield
+        finally:
+            self.top = outer
+
+    def leave(self, frame: FrameType) -> Call | None:
+        """A module call ends; returns it, None if it never began."""
+        call = self.top
+        while call.frame is not frame:
+            if call.frame is None or _runs(call.frame):
+                return None
+            assert call.outer is not None
+            call = call.outer
+        assert call.outer is not None
+        self.top, call.frame = call.outer, None
+        return call
+
+
+def module_frame() -> FrameType:
+    """The frame of the module call whose hook asks; the same for its hooks before and behind, and after an error."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_name != "_call_impl" and frame.f_back is not None:  # torch runs hooks in functions of its own
+        frame = frame.f_back
+    return frame
+
+
+def _runs(frame: FrameType) -> bool:
+    """Whether a frame is on this thread's stack."""
+    at: FrameType | None = sys._getframe(1)
+    while at is not None and at is not frame:
+        at = at.f_back
+    return at is not None
