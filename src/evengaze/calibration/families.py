@@ -1,10 +1,11 @@
-"""The fits of the single families: weighted least squares of scores or of their logs, in plain NumPy."""
+"""The fits of the single families: weighted least squares of scores or of their logs, by SciPy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy.optimize import isotonic_regression, least_squares
 
 from evengaze.calibration.means import Array, Means
 from evengaze.debias.trend import (
@@ -77,9 +78,8 @@ class _Problem:
 
     def solve(self, log_f: Callable[[Array], Array], starts: Sequence[Sequence[float]]) -> Array:
         """Levenberg-Marquardt from each start; the best solution."""
-        found = [_minimise(lambda p: self.residual(log_f(p)), np.array(s, dtype=np.float64)) for s in starts]
-        best: Array = min(found, key=lambda item: item[1])[0]
-        return best
+        found = [least_squares(lambda p: self.residual(log_f(p)), start, method="lm") for start in starts]
+        return np.asarray(min(found, key=lambda one: float(one.cost)).x)
 
 
 def _exponential(problem: _Problem, start: TrendCurve | None) -> TrendCurve:
@@ -138,9 +138,7 @@ def _isotonic(problem: _Problem, start: TrendCurve | None) -> TrendCurve:
     has = weight > 0
     x = np.bincount(stretch, problem.weight * problem.x, KNOTS)[has] / weight[has]
     y: Array = np.bincount(stretch, problem.weight * problem.y, KNOTS)[has] / weight[has]
-    rising = problem.line()[1] >= 0
-    level = _pool(y if rising else -y, weight[has].astype(np.float64))
-    level = level if rising else -level
+    level = isotonic_regression(y, weights=weight[has], increasing=problem.line()[1] >= 0).x
     values = np.exp(level) if problem.log else level
     return Isotonic(tuple(x.tolist()), tuple((problem.scale * values).tolist()))
 
@@ -152,41 +150,3 @@ _FITS: dict[str, Callable[[_Problem, TrendCurve | None], TrendCurve]] = {
     "reciprocal-polynomial": _reciprocal_polynomial,
     "isotonic": _isotonic,
 }
-
-
-def _pool(y: Array, weight: Array) -> Array:
-    """The weighted least-squares non-decreasing sequence (pool adjacent violators)."""
-    blocks: list[list[float]] = []  # value, weight, length
-    for value, w in zip(y.tolist(), weight.tolist(), strict=True):
-        blocks.append([value, w, 1])
-        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
-            v, w1, n = blocks.pop()
-            last = blocks[-1]
-            last[0] = (last[0] * last[1] + v * w1) / (last[1] + w1)
-            last[1] += w1
-            last[2] += n
-    return np.concatenate([np.full(int(n), v) for v, _, n in blocks])
-
-
-def _minimise(residual: Callable[[Array], Array], p: Array, steps: int = 100) -> tuple[Array, float]:
-    """Levenberg-Marquardt with a forward-difference Jacobian; parameters and the sum of squares."""
-    r = residual(p)
-    cost, damping = float(r @ r), 1e-3
-    for _ in range(steps):
-        h = 1e-7 * np.maximum(1.0, np.abs(p))
-        jacobian = np.stack([(residual(p + np.eye(len(p))[k] * h[k]) - r) / h[k] for k in range(len(p))], 1)
-        gradient, square = jacobian.T @ r, jacobian.T @ jacobian
-        for _ in range(12):
-            step = np.linalg.solve(square + damping * np.diag(np.diag(square) + 1e-12), -gradient)
-            r_new = residual(p + step)
-            new = float(r_new @ r_new)
-            if new < cost:
-                break
-            damping = min(damping * 4, 1e12)
-        else:
-            return p, cost
-        gain = cost - new
-        p, r, cost, damping = p + step, r_new, new, max(damping / 6, 1e-9)
-        if gain <= 1e-9 * cost + 1e-300:
-            break
-    return p, cost

@@ -15,12 +15,12 @@ docs/debiasing.md has the comparison from which the default was chosen.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from evengaze.calibration.families import fit_family
 from evengaze.calibration.means import Array, Means, Profile
@@ -213,15 +213,8 @@ def relative(trend: TrendCurve, grid: Array) -> Array:
 
 
 def student(level: float, freedom: int) -> float:
-    """Two-sided quantile of Student's t (Cornish-Fisher expansion; within 1 % from 5 degrees of freedom on)."""
-    z = NormalDist().inv_cdf(0.5 + level / 2)
-    v = float(max(1, freedom))
-    return float(
-        z
-        + (z**3 + z) / (4 * v)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-    )
+    """Two-sided quantile of Student's t."""
+    return float(stdtrit(max(1, freedom), 0.5 + level / 2))
 
 
 def _line(means: Means, fit: Fit) -> Exponential:

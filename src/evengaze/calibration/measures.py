@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 from torch import Tensor
 
 from evengaze.calibration.fit import student
@@ -168,13 +169,6 @@ def bottom(tokens: VisualTokens) -> Array:
 
 def spearman(a: NDArray[Any], b: NDArray[Any]) -> float:
     """Spearman's rank correlation; ties get their mean rank. 0 if one side is constant."""
-    ra, rb = _ranks(a), _ranks(b)
-    ra, rb = ra - ra.mean(), rb - rb.mean()
-    norm = float(np.sqrt((ra**2).sum() * (rb**2).sum()))
-    return float((ra * rb).sum() / norm) if norm > 0 else 0.0
-
-
-def _ranks(values: NDArray[Any]) -> Array:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[inverse.reshape(-1)], dtype=np.float64)
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
