@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -322,3 +323,152 @@ def test_cache_tells_turns_and_temperatures_apart(tmp_path: Path) -> None:
     assert replies == ["1", "2", "3", "1"]
     again = CachedJudge(inner, tmp_path / "c.jsonl")
     assert again.ask(chat, 3, 0.0, "b").text == "2" and inner.calls == 3
+
+
+# -- attacks -----------------------------------------------------------------------------------------------------------
+class RawServer:
+    """Sends any bytes under any content type; `hang` keeps clients waiting until it is closed."""
+
+    def __init__(
+        self, body: bytes = b"", kind: str = "application/json", status: int = 200, hang: bool = False
+    ) -> None:
+        self.requests = 0
+        self._over = threading.Event()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                outer.requests += 1
+                if hang:
+                    outer._over.wait(60)
+                    return
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def __enter__(self) -> RawServer:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._over.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+GARBAGE = {
+    "html": (b"<html><body>504 Gateway</body></html>", "text/html"),
+    "html that says it is json": (b"<html>", "application/json"),
+    "a list": (b"[1, 2]", "application/json"),
+    "null": (b"null", "application/json"),
+    "a number": (b"7", "application/json"),
+    "other fields": (b'{"reply": "0.5"}', "application/json"),
+    "no choices": (b'{"choices": null}', "application/json"),
+    "choices of something": (b'{"choices": [null]}', "application/json"),
+    "a message without text": (b'{"choices": [{"message": {"content": [1]}}], "model": 3}', "application/json"),
+    "nothing": (b"", "application/json"),
+    "no utf-8": (b"\xff\xfe\x00", "application/json"),
+    "nested": (b"[" * 100_000, "application/json"),
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_garbage_is_the_replys_error_and_never_blamed_on_the_data(golden: Path, name: str) -> None:
+    body, kind = GARBAGE[name]
+    with RawServer(body, kind) as server:
+        judge = OpenAIJudge("m", base_url=server.url, api_key="x", timeout=5, max_retries=0)
+        with pytest.raises(JudgeError) as caught:
+            judge.ask([{"role": "user", "content": "?"}], 3, 0.0)
+        assert server.url in str(caught.value) and not caught.value.fatal
+        if name == "html":
+            with pytest.raises(JudgeError, match="answers nothing at all") as caught:
+                score_file("mmvet", golden / MMVET, golden, options=ScoreOptions(judge=judge))
+            assert "not as expected" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ['{"v1_0": 1}', '{"v1_0": {"score": ["x"], "model": ["m"], "content": ["c"]}}'])
+def test_garbage_in_recorded_grades_names_their_file(golden: Path, tmp_path: Path, content: str) -> None:
+    grades = tmp_path / "grade.json"
+    grades.write_text(content)
+    with pytest.raises(DataError, match=r"grade\.json: v1_0 is no item"):
+        score_file("mmvet", golden / MMVET, golden, options=ScoreOptions(judged=grades))
+
+
+def test_a_cache_whose_fields_are_no_texts_is_refused(tmp_path: Path) -> None:
+    cache = tmp_path / "c.jsonl"
+    cache.write_text('{"key": [1], "reply": "x", "model": "m"}\n')
+    with pytest.raises(DataError, match="no judge cache"):
+        CachedJudge(Counting(), cache)
+
+
+def test_a_hanging_judge_is_given_up_after_the_time_that_was_set_and_says_so(
+    golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evengaze.evaluate.judge._QUIET_FOR", 0.3)
+    monkeypatch.setattr("evengaze.evaluate.judge._REPORT_EVERY", 0.5)
+    said: list[str] = []
+    with RawServer(hang=True) as server:
+        judge = OpenAIJudge("m", base_url=server.url, api_key="x", timeout=0.5, patience=1.5, say=said.append)
+        start = time.monotonic()
+        with pytest.raises(JudgeError, match=r"has not answered for \d+ s.*same command again") as caught:
+            score_file("mmvet", golden / MMVET, golden, options=ScoreOptions(judge=judge, workers=4))
+    assert caught.value.fatal
+    assert time.monotonic() - start < 10
+    assert said and "it is asked again until 2 s are over" in said[0]
+
+
+def test_the_end_of_an_outage_is_said_and_nothing_is_lost(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evengaze.evaluate.judge._QUIET_FOR", 0.0)
+    said: list[str] = []
+    replies: Iterator[str | int] = iter([503, 503, "0.7"])
+    server.reply = lambda body: next(replies)
+    judge = OpenAIJudge("m", base_url=server.url, api_key="x", timeout=5, say=said.append)
+    assert judge.ask([{"role": "user", "content": "?"}], 3, 0.0).text == "0.7"
+    assert len(said) == 2 and "answered 503" in said[0] and "answers again" in said[1]
+
+
+def test_a_judge_that_dies_after_a_success_stops_the_run() -> None:
+    asked = []
+
+    def grade(key: str) -> int:
+        asked.append(key)
+        if key == "0":
+            return 1
+        time.sleep(0.01)
+        raise JudgeError("connection refused", silent=True)
+
+    with pytest.raises(JudgeError, match="answers nothing any more"):
+        judge_all([str(i) for i in range(500)], grade, workers=1)
+    assert len(asked) < 100
+
+
+def test_replies_of_no_use_never_stop_a_run_that_has_grades() -> None:
+    def grade(key: str) -> int:
+        if key == "0":
+            return 1
+        raise JudgeError("no grade")
+
+    grades, errors = judge_all([str(i) for i in range(60)], grade, workers=1)
+    assert (len(grades), len(errors)) == (1, 59)
+
+
+def test_progress_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evengaze.evaluate.judge._REPORT_EVERY", 0.0)
+    said: list[str] = []
+    judge_all(["a", "b"], lambda key: 1, 1, said.append)
+    assert said[-1] == "judged 2 of 2"
+
+
+def test_an_address_that_is_none_is_an_error_of_ours() -> None:
+    with pytest.raises((ConfigError, JudgeError)):
+        OpenAIJudge("m", base_url="http://[::1", api_key="x", max_retries=0).ask([], None, None)

@@ -25,6 +25,7 @@ from evengaze.evaluate.benchmarks.types import (
     ScoreOptions,
 )
 from evengaze.evaluate.jsonl import Answer, Lines, read_answers, read_jsonl, require_clean
+from evengaze.evaluate.judge import JudgeError
 from evengaze.evaluate.metrics.forms import is_short
 
 UNEXPECTED_SHARE = 0.05
@@ -272,6 +273,10 @@ class Benchmark(ABC):
         except OfficialError as error:
             score.official = {"value": None, "error": error.official, "differs": True}
             score.notes.append(f"Official mode: {error}")
+            return
+        except JudgeError as error:
+            score.official = {"value": None, "error": str(error), "differs": False}
+            score.notes.append(f"The official number is not known: {error}")
             return
         same = score.value == other.value or (
             score.value is not None and other.value is not None and abs(score.value - other.value) < 1e-9

@@ -12,7 +12,7 @@ from evengaze.evaluate.benchmarks.base import clean_or_stop, question_rows
 from evengaze.evaluate.benchmarks.judged import JudgedBenchmark
 from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, Mode, OfficialError, Record, Score, ScoreOptions
 from evengaze.evaluate.jsonl import Lines
-from evengaze.evaluate.judge import judge_all
+from evengaze.evaluate.judge import judge_all, silent
 from evengaze.evaluate.metrics import mmvet
 from evengaze.evaluate.metrics.forms import is_something
 from evengaze.evaluate.metrics.open_match import with_alternatives
@@ -105,7 +105,7 @@ class MMVet(JudgedBenchmark):
         """Return grades by key, from the judge or a grade file."""
         if options.judged is not None:
             read = read_json(options.judged, dict, "Give the evaluator's ...-grade-<n>runs.json.")
-            found = {name.removeprefix("v1_"): row for name, row in read.items()}
+            found = {name.removeprefix("v1_"): _recorded(row, name, options.judged) for name, row in read.items()}
             return self.take_judged(found, texts, options.judged)
         judge = options.judge
         if judge is None:
@@ -116,7 +116,7 @@ class MMVet(JudgedBenchmark):
             runs = [mmvet.grade(judge, message, f"run {i + 1}", official) for i in range(options.runs)]
             return {name: [run[name] for run in runs] for name in ("model", "content", "score")}
 
-        return judge_all(list(texts), grade, options.workers)
+        return judge_all(list(texts), grade, options.workers, options.say or silent)
 
     def _score(
         self, mode: Mode, grades: Grades, items: dict[str, dict[str, Any]], options: ScoreOptions, over: set[str]
@@ -139,3 +139,22 @@ class MMVet(JudgedBenchmark):
         found = {f"v1_{a['question_id']}": a["text"] for a in clean_or_stop(self.read_answers(answers))}
         write_whole(out, json.dumps(found, indent=2))
         return {"path": str(out), "total_results": len(found)}
+
+
+def _recorded(row: Any, name: str, path: Path) -> dict[str, list[Any]]:
+    """One item of a grade file.
+
+    Raises:
+        DataError: It is none.
+    """
+    try:
+        good = all(isinstance(row[part], list) and row[part] for part in ("model", "content", "score"))
+        good = good and all(0 <= float(score) <= 1 for score in row["score"])
+    except (KeyError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise DataError(
+            f"{path}: {name} is no item of the evaluator's ...-grade-<n>runs.json (lists model, content and score, each "
+            f"from 0 to 1), but {str(row)[:80]}. Judge again."
+        )
+    return dict(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -155,6 +156,7 @@ class ScoreOptions:
         cache: MM-Vet and video: JSON-lines file that keeps the judge's replies.
         runs: MM-Vet: how often each answer is judged.
         workers: MM-Vet and video: calls to the judge at a time.
+        say: MM-Vet and video: told, in a line now and then, how far judging is.
     """
 
     rule: str | None = None
@@ -164,6 +166,7 @@ class ScoreOptions:
     cache: Path | None = None
     runs: int = 1
     workers: int = 8
+    say: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from evengaze.evaluate.benchmarks.base import clean_or_stop, number_repeats
 from evengaze.evaluate.benchmarks.judged import JudgedBenchmark
 from evengaze.evaluate.benchmarks.types import Mode, OfficialError, Record, Score, ScoreOptions
 from evengaze.evaluate.jsonl import Lines
-from evengaze.evaluate.judge import judge_all
+from evengaze.evaluate.judge import judge_all, silent
 from evengaze.evaluate.metrics import video_judge
 from evengaze.evaluate.metrics.forms import is_something
 from evengaze.evaluate.video import find_video
@@ -151,7 +151,7 @@ class VideoQA(JudgedBenchmark):
             prediction, answer = texts[key]
             return video_judge.judge_answer(judge, video_judge.build_messages(asked[key], answer, prediction), official)
 
-        return judge_all(list(texts), ask, options.workers)
+        return judge_all(list(texts), ask, options.workers, options.say or silent)
 
     def _score(self, mode: Mode, verdicts: dict[str, Any], n_records: int, options: ScoreOptions) -> Score:
         model = options.judge.describe()["model"] if options.judge is not None else ""
