@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -332,3 +333,27 @@ def test_the_report_sets_published_figures_beside_measured_ones(tmp_path: Path) 
     assert again.exit_code == 0
     for name in ("report.html", "report.md", "curves.svg", "radar.svg"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_neither_page_lets_results_write_html_or_break_a_table(tmp_path: Path) -> None:
+    made_up(tmp_path / "r", "pope", "dense", "none", 80.0, "dense")
+    made_up(tmp_path / "r", "pope", "fastv:keep=4", "none", 60.0)
+    made_up(tmp_path / "r", "pope", "fastv:keep=4", "preset", 66.0)
+    attack = "<script>alert(1)</script> a|b `c` [x](javascript:y)\n# head"
+    for path in (tmp_path / "r").rglob("result.json"):
+        result = json.loads(path.read_text())
+        result["notes"] = [attack]
+        result["benchmark"]["title"] = f"POPE {attack}"
+        result["cell"]["debias"] = attack if result["cell"]["debias"] == "preset" else "none"
+        result["fingerprint"]["model"]["name"] = attack
+        path.write_text(json.dumps(result))
+    assert call("report", str(tmp_path / "r"), "-o", str(tmp_path / "out")).exit_code == 0
+    html, markdown = ((tmp_path / f"out/report.{kind}").read_text() for kind in ("html", "md"))
+    assert "<script>" not in html
+    outside = "\n".join(re.split(r"```json\n.*?\n```", markdown, flags=re.DOTALL))  # a fence shows HTML as text
+    outside = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", outside)  # so does a code span
+    assert "<script>" not in outside
+    assert "](javascript" not in outside
+    assert "\n# head" not in markdown
+    bars = [len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines() if line.startswith("|")]
+    assert set(bars[:5]) == {4}  # the overview: head, rule and three methods

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from evengaze.cli import terminal
 from evengaze.errors import EvengazeError
 
 __all__ = ["ERROR", "build", "main"]
@@ -67,13 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug or (isinstance(error, OSError) and error.filename is None):  # not a file that the user named
             raise
         text = f"Error: {' '.join(str(error).split())}"
-        typer.secho(text, fg=typer.colors.RED, bold=True, err=True)
+        terminal.secho(text, fg=typer.colors.RED, bold=True, err=True)
         sys.exit(ERROR)
 
 
 def _warn(message: Warning | str, *where: object, **more: object) -> None:
     """A warning as one line, without the place in the code that it comes from."""
-    typer.secho(f"Warning: {' '.join(str(message).split())}", fg=typer.colors.YELLOW, err=True)
+    terminal.secho(f"Warning: {' '.join(str(message).split())}", fg=typer.colors.YELLOW, err=True)
 
 
 def _quiet() -> None:
@@ -86,7 +87,7 @@ def _version(asked: bool) -> None:
     if asked:
         from evengaze.version import __version__
 
-        typer.echo(__version__)
+        terminal.echo(__version__)
         raise typer.Exit
 
 

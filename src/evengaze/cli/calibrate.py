@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
+from evengaze.cli import terminal
 from evengaze.cli.options import AllowMissing, BatchSize, Device, DType, Images, Limit, Model, Prompts, Revision
 from evengaze.errors import ConfigError, CurveError
 
@@ -32,7 +32,7 @@ Method = Annotated[
     str, typer.Option("--method", "-m", help="Whose ranking, as in `evengaze list methods`; the budget only measures.")
 ]
 
-console = Console(stderr=True)
+console = terminal.Screen(stderr=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -130,7 +130,7 @@ def calibrate(
         figures.mkdir(parents=True, exist_ok=True)
         plot_trend(curve).savefig(figures / "trend.png")
         plot_heat_maps({k: s.heat_map() for k, s in found.layers.items()}).savefig(figures / "heat_map.png")
-    typer.echo(f"{out}: {curve.trend.family} ({curve.fit}), {curve.fingerprint}")
+    terminal.echo(f"{out}: {curve.trend.family} ({curve.fit}), {curve.fingerprint}")
 
 
 def bias(
@@ -209,11 +209,11 @@ def bias(
     text = json.dumps({"method": found.method, "samples": found.samples, "layers": rows}, indent=1)
     (out / "bias.json").write_text(text + "\n", encoding="utf-8")
     title = f"{pruner.name} on {predictor.spec.name}: {found.samples} samples of the {source.name}"
-    Console(width=170).print(_table(title, before, after))
+    terminal.Screen(width=170).print(_table(title, before, after))
     for name, row in rows.items():
         if "frames" in row:
-            typer.echo(f"layer {name}, mean score by frame: {' '.join(f'{v:.2f}' for v in row['frames'])}")
-    typer.echo(
+            terminal.echo(f"layer {name}, mean score by frame: {' '.join(f'{v:.2f}' for v in row['frames'])}")
+    terminal.echo(
         f"{out}/: heat_maps.png, layers.png, trend_NN.png, bias.json. In brackets: intervals, and what no bias would "
         "give; starred: the interval excludes that."
     )

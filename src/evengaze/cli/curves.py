@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table as RichTable
 
+from evengaze.cli import terminal
 from evengaze.cli.options import AllowMissing, BatchSize, Device, DType, Images, Limit, Model, Prompts, Revision
 from evengaze.errors import CurveError, DataError
 
@@ -47,7 +47,7 @@ def list_curves(
         except CurveError:  # other JSON files may lie in the folder
             continue
         table.add_row(str(path), curve.origin.method, str(curve.origin.layer), curve.trend.family, _ratio(curve.trend))
-    Console(width=120).print(table)
+    terminal.Screen(width=120).print(table)
 
 
 def show(
@@ -73,7 +73,7 @@ def show(
     lines["fingerprint"] = curve.fingerprint
     width = max(map(len, lines))
     for key, value in lines.items():
-        typer.echo(f"{key:<{width}}  {value}")
+        terminal.echo(f"{key:<{width}}  {value}")
     if plot is not None:
         from evengaze.viz.bias import plot_trend
 
@@ -86,19 +86,19 @@ def compare(one: Name, other: Name) -> None:
     from evengaze.debias.trend import max_log_ratio
 
     a, b = read(one), read(other)
-    typer.echo(f"weights differ by at most a factor of {math.exp(max_log_ratio(a.trend, b.trend)):.3f}")
+    terminal.echo(f"weights differ by at most a factor of {math.exp(max_log_ratio(a.trend, b.trend)):.3f}")
     for difference in a.origin.differences(
         architecture=b.origin.architecture, method=b.origin.method, layer=b.origin.layer
     ):
-        typer.echo(f"different calibration: {difference}")
+        terminal.echo(f"different calibration: {difference}")
     common = set(a.images) & set(b.images)
     if common:
-        typer.echo(f"{len(common)} pictures in common")
+        terminal.echo(f"{len(common)} pictures in common")
     if a.band.x and a.band.x == b.band.x:
         apart = sum(
             max(p, r) > min(q, s) for p, q, r, s in zip(a.band.low, a.band.high, b.band.low, b.band.high, strict=True)
         )
-        typer.echo(
+        terminal.echo(
             "the confidence bands overlap everywhere"
             if not apart
             else f"the confidence bands are apart at {apart} of {len(a.band.x)} points"
@@ -110,7 +110,7 @@ def compare(one: Name, other: Name) -> None:
         x = np.array(band.x)
         log = relative(trend, x)
         inside = ((np.log(band.low) <= log) & (log <= np.log(band.high))).mean()
-        typer.echo(f"the curve without a band lies inside the other's at {100 * inside:.0f} % of the points")
+        terminal.echo(f"the curve without a band lies inside the other's at {100 * inside:.0f} % of the points")
 
 
 def validate(
@@ -154,13 +154,13 @@ def validate(
             encode=encode,
         )
     for warning in found:
-        typer.secho(f"Warning: {warning.message}", fg=typer.colors.YELLOW, err=True)
+        terminal.secho(f"Warning: {warning.message}", fg=typer.colors.YELLOW, err=True)
     for key in NAMES:
         if key in verdict.before:
-            typer.echo(
+            terminal.echo(
                 f"{NAMES[key]}\n    plain     {verdict.before[key]}\n    debiased  {verdict.after.get(key, '-')}"
             )
-    typer.echo(f"verdict: {verdict.finding}")
+    terminal.echo(f"verdict: {verdict.finding}")
     if verdict.finding.endswith("corrects"):
         raise typer.Exit(1)
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from evengaze.cli import terminal
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -39,8 +41,7 @@ def demo(
     import json
     from time import perf_counter
 
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
     from evengaze.cli.session import output
     from evengaze.errors import ConfigError
@@ -54,7 +55,7 @@ def demo(
     from evengaze.demo.experiment import calibrate, run, settings
     from evengaze.demo.model import choose_dtype, dtype_of
 
-    console = Console()
+    console = terminal.Screen()
     model, processor = load(choose_dtype(dtype))
     pictures = make_dataset("eval")
     number = sum(len(p.questions) for p in pictures)
@@ -62,10 +63,9 @@ def demo(
     console.print(
         f"Embedded model: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {dtype_of(model)}; "
         f"{count} questions, {len(settings())} settings and the dense model",
-        highlight=False,
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    columns = (terminal.Description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=terminal.Screen(stderr=True), transient=True) as progress:
         task = progress.add_task("calibrating", total=None)
         calibration = calibrate(model, processor, make_dataset("calibration"))
         progress.reset(task, description="answers", total=count * (1 + len(settings())))
@@ -73,16 +73,15 @@ def demo(
     console.print(
         f"Calibrated on {calibration.samples} other pictures in {calibration.seconds:.0f} s: "
         f"{calibration.curve.trend.family} trend at layer {calibration.curve.origin.layer}",
-        highlight=False,
     )
     console.print(_table(result))
     seconds = perf_counter() - start
     page = report.write(result, out, seconds)
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_dict(result, seconds), indent=1) + "\n", encoding="utf-8")
-    console.print(report.headline(result), highlight=False)
-    console.print(f"{perf_counter() - start:.0f} s in all.", highlight=False)
-    typer.echo(f"Report: {page}")
+    console.print(report.headline(result))
+    console.print(f"{perf_counter() - start:.0f} s in all.")
+    terminal.echo(f"Report: {page}")
 
 
 def _table(result: Result) -> Table:

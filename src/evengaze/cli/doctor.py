@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from evengaze.cli import terminal
+
 if TYPE_CHECKING:
     from evengaze.models.inspect import Diagnosis
 
@@ -46,14 +48,14 @@ def doctor(
     except UnsupportedModelError as error:
         reason = str(error)
         if as_json:
-            typer.echo(json.dumps({"model_type": config.model_type, "supported": False, "reason": reason}, indent=2))
+            terminal.echo(json.dumps({"model_type": config.model_type, "supported": False, "reason": reason}, indent=2))
         else:
-            typer.secho(f"Not supported: {reason}", fg=typer.colors.RED)
+            terminal.secho(f"Not supported: {reason}", fg=typer.colors.RED)
             if "no adapter" in reason:
-                typer.echo(f"\n# An adapter to fill in:\n\n{skeleton(config.model_type)}")
+                terminal.echo(f"\n# An adapter to fill in:\n\n{skeleton(config.model_type)}")
         raise typer.Exit(1) from None
     if as_json:
-        typer.echo(json.dumps(_as_dict(found), indent=2))
+        terminal.echo(json.dumps(_as_dict(found), indent=2))
         return
     _show(found, distance)
 
@@ -74,7 +76,6 @@ def _as_dict(found: Diagnosis) -> dict[str, Any]:
 
 def _show(found: Diagnosis, distance: float) -> None:
     import transformers
-    from rich.console import Console
     from rich.table import Table
 
     from evengaze import compat
@@ -97,4 +98,4 @@ def _show(found: Diagnosis, distance: float) -> None:
         table.add_row("" if k else "does not work", limit)
     table.add_row("transformers", f"{transformers.__version__}: {compat.untested() or 'tested'}")
     table.add_row("self-check", f"passed: a pruned tiny decoder equals a masked one within {distance:.0e}")
-    Console().print(table)
+    terminal.Screen().print(table)

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from evengaze.cli import terminal
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -23,11 +25,11 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] 
 
     found = describe()
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        terminal.echo(json.dumps(found, indent=2))
     else:
         lines = as_lines(found)
         width = max(len(name) for name, _ in lines)
         for name, value in lines:
-            typer.echo(f"{name:<{width}}  {value}")
+            terminal.echo(f"{name:<{width}}  {value}")
     if not found["self_check"]["passed"]:
         raise typer.Exit(1)

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
+from evengaze.cli import terminal
 from evengaze.errors import ConfigError
 
 RECORDS_LOST = 3
 """Exit status of a run that went through, but in which records could not be read or cells failed."""
 INTERRUPTED = 130
 
-console = Console(stderr=True)
+console = terminal.Screen(stderr=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -81,7 +81,7 @@ def evaluate(
     Killed or interrupted runs go on where they stopped when the same command is given again. Exit status: 0; 2 for an
     error; 3 if records could not be read or a cell failed (the rest is there); 130 after Ctrl-C.
     """
-    from evengaze.cli.score import make_judge
+    from evengaze.cli.score import make_judge, say
     from evengaze.evaluate.benchmarks import ScoreOptions
     from evengaze.evaluate.recipes import Recipe
 
@@ -109,7 +109,7 @@ def evaluate(
     missing += [f"--{name}" for name in ("model", "benchmarks") if not getattr(settings, name)]
     if data is None or out is None or missing:
         raise ConfigError(f"evaluate needs {', '.join(missing)}; see `evengaze evaluate --help`")
-    options = ScoreOptions(judge=make_judge(judge, judge_url, judge_local), cache=out / "judge.jsonl")
+    options = ScoreOptions(judge=make_judge(judge, judge_url, judge_local), cache=out / "judge.jsonl", say=say)
     if ray is None:
         from evengaze.evaluate.predictor import Predictor
         from evengaze.evaluate.runner import LocalBackend
@@ -146,7 +146,7 @@ def _run(settings: Any, data: Path, out: Path, backend: Any, options: Any) -> in
             bars = {name: progress.add_task(name, total=count) for name, count in work.items()}
             for task in tasks:
                 for line in task.skipped:
-                    progress.console.print(f"left out: {line}", highlight=False, markup=False)
+                    progress.console.print(f"left out: {line}")
 
             def advance(task: Any, cell: Any, count: int) -> None:
                 name = task.benchmark.name
@@ -164,7 +164,7 @@ def _show(results: list[dict[str, Any]], out: Path) -> int:
     """Print the tables and everything that went wrong; returns the exit status."""
     from evengaze.evaluate.results import Row, tables
 
-    screen = Console()
+    screen = terminal.Screen()
     for table in tables([Row(result) for result in results]):
         view = RichTable(title=f"{table.title} {table.split}: {table.metric}")
         for name in ("method", "tokens", "FLOPs", "score", "debias - plain", "against dense"):
@@ -182,23 +182,21 @@ def _show(results: list[dict[str, Any]], out: Path) -> int:
         screen.print(view)
     lost = False
     if any(result["waiting"] for result in results):
-        screen.print("Some answers are still with other processes; the last one to finish scores.", highlight=False)
+        screen.print("Some answers are still with other processes; the last one to finish scores.")
     for result in results:
         name = f"{result['benchmark']['name']} {result['cell']['method']} {result['cell']['debias']}"
         if result["problem"] and (result["failed"] or not result["waiting"]):
-            screen.print(f"{name}: {result['problem']}", highlight=False, markup=False)
+            screen.print(f"{name}: {result['problem']}")
             lost = True
         if result["errors"]:
             first = next(iter(result["errors"].values()))
             screen.print(
                 f"{name}: {len(result['errors'])} record(s) could not be read (listed in errors.jsonl), e.g. {first}",
-                highlight=False,
-                markup=False,
             )
             lost = True
         for note in [*result["notes"], *(result["score"] or {}).get("warnings", [])]:
-            screen.print(f"Warning: {name}: {note}", highlight=False, markup=False, style="yellow")
-    screen.print(f"Results in {out}; `evengaze report {out} -o report` makes tables and figures.", highlight=False)
+            screen.print(f"Warning: {name}: {note}", style="yellow")
+    screen.print(f"Results in {out}; `evengaze report {out} -o report` makes tables and figures.")
     return RECORDS_LOST if lost else 0
 
 
@@ -220,12 +218,12 @@ def report(
     from evengaze.evaluate.report import write_report
 
     for path in write_report(results, out, published=published):
-        typer.echo(path)
+        terminal.echo(path)
 
 
 def _progress() -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        terminal.Description(),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from evengaze.cli import terminal
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 
 
@@ -75,12 +77,11 @@ def _defaults(parameters: dict[str, Any]) -> str:
 
 def _show(rows: list[dict[str, Any]], as_json: bool, heads: tuple[str, ...], line: Any) -> None:
     if as_json:
-        typer.echo(json.dumps(rows, indent=2, default=list))
+        terminal.echo(json.dumps(rows, indent=2, default=list))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(*heads)
     for row in rows:
         table.add_row(*line(row))
-    Console().print(table)
+    terminal.Screen().print(table)

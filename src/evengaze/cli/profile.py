@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from evengaze.cli import terminal
 from evengaze.cli.options import AllowMissing, Device, DType, Model, Revision
 
 if TYPE_CHECKING:
@@ -54,9 +55,8 @@ def profile(
     loaded = session.Session(model, revision=revision, dtype=dtype, device=device, allow_missing=allow_missing)
     rows = _measure(loaded, pictures, prompt, dict(zip(specs, pruners, strict=True)), rounds)
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        terminal.echo(json.dumps(rows, indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table()
@@ -71,8 +71,8 @@ def profile(
             f"{row['best_seconds']:.3f}",
             *(f"{row[k]:.1%}" for k in ("cpu_time", "peak_memory", "kv_cache")),
         )
-    Console().print(table)
-    typer.secho("Shares of the dense prefill. FLOPs are the decoder's, predicted; the rest is measured.", dim=True)
+    terminal.Screen().print(table)
+    terminal.secho("Shares of the dense prefill. FLOPs are the decoder's, predicted; the rest is measured.", dim=True)
 
 
 def _measure(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from evengaze.cli import terminal
 from evengaze.cli.options import AllowMissing, Device, DType, Model, Revision
 
 if TYPE_CHECKING:
@@ -55,15 +56,15 @@ def run(
     pruner, pictures = session.method(method, debias), session.read_pictures(image)
     loaded = session.Session(model, revision=revision, dtype=dtype, device=device, allow_missing=allow_missing)
     answer = loaded.answer(pictures, prompt, pruner, max_new_tokens)
-    typer.echo(answer.text)
+    terminal.echo(answer.text)
     if answer.trace is None:
         return
-    typer.secho(f"{answer.trace}; {answer.seconds:.2f} s", err=True, dim=True)
+    terminal.secho(f"{answer.trace}; {answer.seconds:.2f} s", err=True, dim=True)
     if trace is not None:
         answer.trace.save(trace)
     if plot is not None:
         answer.trace.plot(pictures if len(pictures) > 1 else pictures[0]).savefig(plot)
-        typer.secho(f"{plot}", err=True, dim=True)
+        terminal.secho(f"{plot}", err=True, dim=True)
 
 
 def compare(
@@ -108,12 +109,12 @@ def compare(
     if all(column[1] is None for column in columns):
         columns = [column[:1] for column in columns]
     plot_comparison(columns, pictures[0], question=prompt, dense=dense.text).savefig(out)
-    typer.echo(f"all tokens: {dense.text}")
+    terminal.echo(f"all tokens: {dense.text}")
     for column in columns:
         for one in column:
             if one is not None:
-                typer.echo(f"{one.label}: {one.answer}")
-    typer.secho(f"{out}", err=True, dim=True)
+                terminal.echo(f"{one.label}: {one.answer}")
+    terminal.secho(f"{out}", err=True, dim=True)
 
 
 def _one(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from evengaze.cli import terminal
 from evengaze.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,15 +51,16 @@ def score(
         cache=judge_cache,
         runs=runs,
         workers=workers,
+        say=say,
     )
     result = score_file(benchmark, answers, data, mode, options, submission)  # type: ignore[arg-type]
-    text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False)
+    text = terminal.as_json(result.to_dict())
     if out is not None:
         write_whole(out, text + "\n")
     if as_json:
-        typer.echo(text)
+        terminal.echo(text)
     else:
-        _show_score(result, Console())
+        _show_score(result, terminal.Screen())
 
 
 def list_benchmarks(
@@ -72,9 +72,9 @@ def list_benchmarks(
 
     items = scoring.list_benchmarks(data)
     if as_json:
-        typer.echo(json.dumps(items, indent=2, ensure_ascii=False))
+        terminal.echo(terminal.as_json(items))
         return
-    console = Console()
+    console = terminal.Screen()
     table = Table("name", "split", "metric", "ready to" if data else "files")
     for item in items:
         table.add_row(item["name"], item["split"], item["metric"], _readiness(item))
@@ -82,9 +82,9 @@ def list_benchmarks(
     for item in items:
         wanted = [entry for entry in item["files"] if not entry.get("present", False)]
         if wanted:
-            console.print(f"\n[bold]{item['name']}[/bold] {'lacks' if data else 'needs'}, in {item['layout']}:")
+            console.labelled(f"\n{item['name']}", f" {'lacks' if data else 'needs'}, in {item['layout']}:", "bold")
         for entry in wanted:
-            console.print(f"  {entry['path']} (to {_use(entry['needed'])}): {entry['source']}", highlight=False)
+            console.print(f"  {entry['path']} (to {_use(entry['needed'])}): {entry['source']}")
 
 
 def register(app: typer.Typer, listing: typer.Typer | None = None) -> None:
@@ -115,28 +115,33 @@ def make_judge(model: str | None, url: str | None, local: str | None) -> Judge |
         raise ConfigError("--judge-url needs --judge MODEL.")
     if local:
         return LocalJudge(local)
-    return OpenAIJudge(model, base_url=url) if model else None
+    return OpenAIJudge(model, base_url=url, say=say) if model else None
 
 
-def _show_score(result: Score, console: Console) -> None:
+def say(line: str) -> None:
+    """Tell how judging goes, beside the results."""
+    terminal.secho(line, err=True, dim=True)
+
+
+def _show_score(result: Score, console: terminal.Screen) -> None:
     value = "not scored" if result.value is None else f"{result.value:.2f}"
-    console.print(f"[bold]{result.benchmark}[/bold] {result.split}, {result.metric}: [bold]{value}[/bold]")
-    console.print(f"{result.n_scored} of {result.n_records} records scored, {result.mode} mode", highlight=False)
+    console.print(f"{result.benchmark} {result.split}, {result.metric}: {value}", style="bold")
+    console.print(f"{result.n_scored} of {result.n_records} records scored, {result.mode} mode")
     for name, number in result.offline.items():
-        console.print(f"  offline {name}: {number:.2f}", highlight=False)
+        console.print(f"  offline {name}: {number:.2f}")
     for name in ("missing", "duplicate", "unknown"):
         keys = getattr(result.problems, name)
         if keys:
             more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-            console.print(f"[yellow]{len(keys)} {name}[/yellow]: {', '.join(keys[:_SHOWN])}{more}", highlight=False)
+            console.labelled(f"{len(keys)} {name}", f": {', '.join(keys[:_SHOWN])}{more}", "yellow")
     for item in result.problems.malformed[:_SHOWN]:
-        console.print(f"[yellow]line {item['line']}[/yellow]: {item['reason']}", highlight=False)
+        console.labelled(f"line {item['line']}", f": {item['reason']}", "yellow")
     for item in result.problems.errors[:_SHOWN]:
-        console.print(f"[red]{item['key']} not judged[/red]: {item['error']}", highlight=False)
+        console.labelled(f"{item['key']} not judged", f": {item['error']}", "red")
     for warning in result.warnings:
-        console.print(f"Warning: {warning}", highlight=False, markup=False, style="yellow")
+        console.print(f"Warning: {warning}", style="yellow")
     for note in result.notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
+        console.print(f"note: {note}")
 
 
 def _readiness(item: dict[str, Any]) -> str:

@@ -44,7 +44,7 @@ def write_report(root: Path, out: Path, *, published: bool = True) -> list[Path]
     require("evaluate", "a report", "matplotlib", "jinja2")
     from jinja2 import Environment, StrictUndefined
 
-    from evengaze.evaluate import figures
+    from evengaze.evaluate import figures, markdown
 
     found = tables(load(root))
     if not any(row.value is not None for table in found for row in table.rows):
@@ -67,8 +67,13 @@ def write_report(root: Path, out: Path, *, published: bool = True) -> list[Path]
     for suffix in ("html", "md"):
         template = files("evengaze.evaluate").joinpath(f"report.{suffix}.j2").read_text(encoding="utf-8")
         environment = Environment(
-            autoescape=suffix == "html", undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            finalize=markdown.text if suffix == "md" else None,
         )
+        environment.filters["code"] = markdown.code
         path = out / f"report.{suffix}"
         write_whole(path, environment.from_string(template).render(context))
         written.append(path)

@@ -154,7 +154,7 @@ def _recorded(row: Any, name: str, path: Path) -> dict[str, list[Any]]:
         good = False
     if not good:
         raise DataError(
-            f"{path}: {name} is no item of the evaluator's ...-grade-<n>runs.json (lists model, content and score, each "
-            f"from 0 to 1), but {str(row)[:80]}. Judge again."
+            f"{path}: {name} is no item of the evaluator's ...-grade-<n>runs.json (lists model, content and score, "
+            f"each from 0 to 1), but {str(row)[:80]}. Judge again."
         )
     return dict(row)
