@@ -1,59 +1,26 @@
-"""What a pruned KV cache remembers.
+"""What the layers of a pruned KV cache hold, and the masks that fit them.
 
 A pruned layer of a transformers cache stores fewer entries than the sequence has tokens. `Kept` says which ones; it
 lives on the cache layer itself, so that interleaved generations, second turns, beams and reused caches need nothing
 else. A pruned layer keeps reporting the *logical* length of the sequence: transformers then goes on building masks and
 positions for the whole sequence, whichever layer it asks, and every layer's mask is cut to what the layer really holds.
 That takes an attached pruner: without one, the layers of a pruned cache refuse what they are given.
+`evengaze.engine.layers` is what a layer itself does about it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cache as memoize
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    CacheLayerMixin,
-    DynamicSlidingWindowLayer,
-    StaticLayer,
-    StaticSlidingWindowLayer,
-)
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from evengaze.compat import QUANTIZED_LAYER
+from evengaze.engine.kept import Kept, entries
+from evengaze.engine.layers import admit as admit
 from evengaze.engine.masks import causal_mask, is_flat, mask_columns, take_mask
-from evengaze.errors import AttachError, ConfigError
-
-
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """The entries that a pruned cache layer holds.
-
-    Attributes:
-        slots: (B, M) logical index of each entry up to `end`; later entries are `end`, `end + 1`, ...
-        real: (B, M) bool, False for fillers of rows that kept fewer tokens than others; None if there are none.
-        end: logical length of the sequence when this was recorded.
-        shift: (B, 1) how far positions were moved down, for methods that renumber; None otherwise.
-    """
-
-    slots: Tensor
-    real: Tensor | None
-    end: int
-    shift: Tensor | None = None
-
-    def select(self, rows: Tensor) -> Kept:
-        """The same for other batch rows (beams)."""
-
-        def pick(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t[rows.to(t.device)]
-
-        return replace(self, slots=self.slots[rows.to(self.slots.device)], real=pick(self.real), shift=pick(self.shift))
-
-    def reality(self) -> Tensor:
-        """`real` as a tensor."""
-        return torch.ones_like(self.slots, dtype=torch.bool) if self.real is None else self.real
+from evengaze.errors import ConfigError
 
 
 def layer_of(cache: Any, index: int) -> Any:
@@ -119,33 +86,6 @@ def sizes(layer: Any, total: int) -> tuple[int, int]:
         total = min(total, int(layer.sliding_window) - 1)
     count = int(layer.keys.shape[-2])
     return held, held // count * total if count else 0
-
-
-def entries(old: Kept | None, past: int, slots: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Logical index of everything a cache layer was ever given, the new tokens included.
-
-    Args:
-        old: what the layer remembered before this call.
-        past: logical length before the new tokens.
-        slots: (B, M) logical indices of the new tokens.
-        real: (B, M) bool, or None if all are real.
-
-    Returns:
-        (B, K) indices and (B, K) bool or None.
-    """
-    if past == 0:
-        return slots, real
-    start = 0 if old is None else old.end
-    between = torch.arange(start, past, device=slots.device).expand(slots.shape[0], -1)
-    parts = [between, slots] if old is None else [old.slots.to(slots.device), between, slots]
-    if real is None and (old is None or old.real is None):
-        return torch.cat(parts, 1), None
-    flags = [torch.ones_like(p, dtype=torch.bool) for p in parts]
-    if old is not None:
-        flags[0] = old.reality().to(slots.device)
-    if real is not None:
-        flags[-1] = real
-    return torch.cat(parts, 1), torch.cat(flags, 1)
 
 
 def cut_mask(
@@ -237,130 +177,3 @@ def fixed_columns(layer: Any, kept: Kept, columns: int) -> tuple[Tensor, Tensor]
     batch = kept.slots.shape[0]
     slots = torch.cat([kept.slots, tail.clamp(max=columns - 1).expand(batch, -1)], 1)
     return slots, torch.cat([kept.reality(), (tail < columns).expand(batch, -1)], 1)
-
-
-def record(layer: Any, kept: Kept, dropped: int) -> None:
-    """Make a cache layer remember what it holds, `dropped` tokens less than the sequence has in this call."""
-    layer.__class__ = _logical(layer.__class__)
-    layer.kept, layer.guarded = kept, True
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        layer.cumulative_length += dropped  # its own counter of the logical length
-    layer.dropped = getattr(layer, "dropped", 0) + dropped
-
-
-def guard(cache: Any) -> None:
-    """From now on the layers of a cache store tokens only for an attached pruner, which `admit`s them.
-
-    All layers, also those that have nothing dropped: the first one refuses before any has stored anything.
-    """
-    for layer in getattr(cache, "layers", ()):
-        if hasattr(layer, "get_mask_sizes"):
-            layer.__class__ = _logical(layer.__class__)
-            layer.guarded = True
-
-
-def admit(layer: Any) -> None:
-    """An attached pruner has seen to the arguments of the call in which a guarded layer is about to store tokens."""
-    if getattr(layer, "guarded", False):
-        layer.admitted = True
-
-
-def trim(layer: Any, index: Tensor, kept: Kept, dropped: int) -> None:
-    """Throw entries of a layer that has already run out of its cache.
-
-    Args:
-        layer: a cache layer that holds the whole sequence.
-        index: (B, M) which of its entries stay, ascending.
-        kept: what it holds afterwards.
-        dropped: number of entries that go.
-    """
-    for name in ("keys", "values"):
-        states = getattr(layer, name)
-        at = index.to(states.device)[:, None, :, None]
-        left = states.gather(2, at.expand(-1, states.shape[1], -1, states.shape[3]))
-        if isinstance(layer, StaticLayer):  # a buffer stays where it is, as compiled graphs need
-            states[:, :, : index.shape[1]] = left
-        else:
-            setattr(layer, name, left)
-    if isinstance(layer, StaticLayer):
-        layer.cumulative_length.sub_(dropped)
-    record(layer, kept, dropped)
-
-
-@memoize
-def _logical(base: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
-    """A subclass of a cache layer class that counts logical tokens. Single inheritance: an instance's class can only
-    be exchanged for one with the same layout."""
-    if getattr(base, "_evengaze", False):
-        return base
-
-    class Pruned(base):  # type: ignore[misc]
-        _layer_type = None  # transformers registers subclasses that name one
-        _evengaze = True
-        kept: Kept | None = None
-        dropped = 0
-        guarded = admitted = False
-
-        def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            if self.guarded and not self.admitted:
-                raise AttachError(
-                    "this cache was pruned: masks and positions fit it only while a pruner is attached. Go on with it "
-                    "inside the `with` block (or before the handle's remove()), or attach a pruner again."
-                )
-            self.admitted = False
-            return super().update(*args, **kwargs)  # type: ignore[no-any-return]
-
-        def reset(self) -> None:
-            self.kept, self.dropped, self.guarded, self.admitted = None, 0, False, False
-            super().reset()
-
-        def reorder_cache(self, beam_idx: Tensor) -> None:
-            super().reorder_cache(beam_idx)
-            self._reorder(beam_idx)
-
-        def batch_select_indices(self, indices: Tensor) -> None:
-            super().batch_select_indices(indices)
-            self._reorder(indices)
-
-        def batch_repeat_interleave(self, repeats: int) -> None:
-            super().batch_repeat_interleave(repeats)
-            if self.kept is not None:
-                rows = torch.arange(self.kept.slots.shape[0])
-                self._reorder(rows.repeat_interleave(repeats))
-
-        def _reorder(self, rows: Tensor) -> None:
-            if self.kept is not None:
-                self.kept = self.kept.select(rows)
-
-    if issubclass(base, DynamicSlidingWindowLayer):
-
-        class PrunedSliding(Pruned):
-            def crop(self, tokens_to_remove: int) -> None:
-                below = self.cumulative_length < self.sliding_window
-                super().crop(tokens_to_remove)
-                if below:  # transformers recounts from what is stored
-                    self.cumulative_length += self.dropped
-
-        return _named(PrunedSliding, base)
-
-    class PrunedFull(Pruned):
-        def get_seq_length(self) -> int:
-            return super().get_seq_length() + self.dropped  # type: ignore[no-any-return]
-
-    if issubclass(base, StaticSlidingWindowLayer):
-
-        class PrunedStaticSliding(PrunedFull):
-            def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-                self.cumulative_length_int += self.dropped
-                try:
-                    return super().get_mask_sizes(query_length)  # type: ignore[no-any-return]
-                finally:
-                    self.cumulative_length_int -= self.dropped
-
-        return _named(PrunedStaticSliding, base)
-    return _named(PrunedFull, base)
-
-
-def _named(cls: type[CacheLayerMixin], base: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
-    cls.__name__ = cls.__qualname__ = f"Pruned{base.__name__}"
-    return cls

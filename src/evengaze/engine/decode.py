@@ -9,6 +9,7 @@ from torch import Tensor
 
 from evengaze.compat import is_mask
 from evengaze.engine import cache as kv
+from evengaze.engine.kept import Kept
 from evengaze.engine.masks import is_flat, mask_columns, take_mask
 from evengaze.engine.rotary import Rotary
 
@@ -51,7 +52,7 @@ class Steps:
             cut[name] = self._mask(mask, kept, cache, hidden)
         return args, cut
 
-    def _mask(self, mask: Any, kept: kv.Kept, cache: Any, hidden: Tensor) -> Any:
+    def _mask(self, mask: Any, kept: Kept, cache: Any, hidden: Tensor) -> Any:
         if not self._remember or torch.compiler.is_compiling():
             return self._cut(mask, kept, cache, hidden)
         # One gather for each step and kept set, not for each layer.
@@ -60,7 +61,7 @@ class Steps:
             self._memo[key] = ((mask, kept), self._cut(mask, kept, cache, hidden))
         return self._memo[key][1]
 
-    def _cut(self, mask: Any, kept: kv.Kept, cache: Any, hidden: Tensor) -> Any:
+    def _cut(self, mask: Any, kept: Kept, cache: Any, hidden: Tensor) -> Any:
         if mask is not None and not is_flat(mask) and kv.is_fixed(cache):
             columns, real = kv.fixed_columns(cache, kept, mask_columns(mask))
             return take_mask(mask, None, columns.to(hidden.device), real.to(hidden.device))

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from evengaze.compat import is_mask
 from evengaze.engine import cache as kv
+from evengaze.engine import layers
 from evengaze.engine.attention import AttentionStates
+from evengaze.engine.kept import Kept, Pictures, entries, follow
 from evengaze.engine.masks import take
 from evengaze.engine.rotary import Rotary
 from evengaze.layout import VisualLayout, VisualTokens
@@ -47,6 +49,7 @@ class Prefill:
         sources: whose attention every stage so far reads.
         selections: what every stage so far decided.
         entering: length of the sequence that entered each layer.
+        merges: whether a stage so far has merged tokens.
     """
 
     layout: VisualLayout
@@ -68,7 +71,8 @@ class Prefill:
     stages: list[StageTrace] = field(default_factory=list)
     entering: list[int] = field(default_factory=list)
     cache: Any = None
-    _before: dict[int, kv.Kept | None] = field(default_factory=dict)
+    merges: bool = False
+    _before: dict[int, Kept | None] = field(default_factory=dict)
     _memo: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -111,6 +115,7 @@ class Prefill:
                 chosen = [None if view is None else pruner.select(view) for view in views]
         self.states = None
         self.selections.append(chosen)
+        self.merges |= any(s is not None and s.merge is not None for s in chosen)
         rows = [self._trace(b, number, s) for b, s in enumerate(chosen)]
         if not all(
             s is None or (s.merge is None and len(s.keep) == len(t)) for s, t in zip(chosen, self.tables, strict=True)
@@ -135,7 +140,7 @@ class Prefill:
         self.slots = old.gather(1, index)
         self.filled = None if bool(filled.all()) else filled
         self._memo.clear()
-        kv.guard(self.cache)
+        layers.guard(self.cache)
         if stage.trims_below:
             self._trim_below(stage.layer, hidden.device)
         return out
@@ -235,14 +240,14 @@ class Prefill:
             self._memo[key] = (held, make())
         return self._memo[key][1]
 
-    def _mask(self, before: kv.Kept | None, mask: Any, cache: Any, hidden: Tensor) -> Any:
+    def _mask(self, before: Kept | None, mask: Any, cache: Any, hidden: Tensor) -> Any:
         slots, filled = self.on(hidden.device)
         past, length = self.past, self.length
         return kv.cut_mask(
             mask, cache, before, hidden, self.implementation, past=past, length=length, slots=slots, real=filled
         )
 
-    def _positions(self, before: kv.Kept | None, name: str, value: Any, hidden: Tensor) -> Any:
+    def _positions(self, before: Kept | None, name: str, value: Any, hidden: Tensor) -> Any:
         if self.rotary is not None and self.rotary.renumbers:
             positions = self._renumbered(self.rotary, before, hidden.device)
             if name == "position_ids":
@@ -252,7 +257,7 @@ class Prefill:
                 return table
         return _tree(value, self.slots, self.length, -1 if name == "position_ids" else -2)
 
-    def _renumbered(self, rotary: Rotary, before: kv.Kept | None, device: torch.device) -> Tensor:
+    def _renumbered(self, rotary: Rotary, before: Kept | None, device: torch.device) -> Tensor:
         """(B, M) positions without gaps, counted from each row's first token."""
         start = rotary.first_position(self.real.to(device))
         if before is not None and before.shift is not None:
@@ -290,17 +295,19 @@ class Prefill:
         self.before(layer, cache)
         old = self._before[layer]
         kept = self._once(("kept", id(old)), old, functools.partial(self._kept, old, device))
-        kv.record(cache, kept, self.length - self.on(device)[0].shape[1])
+        layers.record(cache, kept, self.length - self.on(device)[0].shape[1])
 
-    def _kept(self, old: kv.Kept | None, device: torch.device) -> kv.Kept:
+    def _kept(self, old: Kept | None, device: torch.device) -> Kept:
         slots, filled = self.on(device)
-        held, real = kv.entries(old, self.past, slots + self.past, filled)
-        shift = None
+        held, kept_real = entries(old, self.past, slots + self.past, filled)
+        lost = None
         if self.rotary is not None and self.rotary.renumbers:
-            shift = self.real.to(device).sum(1, keepdim=True) - self._there(device).sum(1, keepdim=True)
-            if old is not None and old.shift is not None:
-                shift = shift + old.shift.to(device)
-        return kv.Kept(held, real, self.past + self.length, shift)
+            real_ones = self.real.to(device)
+            left = torch.zeros_like(real_ones).scatter(1, slots, self._there(device))
+            lost = follow(None if old is None else old.lost, self.past, real_ones & ~left)
+        pictures = () if old is None else old.pictures
+        here = Pictures(tuple((t.position, t.image) for t in self.layout.rows), self.past, self.merges)
+        return Kept(held, kept_real, self.past + self.length, lost, (*pictures, here))
 
     def _trim_below(self, stage: int, device: torch.device) -> None:
         """Take what has been dropped out of the caches of the layers below a stage, too."""
@@ -312,14 +319,14 @@ class Prefill:
             self.before(i, cache)
             old, now = self._before[i], kv.kept_of(cache)
             if now is None or now is old:
-                held, _ = kv.entries(old, self.past, everything, None)
+                held, _ = entries(old, self.past, everything, None)
             else:  # above an earlier stage of this call
                 held = now.slots.to(device)
             kept = self._once(("kept", id(old)), old, functools.partial(self._kept, old, device))
             if self.rotary is not None:  # the layer has run, at the positions that it knows
-                kept = replace(kept, shift=None if now is None else now.shift)
+                kept = kept.without_shift(now)
             index = torch.searchsorted(held.contiguous(), kept.slots.contiguous())
-            kv.trim(cache, index, kept, held.shape[1] - index.shape[1])
+            layers.trim(cache, index, kept, held.shape[1] - index.shape[1])
 
     # -- the record ---------------------------------------------------------------------------------------------------
     def _trace(self, b: int, number: int, selection: Selection | None) -> RowTrace:
