@@ -22,7 +22,7 @@ from evengaze.evaluate.media import OFFICIAL_PICTURE, Media, read_media
 from evengaze.evaluate.media import open_media as open_media
 from evengaze.methods import Pruner, parse
 from evengaze.models import adapter_for
-from evengaze.models.loading import load_model, load_processor
+from evengaze.models.loading import load_adapter, load_model, load_processor, quantization
 from evengaze.schedule import DecoderShape
 from evengaze.trace import Trace
 
@@ -49,6 +49,8 @@ class ModelSpec:
         attention: attention implementation; None is transformers' default.
         prompt: see `evengaze.evaluate.conversation`; "official" also converts pictures as LLaVA's scripts do.
         allow_missing: load a checkpoint that lacks weights all the same, with random numbers in their place.
+        adapter: a LoRA (or another adapter of peft's) on top of the model: local folder or hub id.
+        quantize: quantise the weights while they are loaded: "8bit" or "4bit"; None leaves them as they are.
     """
 
     source: str
@@ -58,6 +60,8 @@ class ModelSpec:
     attention: str | None = None
     prompt: Style = "auto"
     allow_missing: bool = False
+    adapter: str | None = None
+    quantize: str | None = None
 
     @property
     def official(self) -> bool:
@@ -125,7 +129,11 @@ class Predictor:
         if spec.source == DEMO:
             from evengaze import demo
 
+            _only_from_a_checkpoint(quantize=spec.quantize)
             model, processor = demo.load(torch.float32 if dtype == "auto" else dtype)
+            model = _with_attention(model, spec.attention)
+            if spec.adapter is not None:
+                load_adapter(model, spec.adapter)
             return cls(model.to(device), processor, spec)
         if "/" not in spec.source and not Path(spec.source).exists():
             raise DataError(
@@ -139,6 +147,9 @@ class Predictor:
             options["attn_implementation"] = spec.attention
         if spec.device == "balanced":
             options["device_map"] = "balanced"
+        if spec.quantize is not None:
+            options["quantization_config"] = quantization(spec.quantize)
+            options.setdefault("device_map", {"": device})  # quantised weights stay where they were loaded
         name = f"--model {spec.source}"
         processor = load_processor(spec.source, revision=spec.revision, name=name)
         model, missing = load_model(
@@ -151,7 +162,9 @@ class Predictor:
         )
         if model.config.model_type == "llava":
             processor = _square(processor)
-        return cls(model if spec.device == "balanced" else model.to(device), processor, spec, missing)
+        if spec.adapter is not None:
+            load_adapter(model, spec.adapter)
+        return cls(model if "device_map" in options else model.to(device), processor, spec, missing)
 
     # -- what a run depends on ------------------------------------------------------------------------------------
     def describe(self, template: str = "vicuna_v1") -> dict[str, Any]:
@@ -161,6 +174,8 @@ class Predictor:
             "source": self.spec.source,
             "revision": self.revision,
             "missing_weights": list(self.missing),
+            **({} if self.spec.adapter is None else {"adapter": self.spec.adapter, "adapter_files": self._adapter}),
+            **({} if self.spec.quantize is None else {"quantized": self.spec.quantize}),
             "architecture": architecture_of(self.model.config),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
@@ -168,6 +183,12 @@ class Predictor:
             "prompt": self.prompt(Record("", 0, "{question}", image=b""), template),
             "pictures": "as LLaVA's scripts convert them" if self.spec.official else "as viewers show them",
         }
+
+    @cached_property
+    def _adapter(self) -> str:
+        """What tells an adapter's files from others, of a local folder; a hub id stands for itself."""
+        folder = Path(self.spec.adapter or "")
+        return digest_folder(folder) if folder.is_dir() else str(self.spec.adapter)
 
     @cached_property
     def revision(self) -> str:
@@ -386,6 +407,22 @@ def _square(processor: Any) -> Any:
         return llava_processor(processor)
     except LayoutError:  # a Pixtral or SigLIP processor of its own kind: it pads as its model was trained
         return processor
+
+
+def _only_from_a_checkpoint(**given: Any) -> None:
+    named = [name for name, value in given.items() if value is not None]
+    if named:
+        raise ConfigError(f"{', '.join(named)}: the embedded model is no checkpoint that this can be done to")
+
+
+def _with_attention(model: Any, name: str | None) -> Any:
+    """The embedded model with another attention implementation."""
+    if name is not None:
+        try:
+            model.set_attn_implementation(name)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"attention {name!r} cannot be used: {' '.join(str(error).split())[:300]}") from None
+    return model
 
 
 def _dtype(name: str) -> Any:

@@ -33,7 +33,7 @@ class Recipe:
 
     Attributes:
         description: one line for people.
-        model: see `ModelSpec.source`; the next six fields as there.
+        model: see `ModelSpec.source`; the next eight fields as there.
         benchmarks: names.
         methods: see `Plan`; the next three fields as there.
         limit: see `Job`; the rest as there.
@@ -47,6 +47,8 @@ class Recipe:
     attention: str | None = None
     prompt: Style = "auto"
     allow_missing: bool = False
+    adapter: str | None = None
+    quantize: str | None = None
     benchmarks: tuple[str, ...] = ()
     methods: tuple[str, ...] = ("none",)
     debias: tuple[str, ...] = ("none",)
@@ -116,9 +118,8 @@ class Recipe:
     @property
     def model_spec(self) -> ModelSpec:
         """What to load."""
-        return ModelSpec(
-            self.model, self.revision, self.dtype, self.device, self.attention, self.prompt, self.allow_missing
-        )
+        names = [f.name for f in fields(ModelSpec) if f.name != "source"]
+        return ModelSpec(self.model, **{name: getattr(self, name) for name in names})
 
 
 def published() -> dict[str, Any]:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from evengaze.errors import ConfigError, DataError
+from evengaze.extras import require
+from evengaze.models.hub import ensure_reachable
 
 T = TypeVar("T")
 
@@ -34,6 +36,7 @@ def load_config(source: str, *, revision: str | None = None, name: str | None = 
     """
     from transformers import AutoConfig
 
+    ensure_reachable(source, revision=revision, name=name)
     return _guarded(
         source, name, lambda: AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     )
@@ -47,6 +50,7 @@ def load_processor(source: str, *, revision: str | None = None, name: str | None
     """
     from transformers import AutoProcessor
 
+    ensure_reachable(source, revision=revision, name=name)
     options = {"trust_remote_code": False, "revision": revision, **options}
     return _guarded(source, name, lambda: AutoProcessor.from_pretrained(source, **options))
 
@@ -55,6 +59,7 @@ def load_tokenizer(source: str, *, revision: str | None = None, name: str | None
     """The tokenizer of a checkpoint; arguments and errors as in `load_processor`."""
     from transformers import AutoTokenizer
 
+    ensure_reachable(source, revision=revision, name=name)
     return _guarded(
         source, name, lambda: AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     )
@@ -86,6 +91,7 @@ def load_model(
         DataError: the checkpoint cannot be read, has pickles only, needs code of its own, or lacks weights.
         ConfigError: a package that it needs is not installed.
     """
+    ensure_reachable(source, revision=revision, name=name)
     folder = Path(source)
     if folder.is_dir():
         _check_files(folder, name or source)
@@ -110,9 +116,58 @@ def load_model(
         raise DataError(
             f"{name or source}: the checkpoint does not hold all weights of a {type(model).__name__}: "
             f"{' and '.join(said)}. They would be random numbers, and every answer with them. Fetch the checkpoint "
-            "again, or allow it on purpose (allow_missing, on the command line --allow-missing)."
+            "again, or allow it on purpose with allow_missing."
         )
     return model, (*missing, *wrong)
+
+
+QUANTIZED = {"8bit": {"load_in_8bit": True}, "4bit": {"load_in_4bit": True}}
+"""Ways to quantise weights while they are loaded (bitsandbytes), by name."""
+
+
+def quantization(name: str) -> Any:
+    """The `quantization_config` of `from_pretrained` for one of `QUANTIZED`.
+
+    A checkpoint that was quantised before (GPTQ, AWQ, FP8, ...) brings its own and needs none.
+
+    Raises:
+        ConfigError: there is no such way, or bitsandbytes is not installed.
+    """
+    if name not in QUANTIZED:
+        raise ConfigError(
+            f"quantize {name!r} does not exist; use {' or '.join(QUANTIZED)}. Checkpoints that were quantised before "
+            "are loaded as they are, without it"
+        )
+    require("quantize", "quantising", "bitsandbytes", "accelerate")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(**QUANTIZED[name])
+
+
+def load_adapter(model: Any, source: str, *, name: str | None = None) -> None:
+    """Put a LoRA (or another adapter of peft's) on top of a loaded model, in place.
+
+    Args:
+        model: the model.
+        source: local folder or hub id with `adapter_config.json`.
+        name: what messages call it; default: `source`.
+
+    Raises:
+        DataError: there is no such adapter, it is a pickle, or it does not fit the model.
+        ConfigError: peft is not installed.
+    """
+    require("lora", "an adapter", "peft")
+    what, folder = name or source, Path(source)
+    if folder.is_dir():
+        _check_files(folder, what)
+        if not (folder / "adapter_config.json").is_file():
+            raise DataError(f"{what}: the folder holds no adapter_config.json; give what peft's save_pretrained wrote")
+    else:
+        ensure_reachable(source, name=what, file="adapter_config.json")
+    try:
+        model.load_adapter(source, use_safetensors=True)
+    except Exception as error:  # peft and safetensors raise whatever they stumble over
+        raise DataError(f"{what}: this adapter cannot be put on {type(model).__name__} ({_line(error)})") from error
 
 
 def _check_files(folder: Path, name: str) -> None:
