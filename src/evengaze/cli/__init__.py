@@ -19,7 +19,7 @@ __all__ = ["ERROR", "build", "main"]
 ERROR = 2
 """Exit status of a command that ended with an error of ours."""
 
-_COMMANDS = ("demo", "run", "calibrate", "evaluate", "profile", "doctor", "env")
+_COMMANDS = ("demo", "run", "calibrate", "evaluate", "profile", "doctor", "serve", "env")
 _LISTING = ("listing", "score")
 """Modules that add a command to `evengaze list` as well."""
 

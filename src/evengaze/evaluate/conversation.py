@@ -30,10 +30,33 @@ def render(template: str, text: str, marker: str = "<image>") -> str:
     return render_template(template, f"{marker}\n{text}" if marker else text)
 
 
+Message = dict[str, Any]
+"""A turn as chat templates take it: "role" and "content", a list of {"type": "image"} and {"type": "text", "text"}."""
+
+
 def chat(processor: Any, text: str, media: Sequence[str] = ()) -> str:
     """Write a question in the chat template that the model's processor carries, behind each "image" or "video"."""
-    messages = [{"role": "user", "content": [*({"type": kind} for kind in media), {"type": "text", "text": text}]}]
-    return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    parts = [*({"type": kind} for kind in media), {"type": "text", "text": text}]
+    return converse(processor, [{"role": "user", "content": parts}])
+
+
+def converse(processor: Any, messages: Sequence[Message]) -> str:
+    """Write several turns in the chat template that the model's processor carries, up to where the answer begins."""
+    return str(processor.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
+
+
+def knows_role(processor: Any, role: str) -> bool:
+    """Whether a chat template writes a turn of a role otherwise than one of the assistant's, and takes it at all."""
+    question = {"role": "user", "content": [{"type": "text", "text": "?"}]}
+
+    def written(name: str) -> str | None:
+        try:
+            return converse(processor, [{"role": name, "content": [{"type": "text", "text": "probe"}]}, question])
+        except Exception:  # templates refuse with whatever their author chose
+            return None
+
+    found = written(role)
+    return found is not None and "probe" in found and found != written("assistant")
 
 
 def resolve(style: Style, processor: Any, model_type: str) -> Literal["official", "chat"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 
 from evengaze.calibration.observe import image_digest
 from evengaze.debias.curve import architecture_of
+from evengaze.engine.session import Handle
 from evengaze.errors import ConfigError, DataError, EvengazeError, LayoutError
 from evengaze.evaluate.benchmarks.types import Record
 from evengaze.evaluate.conversation import Style, chat, render, resolve
@@ -326,23 +327,38 @@ class Predictor:
                 "that are on disk are kept."
             ) from error
         real = inputs["attention_mask"].sum(1).tolist()
-        return [(answers[row], self._trace(trace, row, real[row])) for row in range(len(texts))]
+        return [(answers[row], self.figures(trace, row, real[row])) for row in range(len(texts))]
 
     def inputs(self, texts: Sequence[str], media: Mapping[str, Sequence[Any]]) -> Any:
         """What the model's `generate` takes, on its device; `texts` and `media` as in `generate`."""
         return encode(self.processor, texts, media).to(self.model.device, self.model.dtype)
 
     @torch.inference_mode()
-    def complete(self, inputs: Any, pruner: Pruner, **generation: Any) -> tuple[list[str], Trace | None]:
-        """The new text, stripped, of each row of `inputs`, and the whole trace; `generation` as in `generate`."""
+    def complete(
+        self, inputs: Any, pruner: Pruner, *, attached: Callable[[Handle], None] | None = None, **generation: Any
+    ) -> tuple[list[str], Trace | None]:
+        """Continue `inputs`.
+
+        Args:
+            inputs: what `self.inputs` made.
+            pruner: the method.
+            attached: called with the method's handle before it starts, for those who look in between.
+            generation: arguments of the model's `generate`.
+
+        Returns:
+            The new text, stripped, of each row, and the whole trace.
+        """
         tokenizer = self.processor.tokenizer
         greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
         with pruner(self.model) as run:
+            if attached is not None:
+                attached(run)
             output = self.model.generate(**inputs, **{**greedy, "pad_token_id": tokenizer.pad_token_id, **generation})
         new = output[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)], run.trace
 
-    def _trace(self, trace: Any, row: int, tokens: int) -> dict[str, float]:
+    def figures(self, trace: Trace | None, row: int, tokens: int) -> dict[str, float]:
+        """What a `Prediction` says of a trace's row of `tokens` tokens (batch padding left out)."""
         if trace is None or not len(trace.layout.rows[row]):
             return {}
         entering = trace.visual_tokens(row)

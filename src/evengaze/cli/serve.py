@@ -1,0 +1,74 @@
+"""`evengaze serve`: a pruned model behind an endpoint that OpenAI's clients can talk to."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from evengaze.cli.options import AllowMissing, Device, DType, Model, Revision
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("serve")(serve)
+
+
+def serve(
+    model: Model = "demo",
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="For requests that name none, e.g. fastv:keep=128; or none.")
+    ] = "fastv:keep=0.25",
+    debias: Annotated[
+        str, typer.Option(help="auto (the best that is known for the model), none, padding, a preset, or curve.json.")
+    ] = "auto",
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    key: Annotated[
+        str | None, typer.Option("--api-key", envvar="EVENGAZE_API_KEY", help="Ask clients for this key.")
+    ] = None,
+    fetch: Annotated[
+        list[str] | None,
+        typer.Option("--fetch-from", help="Host that pictures may be fetched from; '*': any public one. Repeatable."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Most requests answered together.")] = 8,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds that a request waits for others.")] = 0.02,
+    queue: Annotated[int, typer.Option(min=1, help="Most requests in the server; others get status 429.")] = 64,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until a request is given up.")] = 120.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
+    max_images: Annotated[int, typer.Option(min=1, help="Most pictures of a request.")] = 8,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Most pixels of a picture.")] = 40_000_000,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="Largest request.")] = 32,
+    revision: Revision = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    allow_missing: AllowMissing = False,
+) -> None:
+    """Serve OpenAI's chat completions, pruned. A request may choose its own method in the extra field "evengaze"."""
+    from evengaze.serve.start import run, settings_of
+
+    run(
+        settings_of(
+            model,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            allow_missing=allow_missing,
+            name=name,
+            method=method,
+            debias=debias,
+            hosts=tuple(fetch or ()),
+            key=key,
+            body=max_megabytes << 20,
+            images=max_images,
+            pixels=max_pixels,
+            new_tokens=max_new_tokens,
+            queue=queue,
+            seconds=timeout,
+            batch=batch,
+            wait=wait,
+        ),
+        host,
+        port,
+    )

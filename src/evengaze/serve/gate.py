@@ -1,0 +1,137 @@
+"""Who may come in: keys, places, and the size and patience of bodies, before anything reads them."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+from evengaze.serve.errors import ApiError, full
+from evengaze.serve.settings import Settings
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_PATIENCE = 4
+"""So many times the limit of a body is read, and thrown away, before the connection is cut: a client that is still
+sending does not see the answer."""
+
+OPEN = ("/health", "/metrics")
+"""Paths that need no key."""
+
+
+class ClientGone(Exception):
+    """The client went away while its request was being read."""
+
+
+class Gate:
+    """An ASGI middleware. A request holds a place from before its body is read until its answer has been sent.
+
+    The whole body is read before the app sees the request, so that the app may listen for nothing but the client's
+    leaving.
+    """
+
+    def __init__(self, app: App, settings: Settings) -> None:
+        self._app, self._settings = app, settings
+        self._taken = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection's request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        metrics = scope["app"].state.metrics
+        status = 499
+
+        async def counted(message: MutableMapping[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            self._check_key(scope)
+            if scope["method"] != "POST":
+                await self._app(scope, receive, send)
+                return
+            try:
+                await self._placed(scope, receive, counted, metrics)
+            except ClientGone:
+                pass
+            finally:
+                if status == 499:
+                    metrics.left.inc()
+                metrics.requests.labels(str(status)).inc()
+        except ApiError as error:
+            metrics.requests.labels(str(error.status)).inc()
+            await refuse(error)(scope, receive, send)
+
+    async def _placed(self, scope: Scope, receive: Receive, send: Send, metrics: Any) -> None:
+        limits = self._settings.limits
+        if self._taken >= limits.queue:
+            await refuse(full(limits.queue))(scope, receive, send)
+            return
+        self._taken += 1
+        metrics.places.set(self._taken)
+        try:
+            try:
+                body = await asyncio.wait_for(self._body(scope, receive), limits.seconds)
+            except TimeoutError:
+                raise ApiError(408, f"the request was not sent within {limits.seconds:g} seconds") from None
+            await self._app(scope, _replayed(body, receive), send)
+        except ApiError as error:
+            await refuse(error)(scope, receive, send)
+        finally:
+            self._taken -= 1
+            metrics.places.set(self._taken)
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        size = self._settings.limits.body
+        large = ApiError(413, f"the request has more than {size:,} bytes", code="too_large")
+        said = dict(scope["headers"]).get(b"content-length", b"0")
+        if said.isdigit() and int(said) > _PATIENCE * size:
+            raise large
+        pieces, total, more = [], 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            piece, more = message.get("body", b""), message.get("more_body", False)
+            total += len(piece)
+            if total <= size:
+                pieces.append(piece)
+            elif total > _PATIENCE * size:
+                raise large
+        if total > size:
+            raise large
+        return b"".join(pieces)
+
+    def _check_key(self, scope: Scope) -> None:
+        key = self._settings.key
+        if key is None or scope["path"] in OPEN:
+            return
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        if not hmac.compare_digest(given, f"Bearer {key}".encode()):
+            raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+
+
+def refuse(error: ApiError) -> JSONResponse:
+    """The answer that says what went wrong."""
+    return JSONResponse(error.body, error.status, headers=error.headers)
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """What gives a body that has been read once more, and then whatever else comes."""
+    waiting = [body]
+
+    async def again() -> MutableMapping[str, Any]:
+        if waiting:
+            return {"type": "http.request", "body": waiting.pop(), "more_body": False}
+        return await receive()
+
+    return again

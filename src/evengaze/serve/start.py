@@ -1,0 +1,51 @@
+"""Starts the server; says so if its packages are not installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from evengaze.evaluate.predictor import ModelSpec
+from evengaze.extras import require
+from evengaze.serve.settings import Limits, Settings
+
+
+def settings_of(
+    model: str,
+    *,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    allow_missing: bool,
+    name: str | None,
+    method: str,
+    debias: str,
+    hosts: tuple[str, ...],
+    key: str | None,
+    **limits: Any,
+) -> Settings:
+    """What the command line asks for."""
+    spec = ModelSpec(model, revision=revision, dtype=dtype, device=device, allow_missing=allow_missing)
+    return Settings(spec, name, method, debias, Limits(**limits), hosts, key)
+
+
+def run(settings: Settings, host: str, port: int) -> None:
+    """Serve until interrupted; requests that are being answered are finished first.
+
+    Raises:
+        MissingExtraError: the server's packages are not installed.
+        EvengazeError: the model or method cannot be served.
+    """
+    require("serve", "evengaze serve", "fastapi", "uvicorn", "prometheus_client")
+    import uvicorn
+
+    from evengaze.evaluate.predictor import Predictor
+    from evengaze.serve.app import build_app
+
+    predictor = Predictor.load(settings.spec)
+    uvicorn.run(
+        build_app(settings, predictor),
+        host=host,
+        port=port,
+        log_level="info",
+        timeout_graceful_shutdown=int(settings.limits.seconds) + 1,
+    )
