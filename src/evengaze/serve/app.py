@@ -17,7 +17,6 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from evengaze import __version__
 from evengaze.evaluate.predictor import Predictor
 from evengaze.serve.errors import ApiError, broken, late
 from evengaze.serve.gate import ClientGone, Gate, refuse
@@ -28,6 +27,7 @@ from evengaze.serve.pruning import Methods
 from evengaze.serve.schema import ChatRequest
 from evengaze.serve.settings import Settings
 from evengaze.serve.worker import Worker
+from evengaze.version import __version__
 
 _CHUNK = "chat.completion.chunk"
 

@@ -42,10 +42,10 @@ class Methods:
             ApiError: there is none such, or it does not fit the model; or it names a file of the server's.
         """
         method, debias = asked.method or self._method, asked.debias or self._debias
-        if asked.method is not None and (name := asked.method.partition(":")[0].strip().lower()) != "none":
-            if name not in names():  # `parse` would import a class that is named by its module
-                known = ", ".join(names())
-                raise ApiError(400, f"unknown method {name!r}; there are none, {known}", param="evengaze.method")
+        name = method.partition(":")[0].strip().lower()
+        if asked.method is not None and name not in ("none", *names()):  # `parse` imports a class named by its module
+            known = ", ".join(names())
+            raise ApiError(400, f"unknown method {name!r}; there are none, {known}", param="evengaze.method")
         if asked.method is not None and re.search(r"[:,]\s*debias\s*=", asked.method):
             raise ApiError(400, "give debias as a field of its own, beside method", param="evengaze.method")
         if asked.debias is not None and asked.debias.lower().endswith(".json"):
