@@ -19,6 +19,9 @@ from evengaze.models.pictures import NO_CANDIDATE, Panel, Picture, spans
 _SIZES = ("spatial_shapes", "target_sizes", "target_sizes_videos", "image_sizes", "image_grid_hw", "image_grid_hws")
 """Arguments that say (rows, columns) or (height, width) of every picture, in whatever unit."""
 
+_MERGES = (1, 2, 3, 4)
+"""How many patches along each side of a token are tried."""
+
 _NEAR = 0.3
 """Largest difference of log aspect ratios at which a grid is taken for a picture's."""
 
@@ -38,7 +41,7 @@ def parts(call: EncoderCall) -> list[Tensor]:
     if isinstance(value, Tensor) and value.dim() >= 2:
         return [value] if value.dim() == 2 else list(value.reshape(-1, *value.shape[-2:]))
     if isinstance(value, (list, tuple)) and value and all(isinstance(v, Tensor) and v.dim() >= 2 for v in value):
-        return [v.reshape(-1, v.shape[-1]) for v in value]
+        return [v.reshape(-1, v.shape[-1]) for v in value if v.numel()]
     raise LayoutError(
         f"get_{call.kind}_features returned {type(call.result).__name__}, in which no features of pictures are found "
         "(looked for pooler_output, last_hidden_state, or a list of tensors). This family needs an adapter of its own."
@@ -64,7 +67,7 @@ def encoded_pictures(call: EncoderCall, mask: Tensor) -> list[Picture]:
     thw = _grids(call)
     if thw is not None:
         return [
-            _picture(call, features, _from_grid(len(features), grid))
+            _gridded(call, features, grid)
             for features, grid in zip(_regrouped(call, found, [math.prod(g) for g in thw]), thw, strict=True)
         ]
     sizes = _sizes(call)
@@ -157,13 +160,32 @@ def _picture(call: EncoderCall, features: Tensor, info: ImageInfo) -> Picture:
     return Picture.video(view) if call.kind == "video" else Picture.still(view)
 
 
+def _gridded(call: EncoderCall, features: Tensor, grid: tuple[int, int, int]) -> Picture:
+    """A picture whose patches have a known grid (frames, rows, columns)."""
+    for merge in _MERGES if grid[0] == 1 else ():
+        rows, columns = grid[1] // merge, grid[2] // merge
+        marks = len(features) - rows * (columns + 1)
+        if rows > 1 and columns and marks in (0, 2) and _same(features[marks // 2 + columns :: columns + 1][:rows]):
+            return Picture.still(_with_newlines(rows, columns, marks // 2))
+    return _picture(call, features, _from_grid(len(features), grid))
+
+
+def _with_newlines(rows: int, columns: int, marks: int = 0) -> Panel:
+    """Rows with a newline behind each, and `marks` tokens in front of all and behind, which show nothing either."""
+    cell = torch.full((rows, columns + 1), NO_CANDIDATE)
+    cell[:, :columns] = torch.arange(rows * columns).reshape(rows, columns)
+    mark = torch.full((marks,), NO_CANDIDATE)
+    return Panel(ImageInfo((rows, columns)), torch.cat([mark, cell.flatten(), mark]))
+
+
+def _same(features: Tensor) -> bool:
+    return bool((features == features[:1]).all())
+
+
 def _still(features: Tensor, size: tuple[int, int] | None, padding: Tensor | None) -> Picture:
     columns = newlines(features)
     if columns:
-        rows = len(features) // (columns + 1)
-        cell = torch.arange(rows * columns).reshape(rows, columns)
-        cell = torch.cat([cell, torch.full((rows, 1), NO_CANDIDATE)], 1).flatten()
-        return Picture.still(Panel(ImageInfo((rows, columns)), cell))
+        return Picture.still(_with_newlines(len(features) // (columns + 1), columns))
     grid = _square(len(features)) if size is None else _shaped(len(features), size)
     return Picture.still(Panel.plain(ImageInfo(grid), padding))
 

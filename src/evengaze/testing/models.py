@@ -12,12 +12,20 @@ from torch import Tensor
 from evengaze.errors import ConfigError
 from evengaze.layout import VisualLayout
 from evengaze.testing.families import FAMILIES
+from evengaze.testing.generic import GENERIC
 from evengaze.testing.prompts import IMAGE, PAD, RESERVED, VIDEO, prompts
 
 
-def families(*, video: bool = False) -> tuple[str, ...]:
-    """Names that `tiny` knows; with `video=True` those that take videos."""
-    return tuple(name for name, f in FAMILIES.items() if not video or f.videos is not None)
+def families(*, video: bool = False, generic: bool = False) -> tuple[str, ...]:
+    """Names that `tiny` knows and the installed transformers can run: of families with an adapter of their own, or of
+    those that the generic one serves.
+
+    Args:
+        video: only those that take videos.
+        generic: which of the two.
+    """
+    chosen = {name: f for name, f in (GENERIC if generic else FAMILIES).items() if f.runs}
+    return tuple(name for name, f in chosen.items() if not video or f.videos is not None)
 
 
 def tiny(
@@ -53,12 +61,15 @@ def tiny(
     Raises:
         ConfigError: unknown family, or a video for a family without videos.
     """
-    if family not in FAMILIES:
-        raise ConfigError(f"no tiny model of {family!r}; there are {', '.join(FAMILIES)}")
-    kind = FAMILIES[family]
+    kind = FAMILIES.get(family, GENERIC.get(family))
+    if kind is None:
+        raise ConfigError(f"no tiny model of {family!r}; there are {', '.join((*FAMILIES, *GENERIC))}")
     make = kind.videos if video else kind.images
     if make is None:
-        raise ConfigError(f"{family!r} takes no videos; those that do: {', '.join(families(video=True))}")
+        raise ConfigError(
+            f"{family!r} takes no videos; those that do: "
+            f"{', '.join((*families(video=True), *families(video=True, generic=True)))}"
+        )
     config = kind.config(text)
     config._attn_implementation = attention
     # Tied weights would make a random model repeat its last token, whatever it saw.

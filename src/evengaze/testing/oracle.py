@@ -70,7 +70,9 @@ def decoder_of(model: Any) -> Any:
 
 
 def _multimodal_rope(config: Any) -> bool:
-    return "mrope_section" in (getattr(config, "rope_parameters", None) or {})
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(v for v in rope.values() if isinstance(v, dict))]  # one for all layers, or one for each type
+    return any("mrope_section" in kind for kind in kinds)
 
 
 def _plan(trace: Trace, move: bool) -> Iterator[list[_Step]]:
@@ -139,7 +141,8 @@ class _State:
             gone = self.gone(i, total)
             if gone is not None:
                 if self.renumber:
-                    kwargs.update(self.positions(i, states, gone, kwargs["position_ids"]))
+                    moved = self.positions(i, states, gone, kwargs["position_ids"])
+                    kwargs.update({k: v for k, v in moved.items() if kwargs.get(k) is not None})  # layers may have none
                 mask = hide(mask, gone)
             elif self.trim and self.sees_all(i):
                 # The caches below the stage lose the dropped tokens once the prompt has been read; those of sliding

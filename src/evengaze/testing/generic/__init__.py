@@ -1,0 +1,7 @@
+"""Tiny models of families that the generic adapter serves, with inputs as their processors make them."""
+
+from evengaze.testing.generic.more import MORE
+from evengaze.testing.generic.plain import PLAIN
+from evengaze.testing.recipes import Family
+
+GENERIC: dict[str, Family] = {**PLAIN, **MORE}

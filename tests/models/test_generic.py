@@ -1,0 +1,76 @@
+"""Families that only the generic adapter serves: a quick part of the matrix, and what it sees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from evengaze.models import adapter_for
+from evengaze.models.base import EncoderCall
+from evengaze.models.features import encoded_pictures, newlines
+from evengaze.models.generic import Generic
+from evengaze.testing import families, tiny
+from evengaze.testing.generic import GENERIC
+from evengaze.testing.matrix import METHODS, check
+from models.helpers import layout
+
+NAMES = families(generic=True)
+VIDEOS = families(generic=True, video=True)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_a_batch_of_unlike_rows(family: str) -> None:
+    """Two pictures, text only, one picture; the methods take turns, `python -m evengaze.testing.matrix` runs all."""
+    method = list(METHODS)[NAMES.index(family) % len(METHODS)]
+    result = check(family, method, GENERIC[family].implementations[-1], 3, images=[2, 0, 1])
+    assert result.passed, result
+
+
+@pytest.mark.parametrize("family", VIDEOS)
+def test_videos(family: str) -> None:
+    result = check(family, "fastv", GENERIC[family].implementations[0], 2, video=True)
+    assert result.passed, result
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_every_placeholder_is_a_candidate_or_a_newline(family: str) -> None:
+    model, inputs = tiny(family, 2, GENERIC[family].implementations[0])
+    assert isinstance(adapter_for(model), Generic)
+    found = layout(model, inputs)
+    assert found is not None
+    for row, ids in zip(found.rows, inputs["input_ids"], strict=True):
+        placed = (ids == 290).nonzero()[:, 0].tolist()
+        assert set(row.position.tolist()) <= set(placed)
+        assert len(row) == sum(i.cells * i.frames for i in row.images)
+        assert bool((row.x >= 0).all()) and bool((row.x < 1).all())
+
+
+def test_newlines_are_seen_by_their_equal_features() -> None:
+    features = torch.randn(12, 8)
+    assert newlines(features) == 0
+    features[3::4] = features[3]
+    assert newlines(features) == 3
+    assert newlines(torch.ones(12, 8)) == 0  # a blank picture
+
+
+def _call(count: int, **arguments: object) -> EncoderCall:
+    return EncoderCall("image", arguments, torch.randn(count, 8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count", "grid"),
+    [
+        ({"image_grid_thw": torch.tensor([[1, 8, 6]])}, 12, (4, 3)),
+        ({"image_grid_thw": torch.tensor([[1, 8, 6]])}, 4 * 4 + 2, None),
+        ({"image_sizes": torch.tensor([[112, 56]])}, 32, (8, 4)),
+        ({"spatial_shapes": torch.tensor([[4, 6]])}, 6, (2, 3)),
+        ({}, 16, (4, 4)),
+        ({}, 15, (1, 15)),
+    ],
+)
+def test_grids(arguments: dict[str, object], count: int, grid: tuple[int, int] | None) -> None:
+    call = _call(count, **arguments)
+    (picture,) = encoded_pictures(call, torch.ones(1, count, dtype=torch.bool))
+    assert len(picture) == count
+    if grid is not None:
+        assert picture.images[0].grid == grid
