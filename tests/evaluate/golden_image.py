@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from golden_helpers import analyse_official, chunk_range, inferred_options
 from golden_judge import mmvet
 from golden_text import load
 
@@ -17,7 +18,6 @@ from evengaze.evaluate.benchmarks.mmbench_cn import MMBenchCN
 from evengaze.evaluate.benchmarks.mme import MME
 from evengaze.evaluate.benchmarks.pope import POPE
 from evengaze.evaluate.benchmarks.scienceqa import ScienceQA
-from evengaze.evaluate.chunks import chunk_range
 from evengaze.evaluate.jsonl import read_jsonl
 from evengaze.evaluate.metrics import gqa as gqa_metric
 from evengaze.evaluate.metrics.mme import read_label
@@ -234,7 +234,7 @@ def scienceqa(report: Report, data: Path, entry: Any) -> None:
         report.check(f"scienceqa {name}", got, {key: item[key] for key in numbers})
         printed = "Total: {count}, Correct: {correct}, Accuracy: {acc:.2f}%, IMG-Accuracy: {img_acc:.2f}%".format(**got)
         report.check(f"scienceqa {name} printed", printed, item["stdout"].strip())
-        rows = benchmark.analyse_official(answers, data)
+        rows = analyse_official(benchmark, answers, data)
         output: dict[str, list[Any]] = {"correct": [], "incorrect": []}
         for row in rows:
             right = "ABCDE".find(row["ground_truth"]) == row["index"]
@@ -297,7 +297,7 @@ def mmbench_submission(report: Report, data: Path, benchmark: MMBench, answers: 
     report.check(f"{name} lmms-eval overall", circular["lmms-eval"], lmms["overall"])
     report.check(f"{name} lmms-eval category", categories["lmms-eval"], lmms["category"])
     report.check(f"{name} lmms-eval l2", score.metrics["by_l2_category"]["lmms-eval"], lmms["l2_category"])
-    inferred = benchmark.inferred_options(answers, data)
+    inferred = inferred_options(benchmark, answers, data)
     for rule, want in (("vlmevalkit", kit), ("lmms-eval", lmms)):
         got = {str(index): letter for index, letter in inferred[rule].items()}
         report.check(f"{name} {rule} options", got, want["inferred_option_per_index"])

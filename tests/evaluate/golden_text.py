@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from golden_helpers import chunk_range
+
 from evengaze.errors import ConfigError
-from evengaze.evaluate.chunks import chunk_range
 from evengaze.evaluate.metrics.normalize import (
     evalai_normalize,
     fold_case,

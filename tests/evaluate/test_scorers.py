@@ -8,6 +8,7 @@ from pathlib import Path
 
 import openpyxl
 import pytest
+from golden_helpers import done_keys
 
 from evengaze.errors import ConfigError, DataError
 from evengaze.evaluate.benchmarks import BENCHMARKS, OfficialError, Record, ScoreOptions, get_benchmark
@@ -67,7 +68,7 @@ def test_keys_are_unique_and_found_again_in_answer_records(golden: Path, name: s
     keys = [record.key for record in records]
     assert len(set(keys)) == len(keys)
     answers = [benchmark.answer_record(record, "x", "model") for record in records]
-    assert benchmark.done_keys([json.loads(json.dumps(answer)) for answer in answers]) == keys
+    assert done_keys(benchmark, [json.loads(json.dumps(answer)) for answer in answers]) == keys
     wanted = {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
     assert all(wanted <= answer.keys() for answer in answers)
     assert len({answer["answer_id"] for answer in answers}) == len(answers)
@@ -78,7 +79,7 @@ def test_answer_records_score_like_upstreams(golden: Path, tmp_path: Path) -> No
     for name, path in ANSWERS.items():
         benchmark = get_benchmark(name)
         official = [json.loads(line) for line in (golden / EVAL / path).read_text().splitlines()]
-        texts = dict(zip(benchmark.done_keys(official), (row["text"] for row in official), strict=True))
+        texts = dict(zip(done_keys(benchmark, official), (row["text"] for row in official), strict=True))
         answers = tmp_path / f"{name}.jsonl"
         rows = [benchmark.answer_record(r, texts[r.key], "m") for r in benchmark.records(golden) if r.key in texts]
         answers.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -145,8 +145,8 @@ def _run(settings: Any, data: Path, out: Path, backend: Any, options: Any) -> in
             total = progress.add_task("all", total=sum(work.values()))
             bars = {name: progress.add_task(name, total=count) for name, count in work.items()}
             for task in tasks:
-                for line in task.skipped:
-                    progress.console.print(f"left out: {line}")
+                for line in task.notes:
+                    progress.console.print(line)
 
             def advance(task: Any, cell: Any, count: int) -> None:
                 name = task.benchmark.name

@@ -92,7 +92,7 @@ class Cell:
         }
 
 
-def cells(plan: Plan, benchmark: str, layers: int, visual: int, skipped: list[str] | None = None) -> list[Cell]:
+def cells(plan: Plan, benchmark: str, layers: int, visual: int, notes: list[str] | None = None) -> list[Cell]:
     """Lay out a grid: dense first, then every method plain and debiased, each followed by its baselines.
 
     Args:
@@ -100,13 +100,13 @@ def cells(plan: Plan, benchmark: str, layers: int, visual: int, skipped: list[st
         benchmark: for "published" curves.
         layers: decoder layers of the model.
         visual: visual tokens of a picture.
-        skipped: gets a line for every combination that makes no sense, with the reason.
+        notes: gets a line for every combination that makes no sense, with the reason.
 
     Raises:
         ConfigError: an unknown method or parameter, or a budget out of a method's reach.
         CurveError: a curve file or preset that does not exist.
     """
-    skipped = [] if skipped is None else skipped
+    notes = [] if notes is None else notes
     found: dict[str, Cell] = {}
 
     def add(cell: Cell) -> None:
@@ -130,10 +130,10 @@ def cells(plan: Plan, benchmark: str, layers: int, visual: int, skipped: list[st
                 except CurveError:
                     if label not in ("preset", "published"):
                         raise
-                    skipped.append(f"{pruner.name} with {label}: no curve has been published for it")
+                    notes.append(f"left out: {pruner.name} with {label}: no curve has been published for it")
                     continue
                 if steps is not None and not pruner.ranked_stages(layers):
-                    skipped.append(f"{pruner.name} with {label}: it does not rank by attention from text")
+                    notes.append(f"left out: {pruner.name} with {label}: it does not rank by attention from text")
                     continue
                 add(Cell("method", pruner.replace(debias=steps), label, average, budget, names))
             for other in others:
@@ -186,13 +186,21 @@ class Setting:
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark with its records and cells, ready to run."""
+    """A benchmark with its records and cells, ready to run.
+
+    Attributes:
+        benchmark: the benchmark.
+        records: its questions.
+        layers: decoder layers of the model.
+        cells: what is to be run.
+        notes: what to tell before the first answer.
+    """
 
     benchmark: Benchmark
     records: list[Record]
     layers: int
     cells: list[Cell]
-    skipped: list[str]
+    notes: list[str]
 
     def count(self, limit: int | None) -> int:
         """Questions to answer in each cell."""
@@ -208,11 +216,10 @@ def prepare(plan: Plan, benchmarks: Sequence[Benchmark], setting: Setting, backe
     """
     tasks = []
     for benchmark in benchmarks:
-        benchmark.require(setting.data, "run")
+        notes = [f"{benchmark.name}: {note}" for note in benchmark.check(setting.data)]
         records = list(benchmark.records(setting.data))
         layers, visual = backend.geometry(records, benchmark.template)
-        skipped: list[str] = []
-        tasks.append(Task(benchmark, records, layers, cells(plan, benchmark.name, layers, visual, skipped), skipped))
+        tasks.append(Task(benchmark, records, layers, cells(plan, benchmark.name, layers, visual, notes), notes))
     return tasks
 
 

@@ -68,7 +68,7 @@ def _describe(benchmark: Benchmark, data: Path | None) -> dict[str, Any]:
                 "path": item.path,
                 "kind": item.kind,
                 "needed": item.needed,
-                "source": item.source,
+                "source": item.where,
                 **({} if data is None else {"present": item.path not in absent}),
             }
             for item in benchmark.files

@@ -9,7 +9,7 @@ from __future__ import annotations
 import uuid
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -24,22 +24,12 @@ from evengaze.evaluate.benchmarks.types import (
     Score,
     ScoreOptions,
 )
-from evengaze.evaluate.jsonl import Answer, Lines, read_answers, read_jsonl, require_clean
+from evengaze.evaluate.jsonl import Answer, Lines, read_answers
 from evengaze.evaluate.judge import JudgeError
 from evengaze.evaluate.metrics.forms import is_short
 
 UNEXPECTED_SHARE = 0.05
 """With a larger share of answers in no expected form, a score is warned about."""
-
-
-def number_repeats(bases: Iterable[str]) -> list[str]:
-    """Make keys unique: the k-th repetition of a key gets ``#k`` appended (k from 2)."""
-    seen: dict[str, int] = defaultdict(int)
-    keys = []
-    for base in bases:
-        seen[base] += 1
-        keys.append(base if seen[base] == 1 else f"{base}#{seen[base]}")
-    return keys
 
 
 class Benchmark(ABC):
@@ -91,8 +81,9 @@ class Benchmark(ABC):
         above = ("eval/GPT_Zero_Shot_QA", "GPT_Zero_Shot_QA", "") if self.layout == "video-llava" else LLAVA_ROOTS
         candidates = [data / part / folder for part in above for folder in self.folders]
         marks = [item.path for item in self.files if item.kind == "file" and item.needed != "optional"]
+        stand_ins = [item.instead for item in self.files if item.instead]
         for candidate in [*candidates, data]:
-            if any((candidate / mark).is_file() for mark in marks):
+            if any((candidate / mark).is_file() for mark in marks) or any((candidate / s).is_dir() for s in stand_ins):
                 return candidate
         for candidate in candidates:
             if candidate.is_dir():
@@ -116,6 +107,20 @@ class Benchmark(ABC):
         """Return where to get one of ``files``, as a sentence."""
         return next((f"Get it from {item.source}" for item in self.files if item.path == name), "")
 
+    def check(self, data: Path) -> list[str]:
+        """Find out before the first answer whether answers can be scored.
+
+        Returns:
+            What to tell if they can be scored in part only.
+
+        Raises:
+            DataError: Files to answer or to score are missing or malformed.
+        """
+        self.require(data, "run")
+        if self.server is None:
+            self.require(data, "score")
+        return []
+
     def missing_files(self, data: Path | None, use: Literal["run", "score"] | None = None) -> list[DataFile]:
         """List the files that are absent below ``data`` (all of them when ``data`` is None or has no such folder)."""
         wanted = [f for f in self.files if (f.needed != "optional" and use in (None, f.needed)) or f.needed == "both"]
@@ -125,7 +130,7 @@ class Benchmark(ABC):
             root = self.root(data)
         except DataError:
             return wanted
-        return [f for f in wanted if not ((root / f.path).is_dir() if f.kind == "dir" else (root / f.path).is_file())]
+        return [f for f in wanted if not f.present(root, use)]
 
     def require(self, data: Path, use: Literal["run", "score"]) -> None:
         """Check that the files for a use are there.
@@ -136,7 +141,7 @@ class Benchmark(ABC):
         root = self.root(data)
         absent = self.missing_files(data, use)
         if absent:
-            listed = "; ".join(f"{root / item.path} (get it from {item.source})" for item in absent)
+            listed = "; ".join(f"{root / item.path} (get it from {item.where})" for item in absent)
             raise DataError(f"{self.name} cannot {use}: missing {listed}")
 
     def missing_media(self, data: Path) -> list[str]:
@@ -168,10 +173,6 @@ class Benchmark(ABC):
     def answer_key(self, answer: Answer) -> str:
         """Return the key of the record that an answer line belongs to, before repeats are numbered."""
         return str(answer["question_id"])
-
-    def done_keys(self, answers: Sequence[Answer]) -> list[str]:
-        """Return the key of every answer line, for resuming a run."""
-        return number_repeats(self.answer_key(answer) for answer in answers)
 
     # -- scoring -------------------------------------------------------------------------------------------------
 
@@ -391,18 +392,6 @@ def clean_or_stop(answers: Lines) -> tuple[Answer, ...]:
         official = "KeyError" if first.is_json else "JSONDecodeError"
         raise OfficialError(official, f"{answers.path} line {first.line}: {first.reason}")
     return answers.records
-
-
-def question_rows(benchmark: Benchmark, data: Path, name: str) -> dict[str, dict[str, Any]]:
-    """Read a question file in LLaVA's format (``question_id``, ``image``, ``text``), in order, by key.
-
-    Raises:
-        DataError: The file is missing or has a malformed line.
-    """
-    path = benchmark.path(data, name)
-    hint = benchmark.source(name)
-    rows = require_clean(read_jsonl(path, ("question_id", "image", "text"), hint), hint)
-    return dict(zip(number_repeats(str(row["question_id"]) for row in rows), rows, strict=True))
 
 
 def unscored(benchmark: Benchmark, keys: Sequence[str], problems: Problems) -> Score:

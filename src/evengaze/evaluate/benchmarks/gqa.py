@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from evengaze.errors import DataError
-from evengaze.evaluate.benchmarks.base import Benchmark, clean_or_stop, question_rows
+from evengaze.evaluate.benchmarks.base import Benchmark, clean_or_stop
+from evengaze.evaluate.benchmarks.rows import question_rows
 from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, OfficialError, Record, Score, ScoreOptions
 from evengaze.evaluate.jsonl import Lines
 from evengaze.evaluate.metrics import gqa

@@ -8,12 +8,13 @@ import csv
 import io
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from evengaze.errors import ConfigError, DataError
-from evengaze.evaluate.benchmarks.base import LLAVA_ROOTS, Benchmark, number_repeats
+from evengaze.evaluate.benchmarks.base import LLAVA_ROOTS, Benchmark
+from evengaze.evaluate.benchmarks.rows import number_repeats
 from evengaze.evaluate.benchmarks.types import DataFile, Mode, Problems, Record, Score, ScoreOptions
 from evengaze.evaluate.benchmarks.xlsx import read_xlsx, write_xlsx
 from evengaze.evaluate.jsonl import Answer, Lines
@@ -24,7 +25,6 @@ from evengaze.evaluate.metrics.mmbench import (
     circular_groups,
     circular_hits,
     letter_rule,
-    lmms_eval_rule,
     mean_by,
 )
 from evengaze.files import read_bytes
@@ -51,7 +51,7 @@ def read_tsv(path: Path, hint: str = "") -> list[Row]:
         DataError: The file is missing, cut off, or lacks a column.
     """
     csv.field_size_limit(sys.maxsize)  # a base64 image is one field
-    text = read_bytes(path, hint).decode("utf-8", "replace")
+    text = read_bytes(path, hint).decode("utf-8", "replace").removeprefix("\ufeff")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
     header = next(reader, [])
     absent = [name for name in ("index", "question", "A", "B") if name not in header]
@@ -102,6 +102,22 @@ def options_of(row: Row) -> list[str]:
 def choices_of(row: Row) -> dict[str, str]:
     """Return all options that are not missing, by letter."""
     return {letter: value for letter in LETTERS if (value := row.get(letter)) is not None}
+
+
+def rotations(group: Sequence[Row]) -> int:
+    """How many rotations a question should have, by its first two: the turn repeats until all options are back.
+
+    A last option such as "All above are not right" keeps its place, so that four options may have three rotations.
+    """
+    options = [list(choices_of(row).values()) for row in group[:2]]
+    first = options[0]
+    if len(options) == 1 or sorted(first) != sorted(options[1]) or len(set(first)) < len(first):
+        return len(first)
+    moved = [first.index(text) for text in options[1]]
+    now, turns = moved, 1
+    while now != sorted(now):
+        now, turns = [now[i] for i in moved], turns + 1
+    return turns
 
 
 class MMBench(Benchmark):
@@ -238,9 +254,9 @@ class MMBench(Benchmark):
         joined = self.join([str(index) for index in rows], answers)
         texts = {index: joined.by_key[str(index)]["text"] for index in rows if str(index) in joined.by_key}
         groups = circular_groups(list(rows))
-        short = [main for main, group in groups.items() if len(group) < len(choices_of(rows[main]))]
+        short = [main for main, group in groups.items() if len(group) < rotations([rows[i] for i in group])]
         if short:
-            notes.append(f"{len(short)} questions have fewer rotations than options: the table may be cut off.")
+            notes.append(f"{len(short)} questions lack rotations (first: {short[0]}): the table may be cut off.")
         complete = {i for group in groups.values() if all(i in texts for i in group) for i in group}
         if len(complete) < len(texts):
             notes.append("Questions with an unanswered rotation are left out.")
@@ -302,17 +318,6 @@ class MMBench(Benchmark):
             notes=notes,
         )
 
-    def inferred_options(self, answers: Path, data: Path) -> dict[str, dict[int, str | None]]:
-        """Return the option that each published rule reads from every prediction, before any fallback."""
-        lines = self.read_answers(answers)
-        rows = self._truth(lines, data)
-        found = {str(answer["question_id"]): answer["text"] for answer in lines.records}
-        rules = {"vlmevalkit": RULES["vlmevalkit"], "lmms-eval": lmms_eval_rule}
-        return {
-            name: {index: read(found.get(str(index), _EMPTY_CELL), choices_of(rows[index])) for index in rows}
-            for name, read in rules.items()
-        }
-
     def write_submission(self, answers: Path, data: Path, out: Path) -> dict[str, Any]:
         """Write the server's xlsx: the table without images, with a ``prediction`` column; unanswered cells empty."""
         lines = self.read_answers(answers)
@@ -328,5 +333,7 @@ class MMBench(Benchmark):
             ]
             for index, row in rows.items()
         ]
-        write_xlsx(out, columns, cells)
-        return {"path": str(out), "rows": len(cells), "missing": problems.missing, "duplicate": problems.duplicate}
+        keys = list(rows)
+        cut = [str(keys[i]) for i in write_xlsx(out, columns, cells)]
+        found_problems = {"missing": problems.missing, "duplicate": problems.duplicate, "cut": cut}
+        return {"path": str(out), "rows": len(cells), **found_problems}

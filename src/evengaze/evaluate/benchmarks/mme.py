@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from evengaze.errors import DataError
-from evengaze.evaluate.benchmarks.base import Benchmark, clean_or_stop, number_repeats
+from evengaze.evaluate.benchmarks.base import Benchmark, clean_or_stop
+from evengaze.evaluate.benchmarks.rows import number_repeats, read_rows
 from evengaze.evaluate.benchmarks.types import (
     EVAL_ZIP,
     DataFile,
@@ -20,7 +21,7 @@ from evengaze.evaluate.benchmarks.types import (
     Score,
     ScoreOptions,
 )
-from evengaze.evaluate.jsonl import Answer, Lines, read_jsonl, require_clean
+from evengaze.evaluate.jsonl import Answer, Lines
 from evengaze.evaluate.metrics.mme import COGNITION, PERCEPTION, parse_result_file, read_label, subtask_metrics, totals
 from evengaze.files import read_bytes, write_whole
 
@@ -46,7 +47,7 @@ class MME(Benchmark):
     folders = ("MME", "mme")
     files = (
         DataFile(QUESTIONS, EVAL_ZIP, needed="run"),
-        DataFile(TREE, _REPO, "dir"),
+        DataFile(TREE, _REPO, "dir", instead=RESULTS),
     )
     form = "yes or no"
     quirks = (
@@ -54,23 +55,13 @@ class MME(Benchmark):
         "a tab or newline in an answer, an odd number of answers or an absent subtask stops it",
     )
 
-    def missing_files(self, data: Path | None, use: Any = None) -> list[DataFile]:
-        """List absent files; the evaluation tool's own result files can stand in for the tree when scoring."""
-        missing = super().missing_files(data, use)
-        if use != "score" or data is None or len(missing) != 1:
-            return missing
-        try:
-            return [] if (self.root(data) / RESULTS).is_dir() else missing
-        except DataError:
-            return missing
-
     def in_form(self, text: str) -> bool:
         """Whether the official scorer finds yes or no."""
         return read_label(text) != "other"
 
     def records(self, data: Path) -> Iterator[Record]:
         """Yield the questions; two consecutive ones ask about one image."""
-        rows = require_clean(read_jsonl(self.path(data, QUESTIONS), ("question_id", "image", "text"), EVAL_ZIP))
+        rows = read_rows(self.path(data, QUESTIONS), EVAL_ZIP)
         images = self.path(data, TREE)
         for key, row in zip(number_repeats(_key(r["question_id"], r["text"]) for r in rows), rows, strict=True):
             yield Record(key, row["question_id"], row["text"], images / row["image"])
@@ -105,7 +96,7 @@ class MME(Benchmark):
                             f"{path} line {number} has {len(parts)} tab-separated columns, question and answer were "
                             f"expected. Get it from {_REPO}"
                         )
-                    found[folder.name, path.name, parts[0]] = parts[1]
+                    _add(found, (folder.name, path.name, parts[0]), parts[1], path)
         if not found:
             raise DataError(f"{tree} holds no question (<subtask>/*.txt). Get it from {_REPO}")
         return found
@@ -116,7 +107,7 @@ class MME(Benchmark):
             for line in _lines(path):
                 parts = line.rstrip("\n").split("\t")
                 if len(parts) >= 3:
-                    found[path.stem, f"{parts[0].split('.')[0]}.txt", parts[1]] = parts[2]
+                    _add(found, (path.stem, f"{parts[0].split('.')[0]}.txt", parts[1]), parts[2], path)
         if not found:
             raise DataError(f"{folder} holds no <subtask>.txt with image, question and answer. Get it from {_REPO}")
         return found
@@ -232,9 +223,14 @@ class MME(Benchmark):
         return {"path": str(out), "subtasks": sorted(texts)}
 
 
+def _add(found: Truth, name: tuple[str, str, str], answer: str, path: Path) -> None:
+    if found.setdefault(name, answer).lower() != answer.lower():
+        raise DataError(f"{path} answers {name[2]!r} with {found[name]!r} and with {answer!r}. Get it from {_REPO}")
+
+
 def _lines(path: Path) -> list[str]:
     try:
-        return io.StringIO(read_bytes(path).decode("utf-8"), newline=None).readlines()
+        return io.StringIO(read_bytes(path).decode("utf-8-sig"), newline=None).readlines()
     except UnicodeDecodeError:
         raise DataError(f"{path} is not UTF-8 text. Get it from {_REPO}") from None
 

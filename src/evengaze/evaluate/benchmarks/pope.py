@@ -13,6 +13,7 @@ from evengaze.evaluate.benchmarks.base import (
     Benchmark,
     clean_or_stop,
 )
+from evengaze.evaluate.benchmarks.rows import Row, read_rows
 from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, OfficialError, Record, Score, ScoreOptions
 from evengaze.evaluate.jsonl import Lines, read_jsonl, require_clean
 from evengaze.evaluate.metrics.forms import is_yes_or_no
@@ -20,12 +21,12 @@ from evengaze.evaluate.metrics.pope import Confusion, text_to_label
 
 QUESTIONS = "llava_pope_test.jsonl"
 CATEGORIES = ("adversarial", "popular", "random")
+_ORDER, _APART = ("adversarial", "random", "popular"), 10_000_000
+"""Order of the categories in LLaVA's question file, and how far their ids are apart."""
 _LABELS_AT = "https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco"
 # Two label files of the same questions differ in spelling at most in a few rows; with more than this share of rows out
 # of line they are different selections, and a row's position says nothing.
 _ALIGNED = 0.9
-
-Row = dict[str, Any]
 
 
 class POPE(Benchmark):
@@ -38,7 +39,7 @@ class POPE(Benchmark):
     metric = "mean F1 (%)"
     folders = ("pope",)
     files = (
-        DataFile(QUESTIONS, EVAL_ZIP),
+        DataFile(QUESTIONS, EVAL_ZIP, needed="run"),
         *(DataFile(f"coco/coco_pope_{name}.json", _LABELS_AT, needed="score") for name in CATEGORIES),
         DataFile("val2014", "http://images.cocodataset.org/zips/val2014.zip", "dir", needed="run"),
     )
@@ -49,9 +50,38 @@ class POPE(Benchmark):
         "it divides by zero when a split has no answer or no yes",
     )
 
-    def _questions(self, data: Path) -> tuple[Row, ...]:
-        lines = read_jsonl(self.path(data, QUESTIONS), ("question_id", "image", "text", "category"), EVAL_ZIP)
-        return require_clean(lines)
+    def _questions(self, data: Path, answers: Lines | None = None) -> tuple[Row, ...]:
+        """The question file's rows; without it, for scoring, those of the label files under LLaVA's ids."""
+        path = self.path(data, QUESTIONS)
+        if answers is not None and not path.is_file():
+            return self._labelled_questions(data, answers)
+        return read_rows(path, EVAL_ZIP, ("question_id", "image", "text", "category"))
+
+    def _labelled_questions(self, data: Path, answers: Lines) -> tuple[Row, ...]:
+        """LLaVA's ids are the label files', plus ten million for each category; the answers' prompts must agree."""
+        labels, rows = self._labels(data), []
+        prompts = {str(answer["question_id"]): answer.get("prompt") for answer in answers.records}
+        for number, category in enumerate(_ORDER):
+            given = fit = 0
+            for label in labels[category]:
+                own = label.get("question_id")
+                if not isinstance(own, int):
+                    raise DataError(self._no_questions(data, f"the {category} labels have no numbers as ids"))
+                row = {**label, "question_id": number * _APART + own, "category": category}
+                rows.append(row)
+                prompt = prompts.get(str(row["question_id"]))
+                given += isinstance(prompt, str)
+                fit += isinstance(prompt, str) and _question(label["text"]) in prompt
+            if fit < _ALIGNED * given or not given:
+                raise DataError(
+                    self._no_questions(
+                        data, f"only {fit} prompts of {given} {category} answers are the labels' questions"
+                    )
+                )
+        return tuple(rows)
+
+    def _no_questions(self, data: Path, reason: str) -> str:
+        return f"{self.path(data, QUESTIONS)} is missing, and {reason}. Get it from {EVAL_ZIP}"
 
     def in_form(self, text: str) -> bool:
         """Whether it begins with yes or no."""
@@ -79,7 +109,7 @@ class POPE(Benchmark):
 
     def score_default(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
         """Join answers by question id and labels by image and question."""
-        questions, labels = self._questions(data), self._labels(data)
+        questions, labels = self._questions(data, answers), self._labels(data)
         joined = self.join([str(row["question_id"]) for row in questions], answers)
         notes = self.check_prompts(joined, {str(row["question_id"]): _question(row["text"]) for row in questions})
         by_category: dict[str, list[Row]] = defaultdict(list)
@@ -114,7 +144,7 @@ class POPE(Benchmark):
         Raises:
             OfficialError: An answer's id is no question.
         """
-        category_of = {row["question_id"]: row["category"] for row in self._questions(data)}
+        category_of = {row["question_id"]: row["category"] for row in self._questions(data, answers)}
         by_category: dict[str, list[str]] = defaultdict(list)
         for answer in clean_or_stop(answers):
             if answer["question_id"] not in category_of:
@@ -140,7 +170,7 @@ class POPE(Benchmark):
                     f"ZeroDivisionError: {kind}",
                     f"{category} has {confusion.answers} answers, {confusion.yes} of them yes",
                 ) from None
-        return self._score("official", metrics, len(self._questions(data)), {}, [])
+        return self._score("official", metrics, len(self._questions(data, answers)), {}, [])
 
     def _score(
         self,
@@ -200,6 +230,7 @@ def align(questions: Sequence[Row], labels: Sequence[Row], category: str) -> tup
         options[label["image"], _question(label["text"])].add(label["label"])
     nearly = len(labels) == len(questions) and sum(in_line) >= _ALIGNED * len(questions)
     truth: dict[str, str] = {}
+    torn = [f"{image}: {text}" for (image, text), found in options.items() if len(found) > 1]
     respelled = looked_up = lost = 0
     for i, row in enumerate(questions):
         key, found = str(row["question_id"]), options.get((row["image"], _question(row["text"])), set())
@@ -213,11 +244,15 @@ def align(questions: Sequence[Row], labels: Sequence[Row], category: str) -> tup
             respelled += 1
         else:
             lost += 1
+    notes = (
+        [f"The {category} labels say both yes and no to {', '.join(torn[:3])} ({len(torn)} in all)."] if torn else []
+    )
     if not (respelled or looked_up or lost):
-        return truth, []
+        return truth, notes
     return truth, [
+        *notes,
         f"Labels and questions of the {category} split do not line up ({len(labels)} labels, {len(questions)} "
         f"questions): {looked_up} labels were found by image and question, {respelled} by position with another "
         f"spelling, {lost} not at all (not scored). The official scorer would pair them by position; the fitting "
-        f"labels are at {_LABELS_AT}"
+        f"labels are at {_LABELS_AT}",
     ]

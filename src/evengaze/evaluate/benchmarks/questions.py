@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from evengaze.errors import DataError
-from evengaze.evaluate.benchmarks.base import Benchmark, question_rows
+from evengaze.evaluate.benchmarks.base import Benchmark
+from evengaze.evaluate.benchmarks.rows import question_rows, refuse_repeats
 from evengaze.evaluate.benchmarks.types import DataFile, Record, Score, ScoreOptions
 from evengaze.evaluate.jsonl import Lines, read_jsonl, require_clean
 from evengaze.evaluate.metrics.normalize import evalai_normalize
@@ -35,9 +36,28 @@ class Questions(Benchmark):
         DataFile(IMAGES, _SOURCE, "dir", needed="run"),
     )
 
+    def check(self, data: Path) -> list[str]:
+        """See `Benchmark.check`; without answers the dense model's are what others are compared with."""
+        self.require(data, "run")
+        if not self.path(data, ANSWERS).is_file():
+            return [
+                f"{self.path(data, ANSWERS)} is missing: no accuracy, but every method's answers are compared with the "
+                "dense model's"
+            ]
+        truth, asked = self._truth(data), question_rows(self, data, QUESTIONS)
+        without = [key for key in asked if key not in truth]
+        if len(without) == len(asked):
+            raise DataError(f"{self.path(data, ANSWERS)} answers none of the questions (ids like {without[0]})")
+        return [f"{len(without)} questions have no answer in {ANSWERS} (first: {without[0]})"] if without else []
+
     def records(self, data: Path) -> Iterator[Record]:
-        """Yield the questions of the question file; one without an image is a text-only question."""
+        """Yield the questions of the question file; one without an image is a text-only question.
+
+        Raises:
+            DataError: A row is malformed, or two have the same id.
+        """
         images = self.path(data, IMAGES)
+        refuse_repeats(self.path(data, QUESTIONS), question_rows(self, data, QUESTIONS).values())
         for key, row in question_rows(self, data, QUESTIONS).items():
             yield Record(key, row["question_id"], row["text"], images / row["image"] if row["image"] else None)
 
@@ -48,7 +68,11 @@ class Questions(Benchmark):
             accepted = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
             if not accepted or not all(isinstance(answer, str) for answer in accepted):
                 raise DataError(f"{path}: the answer to {row['question_id']} must be a string or a list of strings")
-            found[str(row["question_id"])] = {evalai_normalize(answer) for answer in accepted}
+            key, words = str(row["question_id"]), {evalai_normalize(answer) for answer in accepted}
+            if found.setdefault(key, words) != words:
+                raise DataError(
+                    f"{path} answers question {key} twice, and differently. Put all that is right in one list."
+                )
         return found
 
     def score_default(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:

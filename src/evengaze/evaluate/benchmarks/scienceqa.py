@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from evengaze.errors import DataError
-from evengaze.evaluate.benchmarks.base import Benchmark, clean_or_stop, number_repeats
+from evengaze.evaluate.benchmarks.base import Benchmark, clean_or_stop
+from evengaze.evaluate.benchmarks.rows import number_repeats
 from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, Mode, OfficialError, Record, Score, ScoreOptions
 from evengaze.evaluate.jsonl import Answer, Lines
 from evengaze.evaluate.metrics.scienceqa import FAILED, LETTERS, option_index, parse_answer
@@ -123,11 +124,6 @@ class ScienceQA(Benchmark):
                 }
             )
         return items
-
-    def analyse_official(self, answers: Path, data: Path) -> list[dict[str, Any]]:
-        """Return the entries of the official ``_output.jsonl`` in split order, each with its option ``index``."""
-        found = {str(answer["question_id"]): answer for answer in clean_or_stop(self.read_answers(answers))}
-        return self._analyse(self._problems(data), found)
 
     def _score(self, mode: Mode, analysis: list[dict[str, Any]], n_records: int) -> Score:
         right = {item["question_id"]: item["index"] == LETTERS.index(item["ground_truth"]) for item in analysis}

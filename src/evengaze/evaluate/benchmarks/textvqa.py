@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from evengaze.errors import DataError
-from evengaze.evaluate.benchmarks.base import (
-    Benchmark,
-    clean_or_stop,
-    number_repeats,
-)
+from evengaze.evaluate.benchmarks.base import Benchmark, clean_or_stop
+from evengaze.evaluate.benchmarks.rows import number_repeats, read_rows
 from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, OfficialError, Record, Score, ScoreOptions
-from evengaze.evaluate.jsonl import Answer, Lines, read_jsonl, require_clean
+from evengaze.evaluate.jsonl import Answer, Lines
 from evengaze.evaluate.metrics.soft_accuracy import evalai_accuracy
 from evengaze.files import read_json
 
@@ -58,7 +55,7 @@ class TextVQA(Benchmark):
     def records(self, data: Path) -> Iterator[Record]:
         """Yield the questions of the question file."""
         path = self.path(data, QUESTIONS)
-        rows = require_clean(read_jsonl(path, ("question_id", "image", "text"), self.source(QUESTIONS)))
+        rows = read_rows(path, self.source(QUESTIONS))
         images = self.path(data, "train_images")
         for key, row in zip(number_repeats(self._key(r["question_id"], r["text"]) for r in rows), rows, strict=True):
             yield Record(key, row["question_id"], row["text"], images / row["image"])

@@ -59,12 +59,25 @@ class DataFile:
         source: Where to get it.
         kind: "file" or "dir".
         needed: "run" (to answer), "score" or "both"; "optional" files add detail when present.
+        instead: A directory that does in its place for scoring, or "".
     """
 
     path: str
     source: str
     kind: Literal["file", "dir"] = "file"
     needed: Literal["run", "score", "both", "optional"] = "both"
+    instead: str = ""
+
+    @property
+    def where(self) -> str:
+        """Where to get it, and what does in its place."""
+        return self.source + (f"; for scoring the folder {self.instead} does as well" if self.instead else "")
+
+    def present(self, root: Path, use: str | None = None) -> bool:
+        """Whether it, or for scoring what stands in for it, is below a folder."""
+        if use == "score" and self.instead and (root / self.instead).is_dir():
+            return True
+        return (root / self.path).is_dir() if self.kind == "dir" else (root / self.path).is_file()
 
 
 @dataclass

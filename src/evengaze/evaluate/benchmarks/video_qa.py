@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from evengaze.errors import DataError
-from evengaze.evaluate.benchmarks.base import clean_or_stop, number_repeats
+from evengaze.evaluate.benchmarks.base import clean_or_stop
 from evengaze.evaluate.benchmarks.judged import JudgedBenchmark
+from evengaze.evaluate.benchmarks.rows import number_repeats
 from evengaze.evaluate.benchmarks.types import Mode, OfficialError, Record, Score, ScoreOptions
 from evengaze.evaluate.jsonl import Lines
 from evengaze.evaluate.judge import judge_all, silent

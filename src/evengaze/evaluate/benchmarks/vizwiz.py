@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from evengaze.evaluate.benchmarks.base import Benchmark, clean_or_stop, question_rows, unscored
+from evengaze.evaluate.benchmarks.base import Benchmark, clean_or_stop, unscored
+from evengaze.evaluate.benchmarks.rows import question_rows
 from evengaze.evaluate.benchmarks.submissions import write_normalised
 from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, Mode, OfficialError, Record, Score, ScoreOptions
 from evengaze.evaluate.jsonl import Lines

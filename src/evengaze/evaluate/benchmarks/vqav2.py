@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from evengaze.errors import DataError
-from evengaze.evaluate.benchmarks.base import Benchmark, question_rows, unscored
+from evengaze.evaluate.benchmarks.base import Benchmark, unscored
+from evengaze.evaluate.benchmarks.rows import question_rows
 from evengaze.evaluate.benchmarks.submissions import write_normalised
 from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, Mode, OfficialError, Record, Score, ScoreOptions
 from evengaze.evaluate.jsonl import Lines

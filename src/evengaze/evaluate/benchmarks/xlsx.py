@@ -10,8 +10,10 @@ from typing import Any
 
 from evengaze.errors import ConfigError, DataError
 
-# Control characters that a spreadsheet cannot hold.
-_ILLEGAL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+# Control characters, halves of characters and non-characters, which a spreadsheet cannot hold.
+_ILLEGAL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+LONGEST = 32_767
+"""Characters (UTF-16 units) that a cell holds."""
 
 
 def _openpyxl() -> Any:
@@ -22,10 +24,13 @@ def _openpyxl() -> Any:
     return openpyxl
 
 
-def write_xlsx(out: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def write_xlsx(out: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[int]:
     """Write a sheet named Sheet1 with a header line; None leaves a cell empty.
 
-    Text stays text (also when it starts with ``=``); control characters, which the format cannot hold, become spaces.
+    Text stays text (also when it starts with ``=``); what the format cannot hold becomes a space.
+
+    Returns:
+        Indices of the rows in which a text was cut, as no cell holds all of it.
 
     Raises:
         DataError: The file cannot be written.
@@ -33,11 +38,17 @@ def write_xlsx(out: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]])
     book = _openpyxl().Workbook()
     sheet = book.active
     sheet.title = "Sheet1"
+    cut: list[int] = []
     for number, row in enumerate([columns, *rows], 1):
         for column, value in enumerate(row, 1):
             cell = sheet.cell(number, column)
             if isinstance(value, str):
-                cell.value = _ILLEGAL.sub(" ", value)
+                text = _ILLEGAL.sub(" ", value)
+                units = text.encode("utf-16-le")
+                if len(units) > 2 * LONGEST:
+                    text = units[: 2 * LONGEST].decode("utf-16-le", "ignore")
+                    cut.append(number - 2)
+                cell.value = text
                 cell.data_type = "s"
             else:
                 cell.value = value
@@ -46,6 +57,7 @@ def write_xlsx(out: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]])
         book.save(out)
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error}. Check the folder's permissions and the disk.") from error
+    return cut
 
 
 def read_xlsx(path: Path, required: Sequence[str]) -> list[dict[str, Any]]:
