@@ -3,6 +3,7 @@
 # line, and run the demo.
 # TORCH, if set, is what pip installs first (a CPU build, say): the wheel then finds its torch there.
 set -euo pipefail
+export COLUMNS=200
 folder=$1
 shift
 rm -rf "$folder"
@@ -12,7 +13,8 @@ if [ -n "${TORCH:-}" ]; then "${pip[@]}" install -q "$TORCH"; fi
 "${pip[@]}" install -q "$@" dist/*.whl
 "${pip[@]}" list 2>/dev/null | grep -iE "^(evengaze|torch|transformers|tokenizers|huggingface.hub) "
 "$folder/bin/python" examples/bare_decoder.py
-if "$folder/bin/evengaze" --help; then exit 1; fi # says what to install, as its packages are not there yet
+# The demo's packages are not there yet, and it says which extra brings them.
+("$folder/bin/evengaze" demo || true) 2>&1 | tee /dev/stderr | grep -qF 'pip install "evengaze[cli]"'
 "${pip[@]}" install -q "$@" "$(ls dist/*.whl)[cli]"
 cd "$folder"
 bin/evengaze demo --limit 40 --out report

@@ -41,6 +41,9 @@ def demo(
     import json
     from time import perf_counter
 
+    from evengaze.extras import require
+
+    require("cli", "the demo", "jinja2", "matplotlib", "scipy")
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
     from evengaze.cli.session import output
