@@ -21,6 +21,7 @@ from torch import Tensor
 
 from evengaze.engine.decode import Steps
 from evengaze.engine.encoded import Encoded
+from evengaze.engine.generation import Request
 from evengaze.engine.prefill import Prefill, Selections
 from evengaze.engine.rotary import Rotary
 from evengaze.layout import VisualLayout
@@ -55,6 +56,7 @@ class Call:
         encoded: what the encoders did for the next prompt.
         ids: (B, L) the running forward's token ids, on their way to the decoder.
         mask: (B, L) its padding mask, likewise.
+        pictured: whether it is given pictures: placeholder ids are text in a call that is not.
         labels: (B, L) its labels, which the loss reads behind the decoder.
         ignored: the label that the loss skips.
         decoding: whether the decoder runs.
@@ -63,6 +65,7 @@ class Call:
         rotary: the calls of the decoder's rotary modules.
         steps: fits what layers receive to their caches, in calls without a prefill.
         frozen: prefills without a cache, newest first; of a `generate`.
+        request: what a `generate` was asked for.
     """
 
     __slots__ = (
@@ -77,6 +80,8 @@ class Call:
         "mask",
         "nested",
         "outer",
+        "pictured",
+        "request",
         "rotary",
         "run",
         "steps",
@@ -89,6 +94,8 @@ class Call:
         self.mask: Tensor | None = None
         self.labels: Tensor | None = None
         self.ignored = -100
+        self.pictured = False
+        self.request: Request | None = None
         self.decoding = False
         self.nested: bool = outer is not None and (outer.decoding or outer.nested)
         self.run: Prefill | None = None
@@ -100,6 +107,17 @@ class Call:
     def generating(self) -> bool:
         """Whether `generate` made this call of the model."""
         return self.outer is not None and self.outer.generate
+
+    def candidates(self, length: int) -> int:
+        """How many of the running forward's last tokens a draft has put behind the prompt."""
+        request = None if self.outer is None else self.outer.request
+        drafted = None if request is None else request.drafted_from
+        return 0 if drafted is None else max(0, length - drafted)
+
+    @property
+    def drafting(self) -> bool:
+        """Whether another model's `generate` lets this one draft for it: it gets the prompt without its pictures."""
+        return self.outer is not None and self.outer.request is not None and self.outer.request.drafts
 
     def end(self) -> Prefill | None:
         """The decoder has been left; returns the prefill, which the call keeps no longer."""
@@ -153,12 +171,13 @@ class Calls(threading.local):
         return call
 
     @contextmanager
-    def generate(self) -> Iterator[None]:
+    def generate(self, request: Request) -> Iterator[None]:
         """A call of `generate`, from beginning to end."""
         outer = self.alive()
         if outer.outer is None:
             outer.encoded.clear()
         self.top = Call(outer, generate=True)
+        self.top.request = request
         try:
             yield
         finally:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -44,17 +43,6 @@ def check_stages(pruner: Method, stages: Sequence[Stage], layers: Sequence[nn.Mo
             )
         if stage.attended is not None:
             implementation_of(attention_module(layers[stage.attended]))
-
-
-def refuse_chunks(model: Any, arguments: Mapping[str, Any]) -> None:
-    """Raise a ConfigError if `generate`, called with `arguments`, would read the prompt in pieces."""
-    config = arguments.get("generation_config") or model.generation_config
-    default = getattr(config, "prefill_chunk_size", None)
-    if arguments.get("kwargs", {}).get("prefill_chunk_size", default) is not None:
-        raise ConfigError(
-            "prefill_chunk_size splits the prompt, so that visual tokens would be ranked by a question that has "
-            "not been read yet. Set prefill_chunk_size=None; pruning already lowers the prefill's memory."
-        )
 
 
 def warn_blind(model: nn.Module, pruner: Method) -> None:

@@ -170,9 +170,18 @@ def entries(old: Kept | None, past: int, slots: Tensor, real: Tensor | None) -> 
     return torch.cat(parts, 1), torch.cat(flags, 1)
 
 
-def follow(old: Tensor | None, past: int, new: Tensor) -> Tensor:
-    """(B, past + L) marks of a sequence, from the (B, end) old ones and the (B, L) ones of a call."""
+def missing(old: Kept | None, past: int, real: Tensor, slots: Tensor, there: Tensor) -> Tensor:
+    """(B, past + L) bool: the real tokens of a sequence that a layer does not get to see.
+
+    Args:
+        old: what the layer remembered before this call.
+        past: logical length before the new tokens.
+        real: (B, L) bool, which of the new tokens are no padding.
+        slots: (B, M) the new tokens that are left.
+        there: (B, M) bool, False for padding and fillers among them.
+    """
+    new = real & ~torch.zeros_like(real).scatter(1, slots, there)
     head = new.new_zeros(new.shape[0], past)
-    if old is not None:
-        head[:, : old.shape[1]] = old.to(new.device)
+    if old is not None and old.lost is not None:
+        head[:, : old.end] = old.lost.to(new.device)
     return torch.cat([head, new], 1)

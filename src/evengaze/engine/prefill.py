@@ -17,7 +17,7 @@ from evengaze.compat import is_mask
 from evengaze.engine import cache as kv
 from evengaze.engine import layers
 from evengaze.engine.attention import AttentionStates
-from evengaze.engine.kept import Kept, Pictures, entries, follow
+from evengaze.engine.kept import Kept, Pictures, entries, missing
 from evengaze.engine.masks import take
 from evengaze.engine.rotary import Rotary
 from evengaze.layout import VisualLayout, VisualTokens
@@ -41,6 +41,7 @@ class Prefill:
         rotary: where survivors are renumbered; None where they keep their positions.
         shared: the attachment's dictionary for methods.
         replay: selections of an earlier call to repeat instead of asking the method.
+        candidates: how many of the last tokens are a draft's, behind the prompt: they do not rank.
         slots: (B, M) slot of each token of the current sequence; None while all are there.
         filled: (B, M) bool, False for fillers of rows that kept fewer tokens than others; None without fillers.
         tables: surviving visual tokens of each row, with positions in the current sequence.
@@ -60,6 +61,7 @@ class Prefill:
     rotary: Rotary | None = None
     shared: dict[str, Any] = field(default_factory=dict)
     replay: list[Selections] | None = None
+    candidates: int = 0
     slots: Tensor | None = None
     filled: Tensor | None = None
     tables: list[VisualTokens] = field(default_factory=list)
@@ -154,7 +156,7 @@ class Prefill:
             return None
         self.tables[b], self.origins[b] = self.tables[b].to(hidden.device), self.origins[b].to(hidden.device)
         slots, filled = self.on(hidden.device)
-        real = self.real[b].to(hidden.device)[slots[b]]
+        real = self.real[b].to(hidden.device)[slots[b]] & (slots[b] < self.length - self.candidates)
         return View(
             stage=number,
             tokens=self.tables[b],
@@ -302,9 +304,7 @@ class Prefill:
         held, kept_real = entries(old, self.past, slots + self.past, filled)
         lost = None
         if self.rotary is not None and self.rotary.renumbers:
-            real_ones = self.real.to(device)
-            left = torch.zeros_like(real_ones).scatter(1, slots, self._there(device))
-            lost = follow(None if old is None else old.lost, self.past, real_ones & ~left)
+            lost = missing(old, self.past, self.real.to(device), slots, self._there(device))
         pictures = () if old is None else old.pictures
         here = Pictures(tuple((t.position, t.image) for t in self.layout.rows), self.past, self.merges)
         return Kept(held, kept_real, self.past + self.length, lost, (*pictures, here))

@@ -26,6 +26,7 @@ from evengaze.engine.attention import hidden_attention
 from evengaze.engine.call import Call, Calls, Frozen, module_frame
 from evengaze.engine.decode import Steps
 from evengaze.engine.encoded import Encoded, watch
+from evengaze.engine.generation import Request, brings_pictures
 from evengaze.engine.intercept import Mark, before_forward, behind_forward, intercept, put
 from evengaze.engine.masks import real_tokens
 from evengaze.engine.prefill import Prefill
@@ -168,8 +169,11 @@ class Handle:
     # -- what a call consists of --------------------------------------------------------------------------------------
     @contextmanager
     def _generate(self, arguments: dict[str, Any]) -> Iterator[None]:
-        checks.refuse_chunks(self.model, arguments)
-        with self._calls.generate():
+        request = Request(self.model, arguments)
+        if self._stages:
+            trims = any(stage.trims_below for _, stage in self._stages.values())
+            request.check(self.pruner, self._decoder, self._layers, trims=trims)
+        with self._calls.generate(request):
             yield
 
     def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
@@ -186,6 +190,7 @@ class Handle:
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             call.mask = mask
+        call.pictured |= brings_pictures(kwargs)
         labels = kwargs.get("labels")
         if module is not self.model or not isinstance(labels, Tensor) or labels.dim() != 2:
             return None
@@ -231,6 +236,8 @@ class Handle:
         frozen = call.continued(states) if cache is None else None
         if frozen is not None:
             layout: VisualLayout | None = frozen.layout
+        elif (past or call.drafting) and not call.pictured and not encoded:
+            return None  # placeholder ids in later text, or from a draft, are no pictures
         else:
             layout = self._find(Prompt(ids, None if given is None else real, past, encoded, placed), length)
         if layout is None or layout.total == 0:
@@ -249,6 +256,7 @@ class Handle:
             rotary=call.rotary if self.pruner.positions == "renumbered" else None,
             shared={**self._shared, **notes},
             replay=None if frozen is None else frozen.selections,
+            candidates=call.candidates(length),
         )
 
     def _find(self, call: Prompt, length: int) -> VisualLayout | None:
@@ -359,7 +367,7 @@ class Handle:
             )
         self.trace = run.trace(self.pruner, len(self._layers))
         self.traces.append(self.trace)
-        if self._freeze and call.generating and run.cache is None:
+        if self._freeze and call.generating and run.cache is None and run.replay is None:
             call.freeze(Frozen(run.inputs.detach(), run.layout, run.selections))
         if call.labels is not None:
             run.ignore(call.labels, call.ignored)
