@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from evengaze.engine.attention import attention_module, implementation_of
+from evengaze.engine.attention import attending, attention_module, implementation_of
 from evengaze.errors import AttachError, ConfigError, LayoutWarning
 from evengaze.protocol import Method, Stage
 
@@ -42,7 +42,24 @@ def check_stages(pruner: Method, stages: Sequence[Stage], layers: Sequence[nn.Mo
                 f"{pruner.name}: no attention has been paid before layer 0; the first layer to prune at is 1"
             )
         if stage.attended is not None:
+            _check_attends(pruner, stage, layers)
             implementation_of(attention_module(layers[stage.attended]))
+
+
+def _check_attends(pruner: Method, stage: Stage, layers: Sequence[nn.Module]) -> None:
+    """Raise a ConfigError that names the nearest layer that works, if a stage ranks by a layer without attention."""
+    able, read = attending(layers), stage.attended
+    if read in able or not able:
+        return
+    behind = stage.layer - read if read is not None else 0
+    possible = [i + behind for i in able if i + behind < len(layers)]
+    near = min(possible, key=lambda i: (abs(i - stage.layer), -i), default=None)
+    raise ConfigError(
+        f"{pruner.name}: layer {stage.layer} ranks by the attention of layer {read}, which has none: "
+        f"{type(layers[read or 0]).__name__} carries a state through the sequence instead (linear attention, "
+        f"convolution or Mamba). The nearest layer that works is {near}; attention is in layers "
+        f"{', '.join(map(str, able))}."
+    )
 
 
 def warn_blind(model: nn.Module, pruner: Method) -> None:

@@ -20,6 +20,7 @@ from evengaze.engine.attention import AttentionStates
 from evengaze.engine.kept import Kept, Pictures, entries, missing
 from evengaze.engine.masks import take
 from evengaze.engine.rotary import Rotary
+from evengaze.errors import ConfigError
 from evengaze.layout import VisualLayout, VisualTokens
 from evengaze.protocol import Method, Selection, Source, Stage, View
 from evengaze.trace import RowTrace, StageTrace, Trace
@@ -51,6 +52,7 @@ class Prefill:
         selections: what every stage so far decided.
         entering: length of the sequence that entered each layer.
         merges: whether a stage so far has merged tokens.
+        recurrent: layers whose state runs through the sequence token by token, instead of attention.
     """
 
     layout: VisualLayout
@@ -74,6 +76,7 @@ class Prefill:
     entering: list[int] = field(default_factory=list)
     cache: Any = None
     merges: bool = False
+    recurrent: frozenset[int] = frozenset()
     _before: dict[int, Kept | None] = field(default_factory=dict)
     _memo: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
 
@@ -134,13 +137,20 @@ class Prefill:
         there = self._there(hidden.device)
         orders = [None if s is None else self._order(b, s) for b, s in enumerate(chosen)]
         plans = [_plan(there[b], self.tables[b], order) for b, order in enumerate(orders)]
-        index, source, filled = _stack(plans, ~self.real.to(hidden.device).gather(1, old))
+        padding = ~self.real.to(hidden.device).gather(1, old)
+        index, source, filled = _stack(plans, padding, front=bool(self.recurrent))
         out = take(hidden, source, 1)
         for b, selection in enumerate(chosen):
             if selection is not None:
                 self._follow(b, selection, source[b], filled[b], hidden[b], out[b])
         self.slots = old.gather(1, index)
         self.filled = None if bool(filled.all()) else filled
+        if self.recurrent and self.past and self.filled is not None:
+            raise ConfigError(
+                "rows that keep different numbers of tokens need fillers, which a recurrent layer would read into the "
+                "state that it has of the conversation so far. Prune further prompts of this model one row at a time, "
+                "or give all rows pictures of one size."
+            )
         self._memo.clear()
         layers.guard(self.cache)
         if stage.trims_below:
@@ -222,7 +232,9 @@ class Prefill:
         cut, before = dict(kwargs), self._before.get(layer)
         for name, value in kwargs.items():
             key: tuple[Any, ...] = (name, id(value), id(before), hidden.device)
-            if is_mask(name, value):
+            if layer in self.recurrent and is_mask(name, value):
+                key, make = ("there", hidden.device), functools.partial(self._alive, hidden.device)
+            elif is_mask(name, value):
                 key += (type(cache), getattr(cache, "max_cache_len", None), kv.stored(cache))
                 make = functools.partial(self._mask, before, value, cache, hidden)
             elif isinstance(value, (Tensor, tuple, list, dict)):
@@ -271,6 +283,11 @@ class Prefill:
         slots, filled = self.on(device)
         there = self.real.to(device).gather(1, slots)
         return there if filled is None else there & filled
+
+    def _alive(self, device: torch.device) -> Tensor | None:
+        """The (B, M) mask of a layer with a state: where it must read nothing; None if everything counts."""
+        there = self._there(device)
+        return None if bool(there.all()) else there
 
     def restored(self, states: Tensor) -> Tensor:
         """(B, L, d) states at their places in the call, zeros where tokens were dropped, from those that are left."""
@@ -325,7 +342,9 @@ class Prefill:
             kept = self._once(("kept", id(old)), old, functools.partial(self._kept, old, device))
             if self.rotary is not None:  # the layer has run, at the positions that it knows
                 kept = kept.without_shift(now)
-            index = torch.searchsorted(held.contiguous(), kept.slots.contiguous())
+            place = torch.zeros(len(held), self.past + self.length, dtype=torch.long, device=device)
+            place.scatter_(1, held, torch.arange(held.shape[1], device=device).expand(len(held), -1))
+            index = place.gather(1, kept.slots)
             layers.trim(cache, index, kept, held.shape[1] - index.shape[1])
 
     # -- the record ---------------------------------------------------------------------------------------------------
@@ -366,10 +385,13 @@ def _plan(alive: Tensor, table: VisualTokens, chosen: Tensor | None) -> tuple[Te
     return index, source
 
 
-def _stack(plans: Sequence[tuple[Tensor, Tensor]], padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _stack(
+    plans: Sequence[tuple[Tensor, Tensor]], padding: Tensor, *, front: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Plans of unlike length as one (B, M) index and source, and which of them are no fillers.
 
-    Short rows are filled up with batch padding, which is masked anyway; then with dropped tokens, which must be.
+    Short rows are filled up with batch padding, which is masked anyway; then with dropped tokens, which must be. They
+    stand where they were, or in `front`: a recurrent layer's state decays at fillers, unless nothing is in it yet.
     """
     size = max(len(index) for index, _ in plans)
     rows = []
@@ -380,6 +402,8 @@ def _stack(plans: Sequence[tuple[Tensor, Tensor]], padding: Tensor) -> tuple[Ten
         spare = spare[: size - len(index)]
         filled = torch.cat([torch.ones_like(index, dtype=torch.bool), padded[spare]])
         order = torch.cat([index, spare]).argsort()
+        if front:
+            order = torch.arange(size, device=index.device).roll(len(spare))
         index, source = torch.cat([index, spare])[order], torch.cat([source, spare])[order]
         rows.append((index, source, filled[order]))
     index, source, filled = (torch.stack(column) for column in zip(*rows, strict=True))

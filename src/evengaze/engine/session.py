@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from evengaze.compat import cache_in
 from evengaze.engine import cache as kv
 from evengaze.engine import checks
-from evengaze.engine.attention import hidden_attention
+from evengaze.engine.attention import attending, hidden_attention
 from evengaze.engine.call import Call, Calls, Frozen, module_frame
 from evengaze.engine.decode import Steps
 from evengaze.engine.encoded import Encoded, watch
@@ -85,11 +85,15 @@ class Handle:
         self._layers: list[nn.Module] = list(decoder.get_submodule("layers").children())
         held: Mark | None = decoder.__dict__.get(_MARK)
         checks.refuse_second(model, None if held is None else held.value.pruner)
+        able = attending(self._layers)
+        if len(able) < len(self._layers) and hasattr(pruner, "fitted"):
+            self.pruner = pruner = pruner.fitted(len(self._layers), able)
         stages = list(pruner.stages(len(self._layers)))
         checks.check_stages(pruner, stages, self._layers)
         self._stages = {stage.layer: (number, stage) for number, stage in enumerate(stages)}
         self._previous = {s.layer - 1 for s in stages if s.attention == "previous"}
         self._own = {s.layer for s in stages if s.attention == "own"}
+        self._recurrent = frozenset(range(len(self._layers))) - frozenset(able)
         self._taps = Taps()
         self._served: Served = {}
         self._plain = Steps(self._implementation, Rotary(self._served), remember=False)
@@ -257,6 +261,7 @@ class Handle:
             shared={**self._shared, **notes},
             replay=None if frozen is None else frozen.selections,
             candidates=call.candidates(length),
+            recurrent=self._recurrent,
         )
 
     def _find(self, call: Prompt, length: int) -> VisualLayout | None:

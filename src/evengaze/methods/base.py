@@ -17,6 +17,7 @@ from evengaze.engine import selfcheck
 from evengaze.engine.session import Handle
 from evengaze.errors import ConfigError, ScoreError
 from evengaze.layout import VisualLayout
+from evengaze.methods.fitting import fitted_changes
 from evengaze.methods.scope import select_parts
 from evengaze.models.base import Adapter, architecture_of
 from evengaze.parameters import coerce
@@ -186,14 +187,20 @@ class Pruner(ABC):
         """Attach to a model; use the result as a context manager, or call its `remove()`."""
         selfcheck.ensure()
         handle = Handle(model, self, layout)
-        if self.debiasing is not None and self.stages(handle.depth):
-            layer = self.ranked_layer(handle.depth)
+        method: Any = handle.pruner  # this one, or the same at layers that attend
+        if self.debiasing is not None and method.stages(handle.depth):
+            layer = method.ranked_layer(handle.depth)
             try:
                 self.debiasing.check(architecture=architecture_of(handle.model.config), method=self.name, layer=layer)
             except BaseException:  # warnings may be errors
                 handle.remove()
                 raise
         return handle
+
+    def fitted(self, depth: int, attending: Sequence[int]) -> Self:
+        """The same method for a decoder of `depth` layers of which some attend: default stage layers move to those;
+        layers that were given stay where they are."""
+        return self.replace(**fitted_changes(self, depth, attending))
 
     def schedule(self, layers: int, visual: Visual) -> Schedule:
         """Visual tokens entering each layer, for `visual` tokens at the start; see `schedule.Visual`."""

@@ -57,6 +57,7 @@ def replayed(model: Any, pruner: Pruner, trace: Trace, attention_mask: Tensor) -
     handles = [
         layer.register_forward_pre_hook(state.hook(i), with_kwargs=True) for i, layer in enumerate(decoder.layers)
     ]
+    handles += [layer.register_forward_hook(state.spread(i)) for i, layer in enumerate(decoder.layers)]
     try:
         yield
     finally:
@@ -119,6 +120,7 @@ class _State:
     def __init__(self, decoder: Any, plan: dict[int, list[_Step]], real: Tensor, renumber: bool, trim: bool) -> None:
         self.decoder, self.plan, self.real, self.length = decoder, plan, real, real.shape[1]
         self.renumber, self.trim = renumber, trim
+        self.whole: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def gone(self, layer: int, total: int) -> Tensor | None:
         """(B, total) bool: slots that nobody sees in a layer; None before the first stage."""
@@ -134,6 +136,8 @@ class _State:
         def enter(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             states: Tensor = args[0] if args else kwargs["hidden_states"]
             kwargs = dict(kwargs)
+            if not attends(layer):
+                return self.shortened(i, states, args, kwargs)
             mask = additive_mask(kwargs["attention_mask"], states)
             total = states.shape[1]
             if i in self.plan:
@@ -157,6 +161,37 @@ class _State:
             return args, {**kwargs, "hidden_states": states}
 
         return enter
+
+    def shortened(self, i: int, states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The arguments of a layer that has a state instead of attention: the survivors alone, padded on the left, as
+        if the others had never been there."""
+        if i in self.plan:
+            states = self.edit(states, self.plan[i])
+        gone = self.gone(i, states.shape[1])
+        if gone is not None:
+            seen = torch.nn.functional.pad(self.real, (0, states.shape[1] - self.length), value=True)
+            index, alive = _left_padded(seen & ~gone)
+            self.whole[i] = (states, index, alive)
+            states = states.gather(1, index[..., None].expand(-1, -1, states.shape[2])) * alive[..., None]
+            kwargs["attention_mask"] = None if bool(alive.all()) else alive.long()
+        if args:
+            return (states, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": states}
+
+    def spread(self, i: int) -> Any:
+        """The hook behind a layer: what `shortened` left out is put back."""
+
+        def leave(layer: Any, args: tuple[Any, ...], out: Any) -> Any:
+            if i not in self.whole:
+                return out
+            states, index, alive = self.whole.pop(i)
+            short = out[0] if isinstance(out, tuple) else out
+            full = states.clone()
+            for b in range(len(full)):
+                full[b, index[b][alive[b]]] = short[b][alive[b]]
+            return (full, *out[1:]) if isinstance(out, tuple) else full
+
+        return leave
 
     def sees_all(self, layer: int) -> bool:
         """Whether a layer attends to the whole sequence."""
@@ -186,6 +221,23 @@ class _State:
         typed = "layer_type" in inspect.signature(rotary.forward).parameters
         extra = (self.decoder.config.layer_types[i],) if typed else ()
         return {"position_ids": new, "position_embeddings": rotary(states, new, *extra)}
+
+
+def attends(layer: Any) -> bool:
+    """Whether a decoder layer has attention."""
+    names = ("self_attn", "attention", "attn", "self_attention")
+    return any(getattr(layer, name, None) is not None for name in names)
+
+
+def _left_padded(alive: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, m) slots of each row's survivors, those of shorter rows behind stand-ins, and which are none."""
+    most = int(alive.sum(1).max())
+    index = torch.zeros(len(alive), most, dtype=torch.long)
+    real = torch.zeros(len(alive), most, dtype=torch.bool)
+    for b, row in enumerate(alive):
+        there = row.nonzero()[:, 0]
+        index[b, most - len(there) :], real[b, most - len(there) :] = there, True
+    return index, real
 
 
 def additive_mask(mask: Tensor | None, states: Tensor) -> Tensor:
