@@ -59,18 +59,21 @@ def calibrate(
         stop = after_batch is not None and after_batch(now)
         return stop or (tolerance is not None and tight(now, tolerance, batch_size, family=family, fit=fit))
 
-    found = observe(
-        model,
-        processor,
-        samples,
-        method,
-        layers=layers,
-        target=target,
-        batch_size=batch_size,
-        encode=encode,
-        state=state,
-        after_batch=finished,
-    )
+    if state is not None and tolerance is not None and tight(state, tolerance, batch_size, family=family, fit=fit):
+        found = state  # it stopped here before
+    else:
+        found = observe(
+            model,
+            processor,
+            samples,
+            method,
+            layers=layers,
+            target=target,
+            batch_size=batch_size,
+            encode=encode,
+            state=state,
+            after_batch=finished,
+        )
     depth = len(adapter_for(model).decoder(model).layers)  # type: ignore[arg-type]
     own = first_layer(method, depth)
     return to_curve(found, own, family=family, fit=fit, origin=origin or Origin(model=name_of(model)))

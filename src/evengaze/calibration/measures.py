@@ -56,6 +56,11 @@ NAMES = {
 }
 """The measures of `sample_measures` and what they say."""
 
+BOUNDS = {"spearman": (-1.0, 1.0), "spearman_frame": (-1.0, 1.0)} | dict.fromkeys(
+    ("kept_bottom", "kept_index", "kept_padding"), (0.0, 1.0)
+)
+"""Least and largest value of each, which no interval leaves."""
+
 
 def sample_measures(
     score: Tensor, tokens: VisualTokens, kept: Tensor, *, padding: PaddingMask | None = None
@@ -110,10 +115,11 @@ def summarise(samples: Sequence[Mapping[str, tuple[float, float]]], level: float
             factor = student(level, len(pairs) - 1) / np.sqrt(len(pairs))
             half = float(factor * pairs[:, 0].std(ddof=1))
             gap = float(factor * (pairs[:, 0] - pairs[:, 1]).std(ddof=1))
+        least, most = BOUNDS[name]
         result[name] = Measure(
             float(value),
-            float(value - half),
-            float(value + half),
+            float(np.maximum(value - half, least)),
+            float(np.minimum(value + half, most)),
             float(even),
             len(pairs),
             bool(abs(value - even) > gap),

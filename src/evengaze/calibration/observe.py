@@ -198,13 +198,18 @@ def observed_layers(
         ConfigError: the method ranks without text, or a layer does not exist.
     """
     decoder: Any = adapter_for(model).decoder(model)
-    first = first_stage(method, len(decoder.layers))
+    return rankable(method, len(decoder.layers), layers)
+
+
+def rankable(method: Pruner, depth: int, layers: Sequence[int] | Literal["all"] | None = None) -> tuple[int, ...]:
+    """`observed_layers` of a decoder of `depth` layers, which need not be there yet."""
+    first = first_stage(method, depth)
     if layers is None:
-        return (first_layer(method, len(decoder.layers)),)
-    depth = len(decoder.layers) - (first.attention == "previous")
-    chosen = tuple(range(depth)) if layers == "all" else tuple(sorted({int(k) for k in layers}))
-    if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
-        raise ConfigError(f"layers={layers!r}: the attention of layers 0 to {depth - 1} can be ranked by")
+        return (first_layer(method, depth),)
+    last = depth - (first.attention == "previous")
+    chosen = tuple(range(last)) if layers == "all" else tuple(sorted({int(k) for k in layers}))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= last:
+        raise ConfigError(f"layers={layers!r}: the attention of layers 0 to {last - 1} can be ranked by")
     return chosen
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from evengaze.cli import terminal
+from evengaze.cli import output, terminal
 from evengaze.errors import EvengazeError
 
 __all__ = ["ERROR", "build", "main"]
@@ -19,7 +19,7 @@ __all__ = ["ERROR", "build", "main"]
 ERROR = 2
 """Exit status of a command that ended with an error of ours."""
 
-_COMMANDS = ("demo", "run", "calibrate", "evaluate", "profile", "doctor", "serve", "env")
+_COMMANDS = ("demo", "run", "calibrate", "evaluate", "profile", "plan", "doctor", "serve", "env")
 _LISTING = ("listing", "score")
 """Modules that add a command to `evengaze list` as well."""
 
@@ -49,6 +49,7 @@ def _reflow(app: typer.Typer) -> None:
     for command in app.registered_commands:
         paragraphs = (getattr(command.callback, "__doc__", None) or "").split("\n\n")
         command.help = command.help or "\n\n".join(" ".join(text.split()) for text in paragraphs)
+        command.epilog = output.ANYWHERE
     for group in app.registered_groups:
         if group.typer_instance is not None:
             _reflow(group.typer_instance)
@@ -56,30 +57,39 @@ def _reflow(app: typer.Typer) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; an error of ours, or a file that cannot be read or written, becomes one red line."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
-    given = [a for a in given if a != "--debug"]
+    given = output.take(sys.argv[1:] if arguments is None else arguments)
     _quiet()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
+            output.here()
+            for plugin in output.voice.plugins:
+                _import(plugin)
             build()(given, prog_name="evengaze")
     except (EvengazeError, OSError) as error:
-        if debug or (isinstance(error, OSError) and error.filename is None):  # not a file that the user named
+        if output.voice.debug or (
+            isinstance(error, OSError) and error.filename is None
+        ):  # not a file that the user named
             raise
-        text = f"Error: {' '.join(str(error).split())}"
-        terminal.secho(text, fg=typer.colors.RED, bold=True, err=True)
+        terminal.secho(f"Error: {output.spoken(error)}", fg=typer.colors.RED, bold=True, err=True)
         sys.exit(ERROR)
 
 
 def _warn(message: Warning | str, *where: object, **more: object) -> None:
     """A warning as one line, without the place in the code that it comes from."""
-    terminal.secho(f"Warning: {' '.join(str(message).split())}", fg=typer.colors.YELLOW, err=True)
+    output.warn(message)
+
+
+def _import(plugin: str) -> None:
+    """A module or file whose methods and adapters shall be known."""
+    from evengaze.methods import load
+
+    load(plugin)
 
 
 def _quiet() -> None:
     """Keep advice of other libraries out of the output, unless the user has asked for it."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if output.voice.verbose else "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
@@ -93,6 +103,12 @@ def _version(asked: bool) -> None:
 
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say errors only; works anywhere.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more; works anywhere.")] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option("--plugin", help="Import a module or .py file that registers methods first; works anywhere."),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; works anywhere.")] = False,
 ) -> None:
     """Drop most of a vision-language model's image tokens, chosen without position and padding bias."""

@@ -11,28 +11,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table as RichTable
 
-from evengaze.cli import terminal
-from evengaze.cli.options import AllowMissing, BatchSize, Device, DType, Images, Limit, Model, Prompts, Revision
+from evengaze.cli import output, tables, terminal
+from evengaze.cli.options import (
+    Adapter,
+    AllowMissing,
+    AsJson,
+    Attention,
+    BatchSize,
+    Device,
+    DType,
+    Formats,
+    Images,
+    Limit,
+    Model,
+    Prompts,
+    Quantize,
+    Revision,
+)
+from evengaze.cli.output import INTERRUPTED
 from evengaze.errors import ConfigError, CurveError
 
 if TYPE_CHECKING:
+    from evengaze.calibration.conclude import Conclusion
     from evengaze.calibration.fit import Family, Fit
     from evengaze.calibration.measures import Measure
     from evengaze.calibration.observe import Observations
     from evengaze.debias.debias import Debias
+    from evengaze.methods import Pruner
 
-INTERRUPTED = 130
 SAVE_EVERY = 15.0
 """Seconds between two writes of the state."""
 
 Method = Annotated[
     str, typer.Option("--method", "-m", help="Whose ranking, as in `evengaze list methods`; the budget only measures.")
 ]
-
-console = terminal.Screen(stderr=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -72,65 +85,84 @@ def calibrate(
     seed: Annotated[int, typer.Option(min=0, help="Other seeds take other pictures of the embedded set.")] = 0,
     batch_size: BatchSize = 4,
     figures: Annotated[Path | None, typer.Option(help="Write figures into this folder.")] = None,
+    formats: Formats = "png",
     fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on from an interrupted calibration.")] = False,
+    as_json: AsJson = False,
     revision: Revision = None,
     dtype: DType = "auto",
     device: Device = "auto",
+    attention: Attention = None,
+    adapter: Adapter = None,
+    quantize: Quantize = None,
     allow_missing: AllowMissing = False,
 ) -> None:
     """Measure how a method's scores depend on position, and write the curve that removes it.
 
-    An interrupted calibration goes on where it stopped when the command is given again.
+    An interrupted calibration goes on where it stopped when the command is given again. Exit status 3 if some pictures
+    could not be read; the others are used.
     """
-    from evengaze.calibration.calibrate import tight as is_tight
-    from evengaze.calibration.calibrate import to_curve
-    from evengaze.calibration.observe import observe
-    from evengaze.calibration.observer import first_layer
+    from evengaze.calibration.calibrate import calibrate as measure
     from evengaze.cli import session
-    from evengaze.cli.samples import Source, encode
     from evengaze.debias.curve import Origin
+    from evengaze.evaluate.samples import Source, encode
 
-    session.output(out, ".json")
+    session.check_output(out, ".json")
     _check(target, family, fit)
-    pruner = session.method(method)
+    drawn = session.formats(formats)
+    if figures is not None:
+        session.check_folder(figures)
+    pruner, chosen = session.method(method), _layers(layers)
+    _check_layers(pruner, chosen, model, revision)
     source = Source.of(images, prompt or (), limit, model=model, split="calibration", seed=seed)
-    loaded = session.Session(model, revision=revision, dtype=dtype, device=device, allow_missing=allow_missing)
+    loaded = session.Session(
+        model,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        adapter=adapter,
+        quantize=quantize,
+        allow_missing=allow_missing,
+    )
     predictor = loaded.predictor
-    own = first_layer(pruner, loaded.layers)
-    options: dict[str, Any] = {"family": cast("Family", family), "fit": cast("Fit | None", fit)}
-
-    def enough(now: Observations) -> bool:
-        return tolerance is not None and is_tight(now, tolerance, batch_size, **options)
-
     with _resumable(out.with_suffix(".state.json"), len(source), fresh) as (state, after_batch):
-        stopped = state is not None and enough(state)
-        found = (
-            state
-            if stopped and state is not None
-            else observe(
-                predictor.model,
-                predictor.processor,
-                source.samples(predictor),
-                pruner,
-                layers=_layers(layers),
-                target=cast("Literal['attention', 'frequency']", target),
-                batch_size=batch_size,
-                encode=encode,
-                state=state,
-                after_batch=lambda now: bool(after_batch(now)) or enough(now),
-            )
+        seen = [] if state is None else [state]
+
+        def watch(now: Observations) -> bool:
+            seen[:] = [now]
+            return after_batch(now)
+
+        curve = measure(
+            predictor.model,
+            predictor.processor,
+            source.samples(predictor),
+            pruner,
+            layers=chosen,
+            target=cast("Literal['attention', 'frequency']", target),
+            family=cast("Family", family),
+            fit=cast("Fit | None", fit),
+            tolerance=tolerance,
+            batch_size=batch_size,
+            encode=encode,
+            state=state,
+            after_batch=watch,
+            origin=Origin(model=predictor.spec.name, revision=predictor.revision, data=source.name),
         )
-    origin = Origin(model=predictor.spec.name, revision=predictor.revision, data=source.name)
-    curve = to_curve(found, own, origin=origin, **options)
     curve.save(out)
-    console.print(_sentence(curve.summary, found.samples, curve.origin.layer))
+    output.note(_sentence(curve.summary, curve.origin.samples, curve.origin.layer))
     if figures is not None:
         from evengaze.viz.bias import plot_heat_maps, plot_trend
+        from evengaze.viz.style import save
 
-        figures.mkdir(parents=True, exist_ok=True)
-        plot_trend(curve).savefig(figures / "trend.png")
-        plot_heat_maps({k: s.heat_map() for k, s in found.layers.items()}).savefig(figures / "heat_map.png")
-    terminal.echo(f"{out}: {curve.trend.family} ({curve.fit}), {curve.fingerprint}")
+        save(plot_trend(curve), figures / "trend.png", drawn)
+        save(plot_heat_maps({k: s.heat_map() for k, s in seen[0].layers.items()}), figures / "heat_map.png", drawn)
+    if as_json:
+        found = {"curve": str(out), "fingerprint": curve.fingerprint, "trend": curve.trend.to_dict(), "fit": curve.fit}
+        terminal.echo(terminal.as_json(found | {"summary": curve.summary, "skipped": source.skipped}))
+    else:
+        terminal.echo(f"{out}: {curve.trend.family} ({curve.fit}), {curve.fingerprint}")
+    if status := output.skipped(source.skipped):
+        raise typer.Exit(status)
 
 
 def bias(
@@ -145,31 +177,48 @@ def bias(
     prompt: Prompts = None,
     limit: Limit = None,
     batch_size: BatchSize = 4,
+    formats: Formats = "png",
+    as_json: AsJson = False,
     revision: Revision = None,
     dtype: DType = "auto",
     device: Device = "auto",
+    attention: Attention = None,
+    adapter: Adapter = None,
+    quantize: Quantize = None,
     allow_missing: AllowMissing = False,
 ) -> None:
-    """Show at which layers a model's attention is biased by position and padding, and how strongly.
+    """Show at which layers a model's attention is biased by position and padding, how strongly, and what to do.
 
     With --debias every measure is shown before and after. With a curve file that holds several layers, each layer is
-    debiased by its own trend.
+    debiased by its own trend. Exit status 3 if some pictures could not be read; the others are used.
     """
     from evengaze.calibration.calibrate import to_curve
+    from evengaze.calibration.conclude import Conclusion
     from evengaze.calibration.fit import fit_curve
     from evengaze.calibration.measures import sigma
     from evengaze.calibration.observe import observe
     from evengaze.cli import session
-    from evengaze.cli.samples import Source, encode
+    from evengaze.evaluate.samples import Source, encode
     from evengaze.viz.bias import plot_heat_maps, plot_layers, plot_trend
+    from evengaze.viz.style import save
 
-    out.mkdir(parents=True, exist_ok=True)
-    pruner, chosen = session.method(method), _layers(layers)
+    drawn, pruner, chosen = session.formats(formats), session.method(method), _layers(layers)
     steps = None if debias is None else _by_layer(debias)
+    session.check_folder(out)
+    _check_layers(pruner, chosen, model, revision)
     source = Source.of(images, prompt or (), limit, model=model, split="eval" if debias else "calibration")
-    loaded = session.Session(model, revision=revision, dtype=dtype, device=device, allow_missing=allow_missing)
+    loaded = session.Session(
+        model,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        adapter=adapter,
+        quantize=quantize,
+        allow_missing=allow_missing,
+    )
     predictor = loaded.predictor
-    with _progress(len(source)) as advance:
+    with output.progress("observing", len(source)) as advance:
 
         def after_batch(now: Observations) -> bool:
             advance(now.samples)
@@ -186,6 +235,7 @@ def bias(
             encode=encode,
             after_batch=after_batch,
         )
+    status = output.skipped(source.skipped)
     if not found.layers:
         raise CurveError("no sample with visual tokens was seen; were there pictures at all?")
     _warn_of_misuse(steps, found, pruner.name)
@@ -194,7 +244,7 @@ def bias(
     rows: dict[str, Any] = {}
     for layer, stats in found.layers.items():
         curve = to_curve(found, layer, family="exponential", fit="log", beside=False)
-        plot_trend(curve).savefig(out / f"trend_{layer:02d}.png")
+        save(plot_trend(curve), out / f"trend_{layer:02d}.png", drawn)
         before[layer] = {"sigma": sigma(curve.summary), **found.measures(layer)}
         rows[str(layer)] = {"before": _plain(before[layer])}
         if stats.debiased is not None:
@@ -204,19 +254,30 @@ def bias(
         frames = stats.by_frame()
         if len(frames) > 1:
             rows[str(layer)]["frames"] = (frames / frames.mean()).tolist()
-    plot_heat_maps({k: s.heat_map() for k, s in found.layers.items()}).savefig(out / "heat_maps.png")
-    plot_layers(before, after).savefig(out / "layers.png")
-    text = json.dumps({"method": found.method, "samples": found.samples, "layers": rows}, indent=1)
-    (out / "bias.json").write_text(text + "\n", encoding="utf-8")
-    title = f"{pruner.name} on {predictor.spec.name}: {found.samples} samples of the {source.name}"
-    terminal.Screen(width=170).print(_table(title, before, after))
-    for name, row in rows.items():
-        if "frames" in row:
-            terminal.echo(f"layer {name}, mean score by frame: {' '.join(f'{v:.2f}' for v in row['frames'])}")
-    terminal.echo(
-        f"{out}/: heat_maps.png, layers.png, trend_NN.png, bias.json. In brackets: intervals, and what no bias would "
-        "give; starred: the interval excludes that."
-    )
+    save(plot_heat_maps({k: s.heat_map() for k, s in found.layers.items()}), out / "heat_maps.png", drawn)
+    save(plot_layers(before, after), out / "layers.png", drawn)
+    conclusion = Conclusion.of(before)
+    report = {"method": found.method, "samples": found.samples, "layers": rows, "conclusion": conclusion.to_dict()}
+    if after:
+        report["conclusion_debiased"] = Conclusion.of(after).to_dict()
+    report["skipped"] = source.skipped
+    (out / "bias.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if as_json:
+        terminal.echo(terminal.as_json(report))
+    else:
+        title = f"{pruner.name} on {predictor.spec.name}: {found.samples} samples of the {source.name}"
+        terminal.echo(_table(title, before, after))
+        for name, row in rows.items():
+            if "frames" in row:
+                terminal.echo(f"layer {name}, mean score by frame: {' '.join(f'{v:.2f}' for v in row['frames'])}")
+        terminal.echo("\n" + "\n".join(tables.lines(_advice(conclusion, model, images, method))))
+        if after:
+            terminal.echo(f"\nDebiased with {debias}:")
+            terminal.echo("\n".join(tables.lines(Conclusion.of(after).sentences(debiased=True))))
+        names = ", ".join(f"{name}.{'/'.join(drawn)}" for name in ("heat_maps", "layers", "trend_NN"))
+        output.note(f"{out}/: {names}, and bias.json with all intervals")
+    if status:
+        raise typer.Exit(status)
 
 
 def _by_layer(text: str) -> Debias | dict[int, Debias]:
@@ -250,36 +311,69 @@ def _warn_of_misuse(steps: Debias | dict[int, Debias] | None, found: Observation
         warnings.warn(text, CurveWarning, stacklevel=3)
 
 
-_TITLES = {
-    "sigma": "sigma (0)",
-    "spearman": "Spearman (0)",
-    "spearman_frame": "Spearman, frames (0)",
-    "kept_bottom": "kept in bottom half",
-    "kept_index": "mean kept index",
-    "kept_padding": "padding among kept",
-    "padding_ratio": "padding/content (1)",
-}
+def _table(title: str, before: Mapping[int, Mapping[str, Measure]], after: Mapping[int, Any]) -> str:
+    """One line a layer, and one for it debiased; what is off is off what no bias would give."""
+    from evengaze.calibration.conclude import keeps_padding, verdict
 
+    video = any("spearman_frame" in measures for measures in before.values())
+    heads = [
+        "sigma",
+        "Spearman",
+        *(["Spearman by frame"] if video else []),
+        "place of kept",
+        "padding kept",
+        "padding/ content",
+    ]
 
-def _table(title: str, before: Mapping[int, Mapping[str, Measure]], after: Mapping[int, Any]) -> RichTable:
-    table = RichTable(title=title, box=None)
-    names = [n for n in _TITLES if any(n in m for m in before.values())]
-    for column in ("layer", *(["ranking"] if after else []), *(_TITLES[n] for n in names)):
-        table.add_column(column, justify="left" if column == "ranking" else "right")
+    def cells(name: str, measures: Mapping[str, Measure]) -> list[str]:
+        said = verdict(measures)
+        where = {"even": "even", "unsure": "too few to tell"}.get(said, said)
+        return [
+            name,
+            _spread(measures.get("sigma")),
+            _spread(measures.get("spearman"), spread=False),
+            *([_spread(measures.get("spearman_frame"), spread=False)] if video else []),
+            _spread(measures.get("kept_index"), off=True),
+            _spread(measures.get("kept_padding"), off=True, spread=False),
+            _spread(measures.get("padding_ratio"), spread=False),
+            where + (" and padding" if keeps_padding(measures) else ""),
+        ]
+
+    rows = []
     for layer, plain in before.items():
-        table.add_row(str(layer), *(["plain"] if after else []), *_cells(plain, names))
+        rows.append(cells(str(layer), plain))
         if layer in after:
-            table.add_row("", "debiased", *_cells(after[layer], names))
-    return table
+            rows.append(cells(f"{layer} debiased", after[layer]))
+    columns = [tables.name("layer"), *map(tables.Column, heads), tables.text("biased")]
+    return tables.table(columns, rows, title=title)
 
 
-def _cells(measures: Mapping[str, Measure], names: Sequence[str]) -> list[str]:
-    cells = []
-    for name in names:
-        m = measures.get(name)
-        even = "" if m is None or "(" in _TITLES[name] else f" ({m.even:.2f})"
-        cells.append("" if m is None else f"{m.value:.2f} [{m.low:.2f}, {m.high:.2f}]{even}{'*' if m.biased else ''}")
-    return cells
+def _spread(measure: Measure | None, *, off: bool = False, spread: bool = True) -> str:
+    """A measure, its distance from even if it is `off` that, and half of its interval."""
+    if measure is None:
+        return ""
+    value = f"{measure.value - measure.even:+.2f}" if off else f"{measure.value:.2f}"
+    half = (measure.high - measure.low) / 2
+    return f"{value} \u00b1{half:.2f}" if spread and half == half else value
+
+
+def _advice(conclusion: Conclusion, model: str, images: Path | None, method: str) -> list[str]:
+    """What the measures mean, and what to type."""
+    said = conclusion.sentences()
+    if conclusion.strong:
+        given, other = ("", "") if images is None else (f" --images {images}", " --images OTHER_PICTURES")
+        layers = ",".join(map(str, conclusion.strong))
+        said += [
+            "Type:",
+            f"  evengaze calibrate --model {model}{given} -m {method} --layers {layers} -o curve.json",
+            f"  evengaze curves validate curve.json --model {model}{other}",
+        ]
+    elif conclusion.padding:
+        said += ["Type:", f"  evengaze run --model {model} --method {method} --debias padding ..."]
+    if conclusion.even and conclusion.strong:
+        first = conclusion.even[0]
+        said.append(f"Or rank where there is no bias: FastV's layer={first + 1} ranks by layer {first}.")
+    return said
 
 
 def _sigma(summary: Mapping[str, float]) -> str:
@@ -312,10 +406,21 @@ def _layers(text: str | None) -> list[int] | Literal["all"] | None:
         raise ConfigError(f"--layers {text}: give 'all' or numbers such as 1,2,3") from None
 
 
+def _check_layers(
+    pruner: Pruner, chosen: Sequence[int] | Literal["all"] | None, model: str, revision: str | None
+) -> None:
+    """Find out before anything is loaded whether the layers exist and the method can rank by them."""
+    from evengaze.calibration.observe import rankable
+    from evengaze.cli import session
+
+    rankable(pruner, session.depth(model, revision), chosen)
+
+
 def _check(target: str, family: str, fit: str | None) -> None:
     from typing import get_args
 
     from evengaze.calibration.fit import Family, Fit
+    from evengaze.spelling import did_you_mean
 
     for name, value, known in (
         ("--target", target, ("attention", "frequency")),
@@ -323,7 +428,7 @@ def _check(target: str, family: str, fit: str | None) -> None:
         ("--fit", fit or "log", get_args(Fit)),
     ):
         if value not in known:
-            raise ConfigError(f"{name} {value}: give one of {', '.join(known)}")
+            raise ConfigError(f"{name} {value}: give one of {', '.join(known)}.{did_you_mean(value, known)}")
 
 
 @contextmanager
@@ -341,7 +446,7 @@ def _resumable(
             if isinstance(error, CurveError):
                 raise CurveError(f"{path}: {error}") from None
             raise CurveError(f"{path} cannot be read ({error}); delete it and start again") from None
-        console.print(f"going on after {state.samples} samples ({path})", style="dim")
+        output.note(f"going on after {state.samples} samples ({path})")
     written = time.monotonic()
     latest: dict[str, Any] = {}
 
@@ -350,11 +455,12 @@ def _resumable(
         partial.write_text(json.dumps(latest["state"]), encoding="utf-8")
         partial.replace(path)
 
-    with _progress(total, 0 if state is None else state.samples) as advance:
+    with output.progress("observing", total, 0 if state is None else state.samples) as advance:
 
         def after_batch(now: Observations) -> bool:
             nonlocal written
             advance(now.samples)
+            latest["now"] = now
             if time.monotonic() - written > SAVE_EVERY:
                 latest["state"] = now.to_dict()
                 write()
@@ -364,20 +470,9 @@ def _resumable(
         try:
             yield state, after_batch
         except KeyboardInterrupt:
-            console.print(f"\nstopped; the same command goes on from {path}" if path.exists() else "\nstopped")
+            if latest.get("now") is not None:
+                latest["state"] = latest["now"].to_dict()
+                write()
+            output.note(f"\nstopped; the same command goes on from {path}" if path.exists() else "\nstopped")
             raise typer.Exit(INTERRUPTED) from None
     path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _progress(total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    columns = (
-        TextColumn("observing"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=total, completed=done)
-        yield lambda samples: progress.update(task, completed=samples)

@@ -46,13 +46,13 @@ def demo(
     require("cli", "the demo", "jinja2", "matplotlib", "scipy")
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-    from evengaze.cli.session import output
+    from evengaze.cli.session import check_folder, check_output
     from evengaze.errors import ConfigError
 
     if full and limit is not None:
         raise ConfigError("--full asks all questions; give it or --limit, not both")
-    output(json_file)
-    out.mkdir(parents=True, exist_ok=True)
+    check_output(json_file)
+    check_folder(out)
     start = perf_counter()
     from evengaze.demo import load, make_dataset, report
     from evengaze.demo.experiment import calibrate, run, settings

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evengaze.cli import terminal
-from evengaze.cli.options import AllowMissing, Device, DType, Model, Revision
+from evengaze.cli import output, terminal
+from evengaze.cli.options import (
+    Adapter,
+    AllowMissing,
+    AsJson,
+    Attention,
+    Device,
+    DType,
+    Model,
+    Quantize,
+    Revision,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from evengaze.cli.session import Session
+    from evengaze.cli.session import Answer, Session
     from evengaze.methods import Pruner
     from evengaze.viz.compare import Compared
 
@@ -43,28 +53,48 @@ def run(
         Path | None, typer.Option(help="Write the picture with the kept patches (.png, .pdf, .svg).")
     ] = None,
     max_new_tokens: NewTokens = 64,
+    as_json: AsJson = False,
     revision: Revision = None,
     dtype: DType = "auto",
     device: Device = "auto",
+    attention: Attention = None,
+    adapter: Adapter = None,
+    quantize: Quantize = None,
     allow_missing: AllowMissing = False,
 ) -> None:
     """Answer a question about a picture with most of its tokens dropped."""
     from evengaze.cli import session
 
-    session.output(trace, ".json")
-    session.output(plot, ".png", ".pdf", ".svg")
+    session.check_output(trace, ".json")
+    session.check_output(plot, *session.FIGURES)
     pruner, pictures = session.method(method, debias), session.read_pictures(image)
-    loaded = session.Session(model, revision=revision, dtype=dtype, device=device, allow_missing=allow_missing)
+    session.check_stages([pruner], model, revision)
+    session.note_on_demo(model)
+    loaded = session.Session(
+        model,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        adapter=adapter,
+        quantize=quantize,
+        allow_missing=allow_missing,
+    )
     answer = loaded.answer(pictures, prompt, pruner, max_new_tokens)
-    terminal.echo(answer.text)
+    if as_json:
+        terminal.echo(terminal.as_json(_described(answer, pruner.to_dict())))
+    else:
+        terminal.echo(answer.text)
     if answer.trace is None:
         return
-    terminal.secho(f"{answer.trace}; {answer.seconds:.2f} s", err=True, dim=True)
+    output.note(f"{answer.trace}; {answer.seconds:.2f} s")
     if trace is not None:
         answer.trace.save(trace)
     if plot is not None:
-        answer.trace.plot(pictures if len(pictures) > 1 else pictures[0]).savefig(plot)
-        terminal.secho(f"{plot}", err=True, dim=True)
+        from evengaze.viz.style import save
+
+        save(answer.trace.plot(pictures if len(pictures) > 1 else pictures[0]), plot)
+        output.note(plot)
 
 
 def compare(
@@ -77,11 +107,21 @@ def compare(
     debias: Annotated[
         str | None, typer.Option(help="Curve to debias with: padding, a preset's name, or curve.json.")
     ] = None,
+    answer: Annotated[
+        str | None,
+        typer.Option(
+            help="The right answer, to mark right and wrong ones; default: as the model says with all tokens."
+        ),
+    ] = None,
     model: Model = "demo",
     max_new_tokens: NewTokens = 64,
+    as_json: AsJson = False,
     revision: Revision = None,
     dtype: DType = "auto",
     device: Device = "auto",
+    attention: Attention = None,
+    adapter: Adapter = None,
+    quantize: Quantize = None,
     allow_missing: AllowMissing = False,
 ) -> None:
     """Draw what each method keeps of a picture, plain and debiased, in one grid.
@@ -91,34 +131,57 @@ def compare(
     from evengaze.cli import session
     from evengaze.methods import split
     from evengaze.viz.compare import plot_comparison
+    from evengaze.viz.style import save
 
-    session.output(out, ".png", ".pdf", ".svg")
+    session.check_output(out, *session.FIGURES)
     specs = split(methods or ["fastv:keep=0.125;pyramiddrop;random:keep=0.125;uniform:keep=0.125"])
     pruners = [session.method(spec, debias) for spec in specs]
     pictures = session.read_pictures(image)
-    loaded = session.Session(model, revision=revision, dtype=dtype, device=device, allow_missing=allow_missing)
+    session.check_stages(pruners, model, revision)
+    session.note_on_demo(model)
+    loaded = session.Session(
+        model,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        adapter=adapter,
+        quantize=quantize,
+        allow_missing=allow_missing,
+    )
     dense = loaded.answer(pictures, prompt, session.method("dense"), max_new_tokens)
+    right = dense.text if answer is None else answer
     columns: list[list[Compared | None]] = []
     for spec, pruner in zip(specs, pruners, strict=True):
         plain = pruner.replace(debias=None)
-        column = [_one(loaded, pictures, prompt, plain, spec, max_new_tokens), None]
+        column = [_one(loaded, pictures, prompt, plain, spec, max_new_tokens, right), None]
         if plain.ranked_stages(loaded.layers):
             better = session.method(spec, "padding") if pruner.debias is None else pruner
-            column[1] = _one(loaded, pictures, prompt, better, "debiased", max_new_tokens)
+            column[1] = _one(loaded, pictures, prompt, better, "debiased", max_new_tokens, right)
         columns.append(column)
     if all(column[1] is None for column in columns):
         columns = [column[:1] for column in columns]
-    plot_comparison(columns, pictures[0], question=prompt, dense=dense.text).savefig(out)
+    figure = plot_comparison(columns, pictures[0], question=prompt, dense=dense.text, right=answer or "")
+    save(figure, out)
+    runs = [one for column in columns for one in column if one is not None]
+    if as_json:
+        found = [{"label": one.label, "answer": one.answer, "right": one.right} for one in runs]
+        terminal.echo(terminal.as_json({"figure": str(out), "all_tokens": dense.text, "runs": found}))
+        return
     terminal.echo(f"all tokens: {dense.text}")
-    for column in columns:
-        for one in column:
-            if one is not None:
-                terminal.echo(f"{one.label}: {one.answer}")
-    terminal.secho(f"{out}", err=True, dim=True)
+    for one in runs:
+        terminal.echo(f"{one.label}: {one.answer}")
+    output.note(out)
 
 
 def _one(
-    loaded: Session, pictures: list[Image], prompt: str, pruner: Pruner, label: str, max_new_tokens: int
+    loaded: Session,
+    pictures: list[Image],
+    prompt: str,
+    pruner: Pruner,
+    label: str,
+    max_new_tokens: int,
+    right: str,
 ) -> Compared | None:
     from evengaze.errors import NothingPrunedError
     from evengaze.viz.compare import Compared
@@ -126,4 +189,22 @@ def _one(
     answer = loaded.answer(pictures, prompt, pruner, max_new_tokens)
     if answer.trace is None:
         raise NothingPrunedError("the prompt has no visual tokens, so there is nothing to compare")
-    return Compared(label, answer.trace, answer.text)
+    return Compared(label, answer.trace, answer.text, _said(answer.text) == _said(right))
+
+
+def _said(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(".!")
+
+
+def _described(answer: Answer, method: dict[str, Any]) -> dict[str, Any]:
+    trace = answer.trace
+    found = {"answer": answer.text, "seconds": round(answer.seconds, 4), "method": method}
+    if trace is None:
+        return found
+    return found | {
+        "visual_tokens": trace.visual_tokens(0),
+        "average_tokens": trace.average_tokens(0),
+        "kept": trace.kept(0).tolist() if trace.stages else None,
+        "kv_bytes": sum(trace.kv_bytes),
+        "kv_bytes_unpruned": sum(trace.kv_bytes_unpruned),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.logging import disable_progress_bar
 
+from evengaze.cli import output
 from evengaze.debias import Debias
 from evengaze.errors import ConfigError, DataError
 from evengaze.evaluate.benchmarks.types import Record
-from evengaze.evaluate.predictor import ModelSpec, Predictor, open_media
+from evengaze.evaluate.predictor import DEMO, ModelSpec, Predictor, open_media
+from evengaze.evaluate.samples import TEMPLATE
 from evengaze.methods import parse
 from evengaze.models import adapter_for
 
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from evengaze.methods import Pruner
     from evengaze.trace import Trace
 
-TEMPLATE = "vicuna_v1"
+FIGURES = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True)
@@ -44,19 +47,22 @@ class Session:
         predictor: the loaded model.
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        revision: str | None = None,
-        dtype: str = "auto",
-        device: str = "auto",
-        allow_missing: bool = False,
-    ) -> None:
-        if not sys.stderr.isatty():
+    def __init__(self, model: str, **loading: Any) -> None:
+        """Load a model.
+
+        Args:
+            model: hub id, local folder or "demo".
+            loading: the other fields of `ModelSpec`.
+        """
+        if not sys.stderr.isatty() or output.voice.quiet:
             disable_progress_bar()
-        spec = ModelSpec(model, revision=revision, dtype=dtype, device=device, allow_missing=allow_missing)
-        self.predictor = Predictor.load(spec)
+        start = perf_counter()
+        self.predictor = Predictor.load(ModelSpec(model, **loading))
+        loaded: Any = self.predictor.model
+        output.detail(
+            f"{model}: {type(loaded).__name__}, {loaded.dtype}, {loaded.device}, "
+            f"{getattr(loaded.config, '_attn_implementation', '?')} attention, {perf_counter() - start:.1f} s to load"
+        )
 
     @property
     def layers(self) -> int:
@@ -77,16 +83,73 @@ class Session:
         return Answer(text, trace, perf_counter() - start)
 
 
+def config_of(model: str, revision: str | None = None) -> Any:
+    """The config of a model, without its weights."""
+    from evengaze.demo.model import FOLDER
+    from evengaze.models.loading import load_config
+
+    if model != DEMO and "/" not in model and not Path(model).exists():
+        raise DataError(
+            f"--model {model}: there is no such folder here, and hub ids look like llava-hf/llava-1.5-7b-hf; "
+            f"'{DEMO}' is the embedded model"
+        )
+    return load_config(str(FOLDER) if model == DEMO else model, revision=revision, name=f"--model {model}")
+
+
+def depth(model: str, revision: str | None = None) -> int:
+    """Decoder layers of a model by its config."""
+    return int(config_of(model, revision).get_text_config().num_hidden_layers)
+
+
+def check_stages(pruners: Sequence[Pruner], model: str, revision: str | None = None) -> None:
+    """Find out before anything is loaded whether methods fit a model's depth.
+
+    Raises:
+        ConfigError: a stage lies outside of it.
+        DataError: there is no such model.
+    """
+    layers = depth(model, revision)
+    for pruner in pruners:
+        pruner.stages(layers)
+
+
 def read_pictures(paths: Sequence[Path]) -> list[Image]:
-    """RGB pictures.
+    """RGB pictures; says which frame of an animation is seen.
 
     Raises:
         DataError: a file is missing or no picture.
     """
     for path in paths:
+        if path.is_dir():
+            first = next((p.name for p in sorted(path.iterdir()) if p.is_file()), "photo.jpg")
+            raise DataError(
+                f"--image {path} is a folder; give a picture in it, such as {path / first}, and repeat --image for "
+                "several. Folders are for --images of calibrate and bias"
+            )
         if not path.is_file():
             raise DataError(f"--image {path}: there is no such file")
-    return [open_media(Record(str(path), 0, "", image=path))[1] for path in paths]
+    pictures = [open_media(Record(str(path), 0, "", image=path))[1] for path in paths]
+    for path in paths:
+        frames = _frames(path)
+        if frames > 1:
+            output.note(f"{path} is an animation of {frames} frames: the model sees the first one")
+    return pictures
+
+
+def _frames(path: Path) -> int:
+    from PIL import Image as images
+
+    with images.open(path) as opened:
+        return int(getattr(opened, "n_frames", 1))
+
+
+def note_on_demo(model: str) -> None:
+    """Say what the embedded model knows, before it is asked about anything else."""
+    if model == DEMO:
+        output.note(
+            "The embedded model knows its own synthetic pictures (coloured shapes and digits) only: its answers about "
+            "photographs mean nothing. --model takes any supported model; see `evengaze list models`."
+        )
 
 
 def method(text: str, debias: str | None = None) -> Pruner:
@@ -100,18 +163,46 @@ def method(text: str, debias: str | None = None) -> Pruner:
     return pruner if debias is None else pruner.replace(debias=Debias.parse(debias))
 
 
-def output(path: Path | None, *endings: str) -> None:
-    """Find out before the work starts whether a file can be written.
+def check_output(path: Path | None, *endings: str) -> None:
+    """Find out before the work starts whether a file can be written, and say if that replaces one.
 
     Raises:
-        ConfigError: its folder does not exist, or it ends in nothing that can be written.
+        ConfigError: it ends in nothing that can be written.
+        DataError: its folder does not exist or cannot be written to, or it is a folder itself.
     """
     if path is None:
         return
     if endings and path.suffix.lower() not in endings:
         raise ConfigError(f"{path}: give a file that ends in {' or '.join(endings)}")
-    if not path.absolute().parent.is_dir():
-        raise DataError(f"{path.absolute().parent} does not exist; make the folder first")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise DataError(f"{folder} does not exist; make the folder first")
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; give a file")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise DataError(f"{path} cannot be written: no permission")
+    output.replaces(path)
+
+
+def check_folder(path: Path) -> None:
+    """Make a folder for results before the work starts, and say if that may replace some."""
+    if path.exists() and not path.is_dir():
+        raise DataError(f"{path} is a file; give a folder")
+    path.mkdir(parents=True, exist_ok=True)
+    output.replaces(path)
+
+
+def formats(text: str) -> tuple[str, ...]:
+    """File formats of figures, as `--formats` takes them.
+
+    Raises:
+        ConfigError: figures cannot be written in one of them.
+    """
+    found = tuple(part.strip().lower().removeprefix(".") for part in text.split(",") if part.strip())
+    wrong = [part for part in found if f".{part}" not in FIGURES]
+    if wrong or not found:
+        raise ConfigError(f"--formats {text}: give some of png, pdf and svg")
+    return found
 
 
 def sample_picture() -> Image:

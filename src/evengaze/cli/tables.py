@@ -79,6 +79,14 @@ def table(
     return "\n".join([*lines, *made])
 
 
+def lines(sentences: Sequence[str], *, limit: int | None = None) -> list[str]:
+    """Sentences, broken where the screen ends; those that begin with a blank are commands and stay whole."""
+    limit, found = limit or width(), list[str]()
+    for one in sentences:
+        found += [one] if one.startswith(" ") else _wrap(one, limit)
+    return [one.replace(_HARD, " ") for one in found]
+
+
 def pairs(items: Sequence[tuple[str, str]], *, limit: int | None = None) -> str:
     """Names with their texts beside them, which are broken where the screen ends."""
     limit, longest = limit or width(), max((len(key) for key, _ in items), default=0)
@@ -86,7 +94,7 @@ def pairs(items: Sequence[tuple[str, str]], *, limit: int | None = None) -> str:
     for key, value in items:
         first, *more = _wrap(value, max(NARROW, limit - longest - len(GAP))) or [""]
         lines += [f"{key:<{longest}}{GAP}{first}".rstrip(), *(" " * (longest + len(GAP)) + line for line in more)]
-    return "\n".join(lines)
+    return "\n".join(lines).replace(_HARD, " ")
 
 
 def _fit(

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from evengaze.debias.families import trend_from_dict
 from evengaze.debias.trend import TrendCurve, max_log_ratio
 from evengaze.errors import CurveError
@@ -125,7 +127,7 @@ class Band:
         return max(h / w for h, w in zip(self.high, self.low, strict=True))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Curve:
     """A calibrated trend with its evidence.
 
@@ -179,6 +181,24 @@ class Curve:
         body["origin"].pop("fingerprint")
         body["fingerprint"] = _fingerprint(body)
         return body
+
+    def __repr__(self) -> str:
+        return f"<Curve {self.fingerprint}: {self}>"
+
+    def __str__(self) -> str:
+        origin, parts = self.origin, [f"{self.trend.family} trend"]
+        where = [f"of {origin.method}" if origin.method else ""]
+        where.append(f"at layer {origin.layer}" if origin.layer is not None else "")
+        where.append(f"on {origin.model or origin.architecture}" if origin.model or origin.architecture else "")
+        parts[0] = " ".join(filter(None, (parts[0], *where)))
+        if origin.samples:
+            parts.append(f"{origin.samples} samples")
+        parts.append(f"f(1)/f(0) = {1 / float(self.trend.weight(torch.ones(1))):.3g}")
+        if self.band.x:
+            parts.append(f"{100 * self.band.level:g} % band within a factor of {self.band.width:.2f}")
+        if self.layers:
+            parts.append(f"{len(self.layers)} further layers")
+        return "; ".join(parts)
 
     @property
     def fingerprint(self) -> str:

@@ -15,9 +15,10 @@ from evengaze.debias.families import trend_from_dict
 from evengaze.debias.padding import PaddingMask
 from evengaze.debias.presets import preset, published_trend
 from evengaze.debias.trend import Trend
-from evengaze.errors import ConfigError
+from evengaze.errors import ConfigError, CurveError
 from evengaze.layout import VisualTokens
 from evengaze.parameters import coerce
+from evengaze.spelling import did_you_mean
 
 Stages = Literal["first", "all"]
 
@@ -194,4 +195,7 @@ class Debias:
         """What the command line takes: "padding", a curve file (ends in .json) or a preset's name."""
         if text == "padding":
             return cls(padding=PaddingMask())
+        near = did_you_mean(text, ("padding",)) if "/" not in text else ""
+        if near:
+            raise CurveError(f"debias {text!r}: give padding, a preset's name or a curve file (.json).{near}")
         return cls.load(text) if text.endswith(".json") else cls.preset(text)

@@ -100,12 +100,21 @@ _PADDING = {
 
 @dataclass(frozen=True)
 class Preset:
-    """A published trend with the padding formula that its patch used."""
+    """A published trend with the padding formula that its patch used.
+
+    Attributes:
+        name: see `preset`.
+        trend: the trend.
+        padding: the published patch's own formula.
+        origin: what it was measured on.
+        mean: whether it is a mean of a method's published curves rather than one of the 41.
+    """
 
     name: str
     trend: TrendCurve
     padding: PaddingMask
     origin: Origin
+    mean: bool = False
 
 
 @lru_cache(maxsize=1)
@@ -126,7 +135,8 @@ def _all() -> dict[str, Preset]:
             grid=(24, 24),
             data=f"published with arXiv 2508.17807 ({name})",
         )
-        presets[name] = Preset(name, trend, _PADDING[method], origin)
+        mean = method in _PER_INDEX and name.count("/") == 1
+        presets[name] = Preset(name, trend, _PADDING[method], origin, mean)
     return presets
 
 
@@ -156,6 +166,6 @@ def preset(name: str) -> Preset:
             return presets[candidate]
     near = get_close_matches(wanted, presets, n=5, cutoff=0.4)
     raise CurveError(
-        f"no preset {name!r}. Nearest: {', '.join(near) if near else 'none'}. `evengaze curves list` shows all "
+        f"no preset {name!r}. Nearest: {', '.join(near) if near else 'none'}. `evengaze list presets` shows all "
         f"{len(presets)}; a file's name must end in .json."
     )

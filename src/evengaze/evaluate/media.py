@@ -69,6 +69,10 @@ def read_media(record: Record, *, official: bool = False) -> Media:
             return Media("images", as_rgb(picture, official=official), _differs(picture))
     except FileNotFoundError:
         raise DataError(f"{name} does not exist. The image folder is incomplete: extract it again.") from None
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"{name} has more pixels than are read ({error}). Make it smaller: models see about a thousand a side."
+        ) from None
     except Exception as error:  # decoders of damaged files raise whatever they stumble over
         raise DataError(f"{name} cannot be read as a picture ({error}). Fetch or extract it again.") from None
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.ticker import FormatStrFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from evengaze.calibration.fit import evaluate
@@ -22,7 +23,7 @@ _COLUMNS = 5
 
 
 def plot_heat_maps(maps: Mapping[int, NDArray[np.float64]]) -> Figure:
-    """Mean score of each cell of the grid, one panel a layer; colours go from 0 to the layer's most.
+    """Mean score of each cell of the grid relative to the layer's mean, one panel a layer, with a colour bar each.
 
     Above each panel: the mean of the top and of the bottom half, relative to that of both.
 
@@ -31,18 +32,24 @@ def plot_heat_maps(maps: Mapping[int, NDArray[np.float64]]) -> Figure:
     """
     columns = min(_COLUMNS, len(maps))
     rows = -(-len(maps) // columns)
-    figure = new_figure(_PANEL * columns, (_PANEL + 0.35) * rows)
+    figure = new_figure(max(_PANEL * 1.12 * columns, 4.6), (_PANEL + 0.35) * rows + 0.25)
     axes = np.ravel(figure.subplots(rows, columns, squeeze=False))
     for ax in axes[len(maps) :]:
         ax.axis("off")
     for ax, (layer, scores) in zip(axes, maps.items(), strict=False):
         mean = np.nanmean(scores)
         ax.set_facecolor(FAINT)
-        ax.imshow(scores, cmap="magma", vmin=0, vmax=float(np.nanquantile(scores, 0.99)), interpolation="nearest")
+        relative = scores / mean
+        most = float(np.nanquantile(relative, 0.99))
+        drawn = ax.imshow(relative, cmap="magma", vmin=0, vmax=most, interpolation="nearest")
+        bar = figure.colorbar(drawn, ax=ax, fraction=0.05, pad=0.03, extend="max")
+        bar.ax.tick_params(labelsize=7, colors=MUTED, length=2)
+        bar.outline.set_visible(False)
         ax.set_xticks([])
         ax.set_yticks([])
         top, low = (np.nanmean(half) / mean for half in np.array_split(scores, 2))
         title(ax, f"layer {layer}", f"top {top:.2f}, bottom {low:.2f}")
+    figure.supxlabel("colour: mean score of a place, relative to the mean of its layer", fontsize=8, color=MUTED)
     return figure
 
 
@@ -97,18 +104,34 @@ def plot_layers(
         after: the same with debiasing.
     """
     names = [n for n in _SHORT if any(n in m for m in before.values())]
-    figure = new_figure(_PANEL * 1.25 * len(names), 3.2)
-    for ax, name in zip(np.ravel(figure.subplots(1, len(names), squeeze=False)), names, strict=True):
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = new_figure(_PANEL * columns, 2.5 * rows + 0.3)
+    axes = np.ravel(figure.subplots(rows, columns, squeeze=False))
+    for ax in axes[len(names) :]:
+        ax.axis("off")
+    for ax, name in zip(axes, names, strict=False):
         _line(ax, before, name, PLAIN, "plain", "o")
         if after:
             _line(ax, after, name, DEBIASED, "debiased", "s")
         even = [(k, m[name].even) for k, m in before.items() if name in m]
         ax.plot(*zip(*even, strict=True), color=MUTED, linewidth=1, linestyle="--", label="even")
         axes_of_plot(ax, "layer", "")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if name == "padding_ratio":
             ax.set_yscale("log")
+            ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            ax.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
+            ax.tick_params(which="minor", colors=MUTED, labelsize=7, length=2)
         title(ax, _SHORT[name])
-    figure.axes[0].legend(fontsize=8, frameon=False, labelcolor=INK)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower left",
+        ncols=3,
+        fontsize=8,
+        frameon=False,
+        labelcolor=INK,
+    )
     return figure
 
 

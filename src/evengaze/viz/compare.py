@@ -24,11 +24,13 @@ class Compared:
         label: what to call it, such as the method's specification.
         trace: what it kept.
         answer: what the model said.
+        right: whether that is right, or what it says with all tokens; None if it is not known.
     """
 
     label: str
     trace: Traced
     answer: str = ""
+    right: bool | None = None
 
 
 def plot_comparison(
@@ -37,6 +39,7 @@ def plot_comparison(
     *,
     question: str = "",
     dense: str = "",
+    right: str = "",
     row: int = 0,
     stage: int = 0,
     picture: int = 0,
@@ -48,6 +51,7 @@ def plot_comparison(
         image: the picture as the user has it (one for each frame of a video).
         question: shown above.
         dense: the unpruned model's answer, shown with the picture.
+        right: the right answer, shown with it; what `Compared.right` refers to.
         row: batch row of the traces.
         stage: which stage; the first is the one that is debiased.
         picture: which picture of the row.
@@ -61,7 +65,8 @@ def plot_comparison(
     canvas = Canvas.of(first.trace.layout.rows[row].to("cpu"), image, picture)
     panels: list[list[Panel | None]] = []
     for line in range(len(runs[0])):
-        lead = Panel(canvas, "as the model saw it", _short(f"all tokens: {dense!r}") if dense else "")
+        said = f"all tokens: {dense!r}" + (f" (right: {right!r})" if right else "") if dense else ""
+        lead = Panel(canvas, "as the model saw it", _short(said))
         cells: list[Panel | None] = [lead if line == 0 else None]
         for column in runs:
             run = column[line]
@@ -72,12 +77,12 @@ def plot_comparison(
 
 def _panel(canvas: Canvas, run: Compared, row: int, stage: int) -> Panel:
     if not run.trace.stages:
-        return Panel(canvas, run.label, _short(run.answer))
+        return Panel(canvas, run.label, _short(run.answer), right=run.right)
     decision = run.trace.stages[stage].rows[row]
     kept = decision.kept.cpu()
     recycled = None if decision.recycled is None else decision.recycled.cpu()
     detail = canvas.describe(kept) + (f": {run.answer!r}" if run.answer else "")
-    return Panel(canvas, run.label, _short(detail), kept, recycled)
+    return Panel(canvas, run.label, _short(detail), kept, recycled, run.right)
 
 
 def _short(text: str, width: int = 52) -> str:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.collections import LineCollection
-from matplotlib.patches import Rectangle
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
 from PIL import Image as images
 from torch import Tensor
@@ -17,7 +18,8 @@ from torch import Tensor
 from evengaze.errors import DataError
 from evengaze.layout import VisualTokens
 from evengaze.pixels import is_tiled, tile_columns
-from evengaze.viz.style import INK, KEPT, WASTED, new_figure, title
+from evengaze.viz.fonts import drawable
+from evengaze.viz.style import INK, KEPT, MUTED, RIGHT, WASTED, WRONG, new_figure, title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -179,6 +181,7 @@ class Panel:
         detail: a quieter second line.
         kept: tokens to show bright (indices into the row's visual tokens); None shows the picture as it is.
         recycled: tokens that stand for merged ones, marked by a dot.
+        right: whether what was answered is right, marked in front of the title; None if that is not known.
     """
 
     canvas: Canvas
@@ -186,10 +189,11 @@ class Panel:
     detail: str = ""
     kept: Tensor | None = None
     recycled: Tensor | None = None
+    right: bool | None = None
 
 
 def draw_panels(rows: Sequence[Sequence[Panel | None]], *, height: float = 3.1, heading: str = "") -> Figure:
-    """Draw panels in rows and columns.
+    """Draw panels in rows and columns, with a legend of the marks that occur in them.
 
     Args:
         rows: equally long; None leaves a place empty.
@@ -198,9 +202,10 @@ def draw_panels(rows: Sequence[Sequence[Panel | None]], *, height: float = 3.1, 
     """
     widest = max(panel.canvas.aspect for row in rows for panel in row if panel is not None)
     width = max(2.5, height * widest) * len(rows[0])
-    figure = new_figure(width, (height + 0.5) * len(rows) + (0.35 if heading else 0))
+    figure = new_figure(width, (height + 0.5) * len(rows) + (0.35 if heading else 0) + 0.3)
     if heading:
-        figure.suptitle(heading, x=0.01, ha="left", fontsize=11, color=INK)
+        shown, families = drawable(heading)
+        figure.suptitle(shown, x=0.01, ha="left", fontsize=11, color=INK, fontfamily=families)
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for line, row in zip(axes, rows, strict=True):
         for ax, panel in zip(line, row, strict=True):
@@ -210,8 +215,40 @@ def draw_panels(rows: Sequence[Sequence[Panel | None]], *, height: float = 3.1, 
             canvas = panel.canvas
             kept = None if panel.kept is None else canvas.mask(panel.kept)
             canvas.draw(ax, kept, None if panel.recycled is None else canvas.mask(panel.recycled))
-            title(ax, panel.head, panel.detail)
+            title(ax, panel.head, panel.detail, panel.right)
+    _legend(figure, [panel for row in rows for panel in row if panel is not None])
     return figure
+
+
+def _legend(figure: Figure, panels: Sequence[Panel]) -> None:
+    """What the marks mean, below all panels; only those that occur."""
+    chosen = [(p.canvas, p.canvas.mask(p.kept)) for p in panels if p.kept is not None]
+    if not chosen:
+        return
+    padding = [canvas.padding > 0.5 for canvas, _ in chosen]
+    wasted = any((kept & pad).any() for (_, kept), pad in zip(chosen, padding, strict=True))
+    unseen = any((~kept & pad).any() for (_, kept), pad in zip(chosen, padding, strict=True))
+    marks: list[tuple[Any, str]] = [
+        (Patch(facecolor="white", edgecolor=KEPT, linewidth=1.6), "kept"),
+        (Patch(facecolor="#5c5c5c", edgecolor="none"), "dropped"),
+    ]
+    if wasted:
+        marks.append((Patch(facecolor="white", edgecolor=WASTED, linewidth=1.6), "kept, but padding"))
+    if unseen:
+        marks.append((Patch(facecolor="#5c5c5c", edgecolor="#c8c8c8", hatch="////", linewidth=0), "padding, dropped"))
+    if any(p.recycled is not None and len(p.recycled) for p in panels):
+        dot = Line2D([], [], marker="o", linestyle="", markerfacecolor="white", markeredgecolor=KEPT, markersize=4)
+        marks.append((dot, "stands for merged tokens"))
+    rights = {p.right for p in panels} - {None}
+    for known, sign, color, text in ((True, "\u2713", RIGHT, "right"), (False, "\u2717", WRONG, "wrong")):
+        if known in rights:
+            marks.append((Line2D([], [], linestyle="", marker=f"${sign}$", color=color, markersize=7), text))
+    handles, labels = zip(*marks, strict=True)
+    columns = max(2, min(len(marks), int(figure.get_figwidth() / 1.5)))
+    figure.legend(
+        handles, labels, loc="outside lower left", ncols=columns, fontsize=8, frameon=False, labelcolor=MUTED,
+        handlelength=1.2, handleheight=1.0,
+    )  # fmt: skip
 
 
 def on_grid(tokens: VisualTokens, chosen: Tensor | None, index: int) -> Mask:

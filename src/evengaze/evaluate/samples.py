@@ -1,16 +1,21 @@
-"""Pictures and prompts for calibration, from a folder, a list or the embedded calibration set."""
+"""Pictures and prompts for calibration, from a folder, a list or the embedded calibration set.
+
+predictor = Predictor.load(ModelSpec("llava-hf/llava-1.5-7b-hf"))
+source = Source.of("pictures/", model=predictor.spec.source)
+curve = calibrate(predictor.model, predictor.processor, source.samples(predictor), method, encode=encode)
+print(source.skipped)
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from evengaze.calibration.observe import Sample
-from evengaze.cli.session import TEMPLATE
 from evengaze.errors import DataError
 from evengaze.evaluate import predictor
 from evengaze.evaluate.benchmarks import BENCHMARKS, Record
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 PROMPT_KEYS = ("prompt", "question", "text")
+TEMPLATE = "vicuna_v1"
+"""Of models that have no chat template."""
 
 PROMPTS = (
     "Describe this picture in one sentence.",
@@ -42,17 +49,26 @@ class Source:
     Attributes:
         records: pictures (unread) with their questions.
         name: in words, for the curve's origin.
+        skipped: of those that `samples` could not read, why, in words; filled while it goes.
     """
 
     records: tuple[Record, ...]
     name: str
+    skipped: list[str] = field(default_factory=list, compare=False)
 
     def __len__(self) -> int:
         return len(self.records)
 
     @classmethod
     def of(
-        cls, images: Path | None, prompts: Sequence[str], limit: int | None, *, model: str, split: str, seed: int = 0
+        cls,
+        images: str | Path | None,
+        prompts: Sequence[str] = (),
+        limit: int | None = None,
+        *,
+        model: str = "",
+        split: str = "calibration",
+        seed: int = 0,
     ) -> Source:
         """Read the list, not the pictures.
 
@@ -69,6 +85,7 @@ class Source:
         Raises:
             DataError: nothing is there, it holds no pictures, or a list's pictures are nowhere.
         """
+        images = None if images is None else Path(images)
         if images is None:
             records, name = _embedded(model, split, seed)
         elif images.is_dir():
@@ -78,15 +95,23 @@ class Source:
             records, name = _list(images, prompts or PROMPTS), f"list {images.name}"
         else:
             what = "" if images.exists() else ", which does not exist"
-            raise DataError(f"--images {images}{what}: give a folder of pictures or videos, or a .jsonl file")
+            raise DataError(f"images {images}{what}: give a folder of pictures or videos, or a .jsonl file")
         if limit is not None and limit < len(records):
             records = [records[i * len(records) // limit] for i in range(limit)]
         return cls(tuple(records), name)
 
     def samples(self, model: Predictor) -> Iterator[Sample]:
-        """Read the pictures one by one, with the prompts as the model's template has them."""
+        """Read the pictures one by one, with the prompts as the model's template has them.
+
+        What cannot be read is left out and noted in `skipped`.
+        """
+        self.skipped.clear()
         for record in self.records:
-            _, media = open_media(record)
+            try:
+                _, media = open_media(record)
+            except DataError as error:
+                self.skipped.append(str(error))
+                continue
             yield Sample(media, model.prompt(record, TEMPLATE))
 
 
@@ -100,7 +125,7 @@ def encode(processor: Any, batch: Sequence[Sample]) -> Mapping[str, Any]:
 def _embedded(model: str, split: str, seed: int) -> tuple[list[Record], str]:
     if model != DEMO:
         raise DataError(
-            "--images: give a folder of pictures or a .jsonl file; a trend should be calibrated on pictures like those "
+            "images: give a folder of pictures or a .jsonl file; a trend should be calibrated on pictures like those "
             "that the model will see"
         )
     from io import BytesIO
