@@ -74,10 +74,10 @@ def record(model, processor, layers, samples, empty):
 
     def keep(which):
         def sink(number, view, score):
-            index = at[0] + view.row
+            index = at[0] + view.rows[0]
             found[which, index, number] = score.float().numpy()
-            found["norm", index, number] = view.features.float().norm(dim=-1).numpy()
-            tables[index] = view.tokens
+            found["norm", index, number] = view.features[0].float().norm(dim=-1).numpy()
+            tables[index] = view.tokens.row(0)
 
         return sink
 

@@ -3,12 +3,15 @@
 A `VisualTokens` table describes one row of a batch: for every visual token its position in the sequence, its image and
 frame, its cell in that frame's grid and the share of the cell that is padding. A `VisualLayout` holds one table a row.
 Adapters (`evengaze.models`) make layouts for known model families; `VisualLayout.from_spans` makes them by hand.
+
+Layouts are made and kept on the host. What is left of them while a model prunes (`Candidates`) is on its device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -141,6 +144,14 @@ class VisualTokens:
         shares = {k: getattr(self, k).to(device, precise(device)) for k in _SHARES}
         return replace(self, **indices, **shares)
 
+    def same_as(self, other: VisualTokens) -> bool:
+        """Whether two tables on the host hold the same pictures, wherever in the sequence they are."""
+        return self is other or (
+            self.images == other.images
+            and len(self) == len(other)
+            and all(torch.equal(getattr(self, k), getattr(other, k)) for k in _COLUMNS[1:])
+        )
+
 
 _INDICES = ("position", "image", "frame", "cell")
 _SHARES = ("x", "padding")
@@ -232,6 +243,136 @@ class VisualLayout:
                 share = torch.cat([square_padding(i.size, i.grid).flatten().repeat(i.frames) for i in images])  # type: ignore[arg-type]
             rows.append(VisualTokens.build(position, images, padding=share))
         return cls(tuple(rows))
+
+
+Rows = slice | Tensor
+"""Which rows of a batch: a slice, or (rows,) indices on the device of what is indexed."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The tables of some rows of a batch before anything was dropped, the same number of tokens in each.
+
+    Attributes:
+        tables: one a row, on the host.
+        device: where the columns are asked for.
+    """
+
+    tables: tuple[VisualTokens, ...]
+    device: torch.device
+    _columns: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def column(self, name: str) -> Tensor:
+        """(rows, n) values of a column of the tables, on the device."""
+        if name not in self._columns:
+            kind = precise(self.device) if name in _SHARES else torch.long
+            values = torch.stack([getattr(table, name) for table in self.tables])
+            self._columns[name] = upload(values.to(kind), self.device)
+        return self._columns[name]
+
+    @cached_property
+    def alike(self) -> bool:
+        """Whether all rows hold the same pictures."""
+        return all(table.same_as(self.tables[0]) for table in self.tables[1:])
+
+    def select(self, rows: Sequence[int]) -> Start:
+        """Some of the rows."""
+        return Start(tuple(self.tables[b] for b in rows), self.device)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The visual tokens that are left in some rows of a batch, the same number n in each.
+
+    Attributes:
+        position: (rows, n) index in the current sequence, ascending.
+        start: the tables that they were taken from.
+        origin: (rows, n) which of the tables' tokens they are; None: all of them.
+    """
+
+    position: Tensor
+    start: Start
+    origin: Tensor | None = None
+
+    def __len__(self) -> int:
+        return int(self.position.shape[1])
+
+    @classmethod
+    def of(cls, tables: Sequence[VisualTokens], device: torch.device) -> Candidates:
+        """All tokens of tables of equal length."""
+        start = Start(tuple(tables), device)
+        return cls(start.column("position"), start)
+
+    @property
+    def image(self) -> Tensor:
+        """(rows, n) which image of the row each token is from."""
+        return self.column("image")
+
+    @property
+    def frame(self) -> Tensor:
+        """(rows, n) which frame of that image."""
+        return self.column("frame")
+
+    @property
+    def cell(self) -> Tensor:
+        """(rows, n) raster index in the frame's grid."""
+        return self.column("cell")
+
+    @property
+    def x(self) -> Tensor:
+        """(rows, n) raster index as a fraction in [0, 1)."""
+        return self.column("x")
+
+    @property
+    def padding(self) -> Tensor:
+        """(rows, n) share of the token's patch that is padding."""
+        return self.column("padding")
+
+    @property
+    def images(self) -> tuple[tuple[ImageInfo, ...], ...]:
+        """The images of each row."""
+        return tuple(table.images for table in self.start.tables)
+
+    @property
+    def tables(self) -> tuple[VisualTokens, ...] | None:
+        """The tables on the host, row by row, while nothing has been dropped; None afterwards."""
+        return self.start.tables if self.origin is None else None
+
+    def column(self, name: str) -> Tensor:
+        """(rows, n) a column of `VisualTokens`."""
+        return self.position if name == "position" else self.of_start(self.start.column(name))
+
+    def of_start(self, values: Tensor) -> Tensor:
+        """(rows, n) what (rows, tokens at the start) values say of the tokens that are left."""
+        return values if self.origin is None else values.gather(1, self.origin)
+
+    def take(self, index: Tensor) -> Candidates:
+        """The tokens at `index` (rows, m)."""
+        origin = index if self.origin is None else self.origin.gather(1, index)
+        return Candidates(self.position.gather(1, index), self.start, origin)
+
+    def select(self, rows: Sequence[int]) -> Candidates:
+        """Some of the rows."""
+        at = device_rows(rows, self.position.device)
+        origin = None if self.origin is None else self.origin[at]
+        return Candidates(self.position[at], self.start.select(rows), origin)
+
+    def row(self, row: int) -> VisualTokens:
+        """The table of one row, on the device."""
+        columns = {name: self.column(name)[row] for name in _COLUMNS}
+        return VisualTokens(**columns, images=self.start.tables[row].images)
+
+
+def device_rows(rows: Sequence[int], device: torch.device) -> Rows:
+    """Row numbers as an index: a slice where they have no gaps."""
+    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    return upload(torch.tensor(rows), device)
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """Values of the host on a device, without waiting for what the device is doing."""
+    return values.to(device, non_blocking=True)
 
 
 def precise(device: torch.device | str) -> torch.dtype:

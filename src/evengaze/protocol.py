@@ -1,28 +1,33 @@
 """The protocol of a pruning method.
 
-A method never sees a batch, a cache or a mask. It says at which decoder layers it acts (`stages`), gives every visual
-token of *one* prompt a score (`score`), and, if it does more than keep the best, what becomes of the rest (`choose`).
-The engine (`evengaze.engine.session`) calls it row by row and owns everything else. Five concepts:
+A method never sees a cache or a mask. It says at which decoder layers it acts (`stages`), gives every visual token a
+score (`score`), and, if it does more than keep the best, what becomes of the rest (`choose`). The engine
+(`evengaze.engine`) calls it for rows of the batch that have the same number of visual tokens, all of them at once, and
+owns everything else. Five concepts:
 
 * `Stage`: before which layer, whose attention is read ("previous": the layer that has just run; "own": the layer about
   to run; None: no attention), and whether the layers below forget the dropped tokens, too.
-* `View`: one row at one stage: the surviving visual tokens, hidden states, attention received from chosen queries.
-* `score`: (n,) float32, larger means keep. Debiasing is applied to it here, once, for all methods.
+* `View`: some rows at one stage: the surviving visual tokens, hidden states, attention received from chosen queries.
+* `score`: (rows, n) float32, larger means keep. Debiasing is applied to it once, for all methods.
 * `Selection`: which tokens survive (`choose`), and the linear merges, if any, into survivors or recycled tokens.
 * `positions`: survivors keep their "original" positions or are "renumbered" without gaps.
+
+Nothing here asks a device for values: how many tokens there are is known on the host, which ones is known where they
+are. A method that thinks in single rows asks for them: `view.split()`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from evengaze.errors import ConfigError
-from evengaze.layout import VisualTokens
+from evengaze.layout import Candidates, Rows, VisualLayout, device_rows
 from evengaze.parameters import coerce
 
 Mode = Literal["corrected", "official"]
@@ -31,6 +36,11 @@ Positions = Literal["original", "renumbered"]
 Source = Literal["previous", "own"] | None
 """Whose attention a stage reads; see `Stage`."""
 SOURCES = ("previous", "own")
+
+T = TypeVar("T")
+
+_ELEMENTS = 1 << 24
+"""Weights held at once while states are merged."""
 
 
 @dataclass(frozen=True)
@@ -61,124 +71,380 @@ class Stage:
 
 @dataclass(frozen=True)
 class Merge:
-    """Linear merging: the new state of every target is the weighted sum of its sources.
+    """Linear merging: the new state of every target is the weighted sum of its sources. All tensors (rows, s).
 
     Attributes:
-        source: (s,) indices of candidates that are added up. A target that shall keep a share of its own state is
-            listed among its sources.
-        target: (s,) indices of the candidates that receive them; each is in `Selection.keep` or `Selection.recycled`.
-        weight: (s,) float weights, used as they are (not normalised).
+        source: indices of candidates that are added up. A target that shall keep a share of its own state is listed
+            among its sources.
+        target: indices of the candidates that receive them; each is in `Selection.keep` or `Selection.recycled`.
+        weight: float weights, used as they are (not normalised).
     """
 
     source: Tensor
     target: Tensor
     weight: Tensor
 
+    def row(self, row: int) -> Merge:
+        """What happens in one row; all tensors (s,)."""
+        return Merge(self.source[row], self.target[row], self.weight[row])
+
 
 @dataclass(frozen=True)
 class Selection:
-    """What becomes of the candidates of one row at one stage.
+    """What becomes of the candidates of some rows at one stage.
 
     Attributes:
-        keep: (m,) indices of the candidates that survive, ascending.
+        keep: (rows, m) indices of the candidates that survive, ascending.
         merge: how hidden states are combined, or None.
-        recycled: (c,) indices of dropped candidates that stand for merged tokens; `merge` says what they hold. Where
-            survivors are renumbered they move behind the kept tokens of their picture, in this order; else they stay
-            at their own positions. None: no such tokens.
+        recycled: (rows, c) indices of dropped candidates that stand for merged tokens; `merge` says what they hold.
+            Where survivors are renumbered they move behind the kept tokens of their picture, in this order; else they
+            stay at their own positions. None: no such tokens.
+        raw: (rows, n) scores as the method gave them; None if it gave none.
+        scores: (rows, n) scores after debiasing.
+        rows: which of the view's rows it is for; None: all.
+        pending: a check of the scores whose outcome is not known yet.
     """
 
     keep: Tensor
     merge: Merge | None = None
     recycled: Tensor | None = None
+    raw: Tensor | None = None
+    scores: Tensor | None = None
+    rows: tuple[int, ...] | None = None
+    pending: Pending | None = None
+
+    @classmethod
+    def everything(cls, view: View) -> Selection:
+        """Keep all candidates."""
+        index = torch.arange(len(view), device=view.hidden.device)
+        return cls(index.expand(len(view.rows), -1))
+
+    @property
+    def survivors(self) -> int:
+        """Tokens that go on, in each row."""
+        return self.keep.shape[1] + (0 if self.recycled is None else self.recycled.shape[1])
+
+
+class Pending:
+    """A value that a device is still computing and the host wants to look at later.
+
+    Args:
+        value: one number.
+        complain: raises if the number, once it is known, is not as it should be.
+    """
+
+    def __init__(self, value: Tensor, complain: Callable[[float], None]) -> None:
+        self._complain = complain
+        self._event: torch.cuda.Event | None = None
+        if value.device.type == "cuda":
+            self._host = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._host.copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(value.device))
+        else:
+            self._host = torch.empty((), dtype=value.dtype).copy_(value, non_blocking=value.device.type == "cpu")
+
+    @property
+    def known(self) -> bool:
+        """Whether looking does not mean waiting."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def check(self) -> None:
+        """Look, and wait for it if need be."""
+        if self._event is not None:
+            self._event.synchronize()
+        self._complain(float(self._host))
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Tokens of the current sequence, in several rows.
+
+    Attributes:
+        index: (rows, r) where they are.
+        real: (rows, r) bool, False for entries that only fill up rows with fewer; None if there are none.
+    """
+
+    index: Tensor
+    real: Tensor | None = None
+
+    def select(self, rows: Rows) -> Picked:
+        """The same of some rows."""
+        return Picked(self.index[rows], None if self.real is None else self.real[rows])
+
+
+class Words:
+    """Where in the current sequence the text is that asks about the pictures; found out when it is asked for.
+
+    Args:
+        last: gives the (rows, 1) indices of each row's last real token.
+        text: gives the real tokens behind each row's last visual token.
+    """
+
+    def __init__(self, last: Callable[[], Tensor], text: Callable[[], Picked]) -> None:
+        self._last, self._text = last, text
+
+    @cached_property
+    def last(self) -> Tensor:
+        """(rows, 1) index of each row's last real token."""
+        return self._last()
+
+    @cached_property
+    def text(self) -> Picked:
+        """The real tokens behind each row's last visual token."""
+        return self._text()
+
+    def select(self, rows: Rows) -> Words:
+        """The same of some rows."""
+        return Words(lambda: self.last[rows], lambda: self.text.select(rows))
+
+    @classmethod
+    def among(cls, real: Tensor, position: Tensor) -> Words:
+        """From which tokens are real, (rows, L) bool, and where visual ones are, (rows, n)."""
+        place = torch.arange(real.shape[1], device=real.device).expand_as(real)
+
+        def last() -> Tensor:
+            return torch.where(real, place, -1).amax(1, keepdim=True)
+
+        def text() -> Picked:
+            behind = real & (place > position.amax(1, keepdim=True))
+            none = ~behind.any(1, keepdim=True)
+            return Picked(place, behind | (none & (place == last())))
+
+        return cls(last, text)
+
+
+class Store:
+    """Values of methods, at most one of each class, found by their class."""
+
+    def __init__(self) -> None:
+        self._values: dict[type, Any] = {}
+
+    def get(self, kind: type[T]) -> T | None:
+        """The value of a class, None if there is none."""
+        return self._values.get(kind)
+
+    def put(self, value: object) -> None:
+        """Keep a value, in place of an earlier one of its class."""
+        self._values[type(value)] = value
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._values.clear()
+
+    def copy(self) -> Store:
+        """The same values in a store of their own."""
+        store = Store()
+        store._values = dict(self._values)
+        return store
+
+
+class Shared(Store):
+    """What a method keeps for as long as it is attached, for the calls of all threads.
+
+    Args:
+        notes: gives the store of the running call, for what is found out while its pictures are encoded; it is the
+            `View.notes` of the prefill that uses them.
+    """
+
+    def __init__(self, notes: Callable[[], Store] = Store) -> None:
+        super().__init__()
+        self.notes = notes
+
+
+class Memory(Store):
+    """What a method carries from stage to stage of one prompt.
+
+    Values are dataclasses of tensors whose first axis are the view's rows (or have a `select` of their own).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._parts: dict[tuple[int, ...], Memory] = {}
+
+    def update(self, other: Memory, *, leaving_out: type) -> None:
+        """Remember what another memory of the same rows does, but for one class."""
+        self._values.update({kind: value for kind, value in other._values.items() if kind is not leaving_out})
+
+    def select(self, rows: Sequence[int], device: torch.device) -> Memory:
+        """The memory of some of the rows; always the same one for the same rows."""
+        key = tuple(rows)
+        if key not in self._parts:
+            for larger, memory in reversed(self._parts.items()):
+                if set(key) < set(larger):  # these rows have had a memory of their own already
+                    return memory.select([larger.index(b) for b in key], device)
+            part = self._parts[key] = Memory()
+            at = device_rows(rows, device)
+            for value in self._values.values():
+                part.put(value.select(rows) if hasattr(value, "select") else _indexed(value, at))
+        return self._parts[key]
+
+
+def _indexed(value: Any, rows: Rows) -> Any:
+    if not is_dataclass(value) or isinstance(value, type):
+        raise ConfigError(f"a method remembers dataclasses of tensors, one entry a row, not a {type(value).__name__}")
+    tensors = {f.name: getattr(value, f.name) for f in fields(value)}
+    return replace(value, **{k: v[rows] for k, v in tensors.items() if isinstance(v, Tensor)})
 
 
 class Attention(Protocol):
-    """Attention that one call of a layer paid."""
+    """Attention that one call of a layer paid in some rows."""
 
-    def received(self, row: int, queries: Tensor, columns: Tensor, reduce: Literal["mean", "sum"]) -> Tensor:
-        """(n,) attention that the tokens `columns` receive from the tokens `queries` of a batch row, over heads."""
+    def received(self, queries: Picked, columns: Tensor, reduce: Literal["mean", "sum"]) -> Tensor:
+        """(rows, n) attention that the tokens `columns` receive from `queries`, over heads."""
+
+    def select(self, rows: Rows) -> Attention:
+        """The same of some rows."""
 
 
 @dataclass
 class View:
-    """One row of the batch at one stage, as a method sees it. n candidates, L tokens in the current sequence.
+    """Some rows of the batch at one stage, as a method sees them: all have n candidates; L tokens a row.
 
     Attributes:
         stage: index of the stage among the method's stages.
-        tokens: the candidates: the visual tokens that are still there (`tokens.position` indexes the current
-            sequence; image, frame, cell, x and padding are those of the original token).
-        original: number of visual tokens that the row had at the start.
-        hidden: (L, d) hidden states that are about to enter the stage's layer.
-        embeddings: (L0, d) states that entered the decoder, before any drop.
-        initial: the table of all visual tokens at the start (`initial.position` indexes `embeddings`).
-        real: (L,) bool, False for batch padding and fillers.
+        tokens: the candidates: the visual tokens that are still there, all columns (rows, n).
+        original: number of visual tokens that each row had at the start.
+        hidden: (rows, L, d) hidden states that are about to enter the stage's layer.
+        embeddings: (rows, L0, d) states that entered the decoder, before any drop.
+        words: where the text is.
         sources: whose attention each stage so far reads, this one's last.
+        rows: numbers of the rows in the batch.
+        states: the attention that the stage reads.
         memory: lives as long as the prompt; a method may carry values from stage to stage in it.
-        shared: the attachment's dictionary (see `Pruner.prepare`), copied for the call, with the call's `layout` and
-            with what was noted in `shared["notes"]()` while its pictures were encoded.
+        whole: where the candidates are only one picture's: all visual tokens of the rows at the start.
+        layout: the visual tokens of all rows of the batch, on the host.
+        notes: what methods noted while the call's pictures were encoded.
+        shared: what `Pruner.prepare` was given; the same for all calls of the attachment, in all threads.
     """
 
     stage: int
-    tokens: VisualTokens
+    tokens: Candidates
     original: int
     hidden: Tensor
     embeddings: Tensor
-    initial: VisualTokens
-    real: Tensor
+    words: Words
     sources: Sequence[Source]
-    memory: dict[str, Any] = field(default_factory=dict)
-    shared: dict[str, Any] = field(default_factory=dict)
+    rows: tuple[int, ...] = (0,)
     states: Attention | None = None
-    row: int = 0
+    memory: Memory = field(default_factory=Memory)
+    whole: Candidates | None = None
+    layout: VisualLayout = field(default_factory=lambda: VisualLayout(()))
+    notes: Store = field(default_factory=Store)
+    shared: Shared = field(default_factory=Shared)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
-    def last(self) -> Tensor:
-        """(1,) index of the last real token: at prefill the last token of the prompt."""
-        return self.real.nonzero()[-1]
+    def initial(self) -> Candidates:
+        """All visual tokens at the start; `initial.position` indexes `embeddings`."""
+        if self.whole is not None:
+            return self.whole
+        start = self.tokens.start
+        return Candidates(start.column("position"), start)
 
     @property
-    def text(self) -> Tensor:
-        """Indices of the real tokens behind the last visual token: the ones that can attend to all visual tokens.
+    def last(self) -> Tensor:
+        """(rows, 1) index of the last real token: at prefill the last token of the prompt."""
+        return self.words.last
+
+    @property
+    def text(self) -> Picked:
+        """The real tokens behind the last visual token: the ones that can attend to all visual tokens.
 
         The last visual token itself if nothing follows it. Once every visual token behind a piece of text has been
         dropped, later stages find that text here, too; counted from the end, indices stay the same.
         """
-        index = torch.arange(len(self.real), device=self.real.device)
-        after = index[self.real & (index > self.tokens.position.max())]
-        return after if len(after) else self.last
+        return self.words.text
 
     @property
     def question(self) -> Tensor:
-        """(t, d) input embeddings of `text`; only before anything has been dropped."""
-        return self.embeddings[self.text.to(self.embeddings.device)]
+        """(rows, t, d) input embeddings of `text`, 0 for its fillers; only before anything has been dropped."""
+        text = self.text
+        states = take_states(self.embeddings, text.index.to(self.embeddings.device))
+        return states if text.real is None else states * text.real[..., None].to(states)
 
     @property
     def features(self) -> Tensor:
-        """(n, d) hidden states of the candidates."""
-        return self.hidden[self.tokens.position]
+        """(rows, n, d) hidden states of the candidates."""
+        return take_states(self.hidden, self.tokens.position)
 
-    def attention(self, queries: Tensor, reduce: Literal["mean", "sum"] = "mean") -> Tensor:
+    def attention(self, queries: Tensor | Picked, reduce: Literal["mean", "sum"] = "mean") -> Tensor:
         """Attention that the candidates receive, averaged over heads.
 
         Args:
-            queries: (r,) indices of the query tokens in the current sequence.
+            queries: the query tokens: (rows, r) indices in the current sequence, or `text`.
             reduce: over the queries.
 
         Returns:
-            (n,) float32.
+            (rows, n) float32.
         """
         if self.states is None:
             raise ConfigError("this stage reads no attention: set Stage.attention to 'previous' or 'own'")
-        return self.states.received(self.row, queries, self.tokens.position, reduce).to(self.hidden.device)
+        picked = queries if isinstance(queries, Picked) else Picked(queries)
+        return self.states.received(picked, self.tokens.position, reduce).to(self.hidden.device)
+
+    def select(self, rows: Sequence[int]) -> View:
+        """Some of the rows, counted within this view."""
+        if len(rows) == len(self.rows):
+            return self
+        at = device_rows(rows, self.hidden.device)
+        return replace(
+            self,
+            tokens=self.tokens.select(rows),
+            hidden=self.hidden[at],
+            embeddings=self.embeddings[device_rows(rows, self.embeddings.device)],
+            words=self.words.select(at),
+            rows=tuple(self.rows[b] for b in rows),
+            states=None if self.states is None else self.states.select(at),
+            memory=self.memory.select(rows, self.hidden.device),
+            whole=None if self.whole is None else self.whole.select(rows),
+        )
+
+    def split(self) -> Iterator[View]:
+        """One view for each row."""
+        return (self.select([b]) for b in range(len(self.rows)))
+
+
+def take_states(states: Tensor, index: Tensor) -> Tensor:
+    """(rows, m, d) of (rows, L, d), at (rows, m) indices."""
+    return states.gather(1, index[..., None].expand(-1, -1, states.shape[2]))
+
+
+def merge_states(states: Tensor, out: Tensor, merge: Merge, offset: int = 0) -> None:
+    """Write merged states over those of their targets.
+
+    Sums are products with a matrix of weights: adding up in place would add in another order each time on a GPU.
+
+    Args:
+        states: (rows, L, d) the states that are added up.
+        out: (rows, L, d) where the sums are written; may be `states`.
+        merge: indices into the L states.
+        offset: added to the indices.
+    """
+    target = merge.target + offset
+    parts = take_states(states, merge.source + offset).float()
+    # Targets repeat: each is written at the place of the first of its parts in the order of targets.
+    ordered, order = target.sort(dim=1, stable=True)
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    slot = first.long().cumsum(1) - 1
+    parts, weight = take_states(parts, order), merge.weight.float().gather(1, order)[:, None]
+    place = torch.arange(target.shape[1], device=target.device)
+    chunk = max(1, _ELEMENTS // max(1, target.numel()))
+    sums = torch.cat(
+        [torch.where(slot[:, None] == p[:, None], weight, 0.0) @ parts for p in torch.split(place, chunk)], 1
+    )
+    # All parts of a target are given its sum, so that writing it several times does no harm.
+    sums = take_states(sums, slot).to(out.dtype)
+    out.scatter_(1, ordered[..., None].expand_as(sums), sums)
 
 
 def top(score: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest scores, ascending. Ties: the lower index wins, on every device."""
-    order = torch.sort(score, descending=True, stable=True).indices
-    return order[:count].sort().values
+    """Indices of the `count` largest scores along the last axis, ascending. Ties: the lower index wins, everywhere."""
+    order = torch.sort(score, dim=-1, descending=True, stable=True).indices
+    return order[..., :count].sort(-1).values
 
 
 def resolve_keep(keep: float, tokens: int) -> int:
@@ -188,10 +454,9 @@ def resolve_keep(keep: float, tokens: int) -> int:
     return min(int(keep), tokens)
 
 
-def top_allowed(score: Tensor, allowed: Tensor, count: int) -> Tensor:
-    """The `count` best candidates among the allowed ones (fewer if there are fewer), ascending."""
-    count = min(count, int(allowed.sum()))
-    return top(torch.where(allowed, score, torch.full_like(score, float("-inf"))), count)
+def top_allowed(score: Tensor, allowed: Tensor | None, count: int) -> Tensor:
+    """The `count` best candidates among the allowed ones, ascending; at least so many must be allowed in each row."""
+    return top(score if allowed is None else score.masked_fill(~allowed, float("-inf")), count)
 
 
 class Method(Protocol):
@@ -208,10 +473,13 @@ class Method(Protocol):
     def stages(self, layers: int) -> Sequence[Stage]:
         """Where it drops tokens, by ascending layer, in a decoder of `layers` layers."""
 
-    def select(self, view: View) -> Selection:
-        """What becomes of the candidates of one row at one stage."""
+    def select(self, view: View) -> Selection | Sequence[Selection]:
+        """What becomes of the candidates of some rows at one stage.
 
-    def prepare(self, model: nn.Module, adapter: Any, shared: dict[str, Any]) -> Callable[[], None]:
+        Rows that keep different numbers of tokens get selections of their own, which say for which rows they are.
+        """
+
+    def prepare(self, model: nn.Module, adapter: Any, shared: Shared) -> Callable[[], None]:
         """Called when it is attached; returns what undoes it."""
 
     def to_dict(self) -> dict[str, Any]:

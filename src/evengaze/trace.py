@@ -6,14 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
 from evengaze.errors import DataError
-from evengaze.layout import ImageInfo, VisualLayout, VisualTokens
-from evengaze.protocol import Merge
+from evengaze.layout import Candidates, ImageInfo, VisualLayout, VisualTokens
+from evengaze.protocol import Merge, Selection
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,6 +56,75 @@ class RowTrace:
     def survivors(self) -> int:
         """Visual tokens that went on."""
         return len(self.kept) + (0 if self.recycled is None else len(self.recycled))
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What a stage decided for rows with the same number of candidates.
+
+    Attributes:
+        rows: their numbers in the batch.
+        before: the candidates.
+        selection: of them.
+        after: what went on.
+    """
+
+    rows: tuple[int, ...]
+    before: Candidates
+    selection: Selection
+    after: Candidates
+
+    def row(self, index: int) -> RowTrace:
+        """The trace of one of the rows, counted within these."""
+        chosen = self.selection
+        origin = self._origin(self.before, index)
+        return RowTrace(
+            candidates=origin,
+            kept=origin[chosen.keep[index]],
+            recycled=None if chosen.recycled is None else origin[chosen.recycled[index]],
+            merge=None if chosen.merge is None else chosen.merge.row(index),
+            raw=None if chosen.raw is None else chosen.raw[index],
+            scores=None if chosen.scores is None else chosen.scores[index],
+            tokens=self._origin(self.after, index),
+            place=self.after.position[index],
+        )
+
+    @staticmethod
+    def _origin(tokens: Candidates, index: int) -> Tensor:
+        if tokens.origin is None:
+            return torch.arange(len(tokens), device=tokens.position.device)
+        return tokens.origin[index]
+
+
+class RowTraces(Sequence[RowTrace]):
+    """The rows of a stage, taken from what was decided for all of them together when they are looked at.
+
+    Args:
+        batch: number of rows.
+        decided: what was decided; rows in none of it hold no visual tokens.
+    """
+
+    def __init__(self, batch: int, decided: Sequence[Decided]) -> None:
+        self._where = {row: (entry, k) for entry in decided for k, row in enumerate(entry.rows)}
+        self._batch = batch
+
+    def __len__(self) -> int:
+        return self._batch
+
+    @overload
+    def __getitem__(self, row: int) -> RowTrace: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[RowTrace]: ...
+
+    def __getitem__(self, row: int | slice) -> RowTrace | list[RowTrace]:
+        if isinstance(row, slice):
+            return [self[b] for b in range(self._batch)[row]]
+        row = range(self._batch)[row]
+        if row not in self._where:
+            return RowTrace.empty()
+        entry, index = self._where[row]
+        return entry.row(index)
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def test_scores_of_the_wrong_shape():
 
     class Odd(eg.FastV):
         def score(self, view):
-            return super().score(view)[:3]
+            return super().score(view)[:, :3]
 
     with pytest.raises(ScoreError, match="scored"), Odd(keep=4)(model):
         generate(model, inputs)

@@ -160,8 +160,8 @@ def test_scores_are_float32_under_autocast():
 
     class Watching(eg.FastV):
         def score(self, view):
-            rows = view.states.rows(0, view.last)
-            exact = view.states.query[0, :, view.last].double() @ view.states.key[0].double().repeat_interleave(
+            rows = view.states.rows(view.last)[0]
+            exact = view.states.query[0, :, view.last[0]].double() @ view.states.key[0].double().repeat_interleave(
                 2, 0
             ).transpose(1, 2)
             allowed = rows > 0

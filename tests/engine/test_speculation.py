@@ -81,7 +81,7 @@ def test_candidates_are_no_part_of_a_methods_question():
         name = "watching"
 
         def score(self, view):
-            seen.append((int(view.last), view.text.tolist(), len(view.question)))
+            seen.append((int(view.last), view.text.index.tolist(), view.question.shape[1]))
             return super().score(view)
 
     model, inputs = tiny("llava")

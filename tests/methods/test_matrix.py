@@ -21,10 +21,10 @@ from evengaze.methods.base import Pruner, attach
 from evengaze.methods.fastv import FastV
 from evengaze.methods.illava import ILLaVA
 from evengaze.methods.official import FastVMasked, FastVRecompute, HiMAPRecompute
-from evengaze.methods.sparsevlm import SparseVLM
+from evengaze.methods.sparsevlm import Raters, SparseVLM
 from evengaze.methods.visionzip import VisionZip
 from evengaze.models import adapter_for
-from evengaze.protocol import View
+from evengaze.protocol import Shared, View
 from evengaze.schedule import Schedule
 from evengaze.testing import layout_of, tiny
 from evengaze.testing.oracle import replayed
@@ -247,7 +247,7 @@ def test_the_decoder_stage_of_tower_methods_is_the_oracles(pruner: Pruner) -> No
     pruned = generate(model, inputs, pruner)
     assert pruned.trace is not None
     slow, _ = tiny("llava", 2, "eager")
-    undo = pruner.prepare(slow, adapter_for(slow), {})  # the same tower; the decoder removes nothing
+    undo = pruner.prepare(slow, adapter_for(slow), Shared())  # the same tower; the decoder removes nothing
     with replayed(slow, pruner, pruned.trace, inputs["attention_mask"]):
         expected = generate(slow, inputs, None, use_cache=False)
     undo()
@@ -259,8 +259,7 @@ def test_a_shortened_clip_tower_is_what_it_computes_by_hand() -> None:
     pruner, pixels = ILLaVA(vision_layers=(0, 1), vision_drop=3), inputs["pixel_values"]
     adapter = adapter_for(model)
     tower = adapter.vision_tower(model)
-    shared: dict[str, Any] = {}
-    undo = pruner.prepare(model, adapter, shared)
+    undo = pruner.prepare(model, adapter, Shared())
     with torch.no_grad():
         out = tower.module(pixels, output_hidden_states=True).hidden_states[tower.output]
     undo()
@@ -310,8 +309,9 @@ def test_sparsevlm_asks_the_same_raters_after_a_row_of_patches_is_gone() -> None
 
     class Watched(SparseVLM):
         def score(self, view: View) -> Tensor:
-            texts.append(len(view.text))
-            asked.append((len(view.real) - view.text[view.memory["raters"]]).tolist())
+            (text,), raters = view.text.real, view.memory.get(Raters)
+            texts.append(int(text.sum()))
+            asked.append((view.hidden.shape[1] - raters.among(view.text).index[raters.chosen]).tolist())
             return super().score(view)
 
     with torch.no_grad(), Watched((4, 3, 2), (1, 2, 3))(model):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pytest
 import torch
-from fakes import view
+from fakes import select, view
 from torch import Tensor
 
 from evengaze import methods
@@ -150,7 +150,7 @@ def test_default_budgets_serve_any_number_of_stages() -> None:
     assert HiMAP(layers=(2,)).budgets == (288,)
     assert HiMAP(layers=(2, 4, 8)).budgets == (288, 72, 18)
     assert PyramidDrop(layers=(2, 4, 8, 9)).budgets == (0.32, 0.16, 0.08, 0.04)
-    assert len(HiMAP(layers=(2,)).select(view((20, 20))).keep) == 288
+    assert len(select(HiMAP(layers=(2,)), view((20, 20))).keep) == 288
 
 
 def test_other_layers_share_out_what_was_given() -> None:
@@ -174,7 +174,7 @@ def test_defaults_fit_any_number_of_visual_tokens(name: str, visual: int) -> Non
 @pytest.mark.parametrize("name", [n for n in methods.names() if n not in ("dense", "visionzip", "fastv-masked")])
 def test_defaults_select_from_any_number_of_visual_tokens(name: str, grid: tuple[int, int]) -> None:
     seen = view(grid)
-    kept = methods.get(name)().select(seen).keep
+    kept = select(methods.get(name)(), seen).keep
     assert 1 <= len(kept) <= len(seen)
 
 
@@ -233,7 +233,7 @@ def test_a_method_that_reads_nobodys_attention_is_refused_where_it_is_defined() 
     class Fine(Grouping):
         name = "fine"
 
-        def choose(self, view: View, count: int) -> Selection:
+        def group(self, view: View, count: int) -> Selection:
             return Selection(torch.arange(count))
 
     assert Fine().attention is None

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import FakeAttention, view
+from fakes import FakeAttention, select, view
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,10 +24,10 @@ from evengaze.methods.fastv import FastV
 from evengaze.methods.himap import HiMAP
 from evengaze.methods.illava import ILLaVA
 from evengaze.methods.pyramiddrop import PyramidDrop
-from evengaze.methods.sparsevlm import SparseVLM, density_peaks, raters, recycling
+from evengaze.methods.sparsevlm import Raters, SparseVLM, density_peaks, raters, recycling
 from evengaze.methods.tokencarve import TokenCarve, contribution
 from evengaze.methods.tome import ToMe
-from evengaze.protocol import Merge, Selection, Stage, View, top
+from evengaze.protocol import Memory, Merge, Selection, Stage, View, top
 
 ATTENTION: list[Pruner] = [
     FastV(5),
@@ -56,16 +56,17 @@ def used(selection: Selection) -> set[int]:
 
 
 def merged(v: View, merge: Merge) -> Tensor:
-    out = v.features.clone()
+    features = v.features[0]
+    out = features.clone()
     out[merge.target] = 0
-    return out.index_add(0, merge.target, v.features[merge.source] * merge.weight.float()[:, None])
+    return out.index_add(0, merge.target, features[merge.source] * merge.weight.float()[:, None])
 
 
 @pytest.mark.parametrize("mode", ["corrected", "official"])
 @pytest.mark.parametrize("pruner", [*ATTENTION, *BLIND], ids=ids)
 def test_the_budget_is_met_in_raster_order(pruner: Pruner, mode: str) -> None:
     pruner = pruner.replace(mode=mode)
-    selection = pruner.select(view())
+    selection = select(pruner, view())
     assert selection.keep.tolist() == sorted(set(selection.keep.tolist()))
     recycled = 0 if selection.recycled is None else len(selection.recycled)
     assert len(selection.keep) == pruner.budget(0, 16, 16)
@@ -75,7 +76,7 @@ def test_the_budget_is_met_in_raster_order(pruner: Pruner, mode: str) -> None:
 @pytest.mark.parametrize("pruner", [*ATTENTION, *BLIND], ids=ids)
 def test_keeping_all_changes_nothing(pruner: Pruner) -> None:
     keep = tuple(99 for _ in pruner.keep) if isinstance(pruner.keep, tuple) else 99  # type: ignore[attr-defined]
-    selection = pruner.replace(keep=keep, debias=Debias(PaddingMask())).select(view(size=(40, 10)))
+    selection = select(pruner.replace(keep=keep, debias=Debias(PaddingMask())), view(size=(40, 10)))
     assert selection.keep.tolist() == list(range(16))
     assert selection.merge is None and selection.recycled is None
 
@@ -85,53 +86,55 @@ def test_keeping_all_changes_nothing(pruner: Pruner) -> None:
 def test_padding_is_neither_kept_nor_recycled_nor_merged(pruner: Pruner, stage: int) -> None:
     if stage >= len(pruner.stages(32)):
         pytest.skip("one stage only")
-    memory = {"raters": torch.arange(-5, 0)}
+    memory = Memory()
+    memory.put(Raters(torch.ones(1, 5, dtype=torch.bool)))
     v = view(size=(40, 20), stage=stage, memory=memory)  # first and last row of four are padding
-    selection = pruner.replace(debias=Debias(PaddingMask())).select(v)
+    selection = select(pruner.replace(debias=Debias(PaddingMask())), v)
     assert used(selection) <= set(range(4, 12))
 
 
 @pytest.mark.parametrize("pruner", ATTENTION, ids=ids)
 def test_the_budget_falls_to_the_valid_tokens(pruner: Pruner) -> None:
     v = view(size=(40, 10))  # one row of four shows the picture, by halves
-    valid = Debias(PaddingMask()).valid(v.tokens)
+    valid = Debias(PaddingMask()).valid(v.tokens.row(0))
     keep = (12, 12) if isinstance(pruner.keep, tuple) else 12  # type: ignore[attr-defined]
-    selection = pruner.replace(keep=keep, debias=Debias(PaddingMask())).select(v)
+    selection = select(pruner.replace(keep=keep, debias=Debias(PaddingMask())), v)
     assert selection.keep.tolist() == valid.nonzero().flatten().tolist()
 
 
 def test_a_picture_of_nothing_but_padding_is_ranked_without_the_mask() -> None:
     v, debias = view(size=(2000, 10)), Debias(PaddingMask(formula="pad"))
-    assert torch.equal(FastV(5, debias=debias).select(v).keep, FastV(5).select(v).keep)
-    assert len(FastV(5, debias=debias, mode="official").select(v).keep) == 0
+    assert torch.equal(select(FastV(5, debias=debias), v).keep, select(FastV(5), v).keep)
+    assert len(select(FastV(5, debias=debias, mode="official"), v).keep) == 0
 
 
 def test_official_modes_fill_up_with_padding() -> None:
     v = view(size=(40, 20))
-    official = HiMAP((12, 3), debias=Debias(PaddingMask()), mode="official").select(v)
+    official = select(HiMAP((12, 3), debias=Debias(PaddingMask()), mode="official"), v)
     assert len(official.keep) == 12
-    sparse = SparseVLM((5, 3), (2, 4), debias=Debias(PaddingMask()), mode="official").select(v)
+    sparse = select(SparseVLM((5, 3), (2, 4), debias=Debias(PaddingMask()), mode="official"), v)
     assert sparse.merge is not None and not set(sparse.merge.source.tolist()) <= set(range(4, 12))
 
 
 def test_the_trend_is_divided_out_before_the_ranking() -> None:
     v = view()
-    plain = v.attention(v.last)
-    weighted = plain * torch.exp(-2 * v.tokens.x).float()
-    assert FastV(5, debias=Debias(trend=Exponential(2.0))).select(v).keep.tolist() == top(weighted, 5).tolist()
-    assert torch.equal(v.memory["raw0"], plain)
-    assert torch.allclose(v.memory["score0"], weighted)
+    plain = v.attention(v.last)[0]
+    weighted = plain * torch.exp(-2 * v.tokens.x[0]).float()
+    selection = select(FastV(5, debias=Debias(trend=Exponential(2.0))), v)
+    assert selection.keep.tolist() == top(weighted, 5).tolist()
+    assert selection.raw is not None and torch.equal(selection.raw, plain)
+    assert selection.scores is not None and torch.allclose(selection.scores, weighted)
 
 
 def test_only_the_first_language_to_vision_ranking_is_debiased() -> None:
     trend = Debias(trend=Exponential(50.0))
-    later = view(stage=1)
-    PyramidDrop((5, 3), (2, 4), debias=trend).select(later)
-    assert torch.equal(later.memory["raw1"], later.memory["score1"])
-    HiMAP((5, 3), debias=Debias(trend=Exponential(50.0), stages="all")).select(later := view(stage=1))
-    assert torch.equal(later.memory["raw1"], later.memory["score1"])
-    PyramidDrop((5, 3), (2, 4), debias=Debias(trend=Exponential(50.0), stages="all")).select(later := view(stage=1))
-    assert not torch.equal(later.memory["raw1"], later.memory["score1"])
+    later = select(PyramidDrop((5, 3), (2, 4), debias=trend), view(stage=1))
+    assert torch.equal(later.raw, later.scores)  # type: ignore[arg-type]
+    later = select(HiMAP((5, 3), debias=Debias(trend=Exponential(50.0), stages="all")), view(stage=1))
+    assert torch.equal(later.raw, later.scores)  # type: ignore[arg-type]
+    always = Debias(trend=Exponential(50.0), stages="all")
+    later = select(PyramidDrop((5, 3), (2, 4), debias=always), view(stage=1))
+    assert not torch.equal(later.raw, later.scores)  # type: ignore[arg-type]
 
 
 def test_a_stage_that_reads_no_attention_is_never_debiased() -> None:
@@ -147,10 +150,10 @@ def test_a_stage_that_reads_no_attention_is_never_debiased() -> None:
 
     pruner = Mixed((5, 3), (1, 2), debias=Debias(trend=Exponential(50.0)))
     assert pruner.ranked_layer(32) == 2
-    pruner.select(first := view(sources=[None]))
-    assert torch.equal(first.memory["raw0"], first.memory["score0"])
-    pruner.select(second := view(stage=1, sources=[None, "own"]))
-    assert not torch.equal(second.memory["raw1"], second.memory["score1"])
+    first = select(pruner, view(sources=[None]))
+    assert torch.equal(first.raw, first.scores)  # type: ignore[arg-type]
+    second = select(pruner, view(stage=1, sources=[None, "own"]))
+    assert not torch.equal(second.raw, second.scores)  # type: ignore[arg-type]
 
 
 def test_ties_go_to_the_lower_index() -> None:
@@ -163,14 +166,14 @@ def test_scores_that_cannot_be_ranked_are_errors() -> None:
     v = view()
     v.states.map[:] = float("nan")  # type: ignore[union-attr]
     with pytest.raises(ScoreError, match="NaN"):
-        FastV(5).select(v)
+        select(FastV(5), v)
 
     class Short(FastV):
         def score(self, view: View) -> Tensor:
-            return torch.zeros(3)
+            return torch.zeros(1, 3)
 
     with pytest.raises(ScoreError, match="scored"):
-        Short(5).select(view())
+        select(Short(5), view())
 
 
 @settings(max_examples=60, deadline=None)
@@ -191,7 +194,7 @@ def test_any_grid_any_picture_any_budget(
         budget: Any = {"pyramiddrop": several, "sparsevlm": several, "himap": several[:2]}.get(name, keep)
         pruner = methods.get(name)(keep=budget, debias=debias, mode=mode)
         v = view(grid, size=size, after=after, seed=seed)
-        selection, n = pruner.select(v), len(v)
+        selection, n = select(pruner, v), len(v)
         kept = selection.keep.tolist()
         recycled = [] if selection.recycled is None else selection.recycled.tolist()
         assert kept == sorted(set(kept)) and not set(kept) & set(recycled)
@@ -201,7 +204,7 @@ def test_any_grid_any_picture_any_budget(
             assert set(merge.target.tolist()) <= set(kept) | set(recycled)
             total = torch.zeros(n).index_add_(0, merge.target, merge.weight.float())
             assert torch.allclose(total[merge.target], torch.ones(len(merge.target)), atol=1e-5)
-        valid = debias.valid(v.tokens)
+        valid = debias.valid(v.tokens.row(0))
         if mode == "corrected" and name not in BLIND_NAMES and len(kept) < n:
             assert used(selection) <= set(valid.nonzero().flatten().tolist())
 
@@ -211,15 +214,15 @@ def test_fastv_reads_the_last_real_row() -> None:
     real = torch.ones(24, dtype=torch.bool)
     real[-2:] = False
     v = view(real=real)
-    assert v.last.tolist() == [21]
+    assert v.last.tolist() == [[21]]
     expected = v.states.map.mean(0)[21, 3:19]  # type: ignore[union-attr]
-    assert torch.equal(FastV(5).score(v), expected)
+    assert torch.equal(FastV(5).score(v)[0], expected)
 
 
 def test_himap_sums_text_rows_and_later_visual_rows() -> None:
     attention = FakeAttention(24).map.mean(0)
-    assert torch.allclose(HiMAP().score(view()), attention[19:, 3:19].sum(0))
-    assert torch.allclose(HiMAP().score(view(stage=1)), attention[3:19, 3:19].sum(0))
+    assert torch.allclose(HiMAP().score(view())[0], attention[19:, 3:19].sum(0))
+    assert torch.allclose(HiMAP().score(view(stage=1))[0], attention[3:19, 3:19].sum(0))
 
 
 def test_pyramid_budgets_are_rounded_down_from_the_original_number() -> None:
@@ -242,11 +245,18 @@ def test_default_stages_fit_any_depth(depth: int) -> None:
 
 # -- SparseVLM -------------------------------------------------------------------------------------------------------
 def test_raters_are_above_average_and_never_none() -> None:
-    visual, text = torch.eye(4), torch.eye(4)[:3]
-    assert raters(visual, text * 3).tolist() in ([0, 1, 2], [0], [1], [2], [0, 1])
-    assert raters(visual, torch.ones(1, 4)).tolist() == [0]
-    text[1] *= 9
-    assert raters(visual, text).tolist() == [1]
+    visual, text = torch.eye(4)[None], torch.eye(4)[None, :3]
+
+    def chosen(*tensors: Tensor) -> list[int]:
+        return raters(*tensors)[0].nonzero().flatten().tolist()
+
+    assert chosen(visual, text * 3) in ([0, 1, 2], [0], [1], [2], [0, 1])
+    assert chosen(visual, torch.ones(1, 1, 4)) == [0]
+    text[0, 1] *= 9
+    assert chosen(visual, text) == [1]
+    # Rows with less text are filled up: the fillers rate nothing and are no reason to rate.
+    filled = torch.cat([torch.full((1, 2, 4), 50.0), text], 1)
+    assert chosen(visual, filled, torch.tensor([[False, False, True, True, True]])) == [3]
 
 
 def test_recycling_counts_of_the_published_table() -> None:
@@ -259,7 +269,7 @@ def test_density_peaks_finds_separate_groups() -> None:
     generator = torch.Generator().manual_seed(0)
     centres = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]])
     x = (centres[:, None] + 0.1 * torch.randn(3, 6, 2, generator=generator)).reshape(-1, 2)
-    centre, label, _ = density_peaks(x, 3)
+    centre, label = (found[0] for found in density_peaks(x[None], 3)[:2])
     groups = label.reshape(3, 6)
     assert bool((groups == groups[:, :1]).all()) and len(groups[:, 0].unique()) == 3
     assert label[centre].tolist() == [0, 1, 2]
@@ -267,20 +277,20 @@ def test_density_peaks_finds_separate_groups() -> None:
 
 def test_density_ties_are_broken_by_index() -> None:
     x = torch.tensor([[0.0], [0.0], [5.0], [5.0]])
-    centre, label, _ = density_peaks(x, 2)
+    centre, label = (found[0] for found in density_peaks(x[None], 2)[:2])
     assert centre.tolist() == [0, 2] and label.tolist() == [0, 0, 1, 1]
 
 
 def test_clusters_hold_the_means_of_their_members() -> None:
     v = view((8, 8))
-    selection = SparseVLM((20, 10, 5)).select(v)
+    selection = select(SparseVLM((20, 10, 5)), v)
     merge, centres = selection.merge, selection.recycled
     assert merge is not None and centres is not None
     assert (len(merge.source), len(centres)) == recycling(44)
     states = merged(v, merge)
     for centre in centres:
         members = merge.source[merge.target == centre]
-        assert torch.allclose(states[centre], v.features[members].mean(0), atol=1e-6)
+        assert torch.allclose(states[centre], v.features[0, members].mean(0), atol=1e-6)
     assert not set(merge.source.tolist()) & set(selection.keep.tolist())
 
 
@@ -307,8 +317,9 @@ def test_contribution_of_rank_one_features() -> None:
 
 def test_tokencarve_ranks_merges_and_keeps_means() -> None:
     v = view()
-    selection = TokenCarve(6).select(v)
-    rank, merge = v.memory["rank_sum"], selection.merge
+    selection = select(TokenCarve(6), v)
+    method = TokenCarve(6)
+    rank, merge = method.rate(v, method.ranked(v), None).rank[0], selection.merge
     assert merge is not None
     best = torch.sort(rank, descending=True, stable=True).indices[:9]
     moved = merge.source != merge.target
@@ -319,18 +330,18 @@ def test_tokencarve_ranks_merges_and_keeps_means() -> None:
     for target in merge.target.unique():
         group = merge.source[merge.target == target]
         assert target in group
-        assert torch.allclose(states[target], v.features[group].mean(0), atol=1e-6)
+        assert torch.allclose(states[target], v.features[0, group].mean(0), atol=1e-6)
 
 
 def test_tokencarve_can_keep_nearly_all() -> None:
-    assert len(TokenCarve(15).select(view()).keep) == 15
+    assert len(select(TokenCarve(15), view()).keep) == 15
 
 
 # -- iLLaVA ----------------------------------------------------------------------------------------------------------
 def test_illava_weights_grow_towards_the_least_attended() -> None:
     v = view()
-    selection = ILLaVA(12).select(v)
-    order = torch.sort(v.attention(v.last), descending=True, stable=True).indices
+    selection = select(ILLaVA(12), v)
+    order = torch.sort(v.attention(v.last)[0], descending=True, stable=True).indices
     merge = selection.merge
     assert merge is not None
     assert merge.source.tolist() == order[11:].tolist()
@@ -349,20 +360,20 @@ def test_illava_rounds_the_dropped_share() -> None:
 # -- baselines -------------------------------------------------------------------------------------------------------
 def test_random_depends_on_the_question_and_the_seed_only() -> None:
     v = view()
-    first = Random(5).select(v).keep
-    assert torch.equal(first, Random(5).select(view(row=3, memory={"x": 1})).keep)
-    assert not torch.equal(first, Random(5, seed=1).select(v).keep)
+    first = select(Random(5), v).keep
+    assert torch.equal(first, select(Random(5), view(rows=(3,), memory=Memory())).keep)
+    assert not torch.equal(first, select(Random(5, seed=1), v).keep)
     other = v.embeddings.clone()
-    other[-1] += 1
-    assert not torch.equal(first, Random(5).select(view(embeddings=other)).keep)
+    other[:, -1] += 1
+    assert not torch.equal(first, select(Random(5), view(embeddings=other)).keep)
 
 
 def test_a_quarter_of_the_tokens_is_two_by_two_pooling() -> None:
     v = view((8, 8))
-    selection = Pool(16).select(v)
+    selection = select(Pool(16), v)
     assert selection.merge is not None
     states = merged(v, selection.merge)[selection.keep]
-    image = v.features.reshape(8, 8, -1).permute(2, 0, 1)
+    image = v.features[0].reshape(8, 8, -1).permute(2, 0, 1)
     expected = torch.nn.functional.avg_pool2d(image, 2).flatten(1).T
     assert torch.allclose(states, expected, atol=1e-6)
 
@@ -389,7 +400,7 @@ def test_the_lattice_shares_tokens_among_pictures_by_size() -> None:
 
 def test_divprune_is_the_greedy_max_min_choice() -> None:
     v = view()
-    unit = torch.nn.functional.normalize(v.features, dim=-1)
+    unit = torch.nn.functional.normalize(v.features[0], dim=-1)
     distance = 1 - unit @ unit.T
     apart = distance.clone().fill_diagonal_(float("inf"))
     chosen = [int(apart.min(1).values.argmax())]
@@ -397,20 +408,20 @@ def test_divprune_is_the_greedy_max_min_choice() -> None:
         nearest = distance[:, chosen].min(1).values
         nearest[chosen] = -1
         chosen.append(int(nearest.argmax()))
-    assert DivPrune(5).select(v).keep.tolist() == sorted(chosen)
+    assert select(DivPrune(5), v).keep.tolist() == sorted(chosen)
 
 
 def test_tome_groups_hold_plain_means_and_duplicates_go_first() -> None:
     v = view()
-    v.hidden[4], v.hidden[8] = v.hidden[3], v.hidden[5]  # candidates 1 and 5 repeat 0 and 2
-    selection = ToMe(14).select(v)
+    v.hidden[0, 4], v.hidden[0, 8] = v.hidden[0, 3], v.hidden[0, 5]  # candidates 1 and 5 repeat 0 and 2
+    selection = select(ToMe(14), v)
     assert selection.merge is not None
     assert set(range(16)) - set(selection.keep.tolist()) == {0, 2}
-    states = merged(v, ToMe(4).select(v).merge)  # type: ignore[arg-type]
-    merge = ToMe(4).select(v).merge
+    states = merged(v, select(ToMe(4), v).merge)  # type: ignore[arg-type]
+    merge = select(ToMe(4), v).merge
     assert merge is not None and len(merge.target.unique()) == 4
     for target in merge.target.unique():
-        assert torch.allclose(states[target], v.features[merge.source[merge.target == target]].mean(0), atol=1e-6)
+        assert torch.allclose(states[target], v.features[0, merge.source[merge.target == target]].mean(0), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["random", "uniform", "pool", "divprune", "tome"])
@@ -418,4 +429,4 @@ def test_blind_methods_ignore_debiasing(name: str) -> None:
     debias = Debias(PaddingMask(), Exponential(9.0))
     one, two = methods.get(name)(keep=5), methods.get(name)(keep=5, debias=debias)
     blind = {"size": (40, 20), "sources": [None]}
-    assert torch.equal(one.select(view(**blind)).keep, two.select(view(**blind)).keep)
+    assert torch.equal(select(one, view(**blind)).keep, select(two, view(**blind)).keep)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from evengaze.compat import cache_argument
-from evengaze.layout import VisualLayout
+from evengaze.layout import VisualLayout, VisualTokens
 from evengaze.methods.base import Pruner
+from evengaze.methods.ranking import Ranking
 from evengaze.protocol import Selection, View
 
 
@@ -108,13 +109,18 @@ class Folder:
 
 @dataclass
 class Entry:
-    """One call of `choose`."""
+    """What became of one row in one call of `choose`; no tensor has an axis of rows."""
 
     view: View
     selection: Selection
     raw: Tensor
     score: Tensor
     features: Tensor
+    details: dict[str, Tensor]
+
+    @property
+    def tokens(self) -> VisualTokens:
+        return self.view.tokens.row(0)
 
 
 def recording(
@@ -134,22 +140,38 @@ def recording(
     base = type(pruner)
 
     class Recording(base):  # type: ignore[valid-type,misc]
-        def ranked(self, view: View) -> tuple[Tensor, Tensor]:
-            score, allowed = super().ranked(view)
+        def ranked(self, view: View) -> Ranking:
+            ranking = super().ranked(view)
+            self.__dict__["scores"], self.__dict__["details"] = ranking.score, {}
+            score = ranking.score
             if prefer and view.stage in prefer and bool((score > 0).any()):
-                tied = torch.zeros_like(allowed)
-                tied[prefer[view.stage]] = True
+                tied = torch.zeros_like(score, dtype=torch.bool)
+                tied[:, prefer[view.stage]] = True
                 score = torch.where(tied & (score == 0), score[score > 0].min() / 2, score)
-            return score, allowed
+            return replace(ranking, score=score)
 
         def density_noise(self, view: View, count: int) -> Tensor | None:
             return 1e-6 * noise[view.stage] if noise else super().density_noise(view, count)
 
-        def choose(self, view: View, count: int) -> Selection:
-            features = view.features.clone() if len(view.hidden) > 1 else view.hidden
-            selection = super().choose(view, count)
-            scores = (view.memory[f"raw{view.stage}"], view.memory[f"score{view.stage}"])
-            log.append(Entry(view, selection, *scores, features))
+        def rate(self, *args: Any) -> Any:
+            rated = super().rate(*args)
+            self.__dict__["details"].update(contribution=rated.contribution, rank_sum=rated.rank)
+            return rated
+
+        def pairs(self, features: Tensor, better: Tensor, worse: Tensor) -> Any:
+            closeness, partner = super().pairs(features, better, worse)
+            self.__dict__["details"].update(better=better, worse=worse, closeness=closeness, partner=partner)
+            return closeness, partner
+
+        def choose(self, view: View, ranking: Ranking, count: int) -> Selection:
+            features = view.features.clone() if view.hidden.shape[1] > 1 else view.hidden
+            selection = super().choose(view, ranking, count)
+            for b, one in enumerate(view.split()):
+                merge = None if selection.merge is None else selection.merge.row(b)
+                recycled = None if selection.recycled is None else selection.recycled[b]
+                row = Selection(selection.keep[b], merge, recycled)
+                details = {k: v[b] for k, v in self.__dict__["details"].items()}
+                log.append(Entry(one, row, ranking.raw[b], self.__dict__["scores"][b], features[b], details))
             return selection
 
     copy = object.__new__(Recording)

@@ -53,7 +53,7 @@ def padding_used(cases: Any, case: dict[str, Any]) -> list[str]:
     pruner = pruner.replace(mode="corrected")
     failures = []
     for entry in run(cases.model, embeds, [], pruner, layout).log:
-        valid, selection = pruner.debias.valid(entry.view.tokens), entry.selection
+        valid, selection = pruner.debias.valid(entry.tokens), entry.selection
         used = [selection.keep] + [t for t in (selection.recycled,) if t is not None]
         used += [selection.merge.source, selection.merge.target] if selection.merge is not None else []
         if not bool(valid[torch.cat(used)].all()):

@@ -13,7 +13,8 @@ from evengaze.methods.base import Pruner
 from evengaze.methods.fastv import FastV
 from evengaze.methods.official import FastVMasked, FastVRecompute
 from evengaze.methods.pyramiddrop import PyramidDrop
-from evengaze.methods.sparsevlm import SparseVLM, density_peaks, relevance
+from evengaze.methods.sparsevlm import Raters, SparseVLM, density_peaks, relevance
+from evengaze.protocol import take_states
 from evengaze.schedule import Schedule
 from parity.record import Folder, Recorded, Report, run
 
@@ -163,7 +164,7 @@ def _stages(report: Report, recorded: Recorded, *, ties: bool) -> None:
         report.close(f"s{i}_scores_raw", entry.raw, atol=SCORE)
         report.close(f"s{i}_scores_rank", entry.score, atol=SCORE)
         report.same_set(f"s{i}_keep", entry.selection.keep)
-        report.same_set(f"s{i}_keep_orig", entry.view.tokens.cell[entry.selection.keep])
+        report.same_set(f"s{i}_keep_orig", entry.tokens.cell[entry.selection.keep])
         report.close(f"s{i}_scores_rank_b2", torch.stack([e.score for e in group]), atol=SCORE)
         report.equal(f"s{i}_keep_b2", torch.stack([e.selection.keep for e in group]))
         if f"s{i}_topk_order" in report:
@@ -177,13 +178,13 @@ def _stages(report: Report, recorded: Recorded, *, ties: bool) -> None:
 
 def _sparsevlm(report: Report, recorded: Recorded, pruner: Pruner, case: dict[str, Any]) -> None:
     first = recorded.log[0].view
-    report.equal("raters", first.memory["raters"] + len(first.text))
-    report.close(
-        "rater_scores", relevance(first.embeddings[first.initial.position], first.embeddings[first.text]), atol=SCORE
-    )
+    raters = first.memory.get(Raters)
+    report.equal("raters", raters.chosen[0].nonzero().flatten())
+    visual = take_states(first.embeddings, first.initial.position)
+    report.close("rater_scores", relevance(visual[:1], first.question[:1])[0], atol=SCORE)
     if "weights_used" in report and pruner.debias is not None:
-        valid = pruner.debias.valid(first.initial, official=True)
-        report.close("weights_used", valid * pruner.debias.weight(first.initial), atol=SCORE)
+        valid = pruner.debias.valid(first.initial.row(0), official=True)
+        report.close("weights_used", valid * pruner.debias.weight(first.initial.row(0)), atol=SCORE)
     layers = len(recorded.prefill.inputs)
     schedule = Schedule.of(pruner, layers, case["n_image"])
     report.close("avg_tokens_official", sum([*schedule.entering[1:], schedule.entering[-1]]) / layers, atol=1e-4)
@@ -207,7 +208,7 @@ def _sparsevlm(report: Report, recorded: Recorded, pruner: Pruner, case: dict[st
         )
         report.close(f"s{i}_merged", merged, atol=MERGED)
         noise = 1e-6 * report.want(f"s{i}_noise") if f"s{i}_noise" in report else torch.zeros(len(merge.source))
-        score = density_peaks(entry.features[merge.source], len(centres), noise)[2]
+        score = density_peaks(entry.features[merge.source][None], len(centres), noise)[2][0]
         report.close(f"s{i}_center_scores", score, atol=SCORE)
         clusters = -(100 * (i + 1) + torch.arange(len(centres)))
         origin = torch.cat([origin[entry.selection.keep], clusters])

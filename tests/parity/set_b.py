@@ -110,7 +110,7 @@ class SetB:
         entries = recorded.log[stages:]
         report.close("nc_logits", torch.stack([s.logits[0] for s in recorded.steps]), atol=ATOL, rtol=RTOL)
         for i in range(stages):
-            kept = [e.view.tokens.cell[e.selection.keep] for e in entries[i::stages]]
+            kept = [e.tokens.cell[e.selection.keep] for e in entries[i::stages]]
             report.equal(f"nc_keep{i + 1}", torch.stack(kept))
 
 
@@ -131,14 +131,14 @@ def _himap(report: Report, recorded: Recorded, case: dict[str, Any]) -> None:
         if i == 1:
             report.close("scores1_raw", entry.raw, atol=1e-7, rtol=1e-4)
         report.close(f"scores{i}", entry.score, atol=1e-7, rtol=1e-4)
-        report.same_set(f"keep{i}", entry.view.tokens.cell[entry.selection.keep])
+        report.same_set(f"keep{i}", entry.tokens.cell[entry.selection.keep])
         if f"topk{i}" in report:
             report.sorts(f"topk{i}", entry.score, 1e-6)
 
 
 def _tokencarve(report: Report, recorded: Recorded, case: dict[str, Any]) -> None:
     p, entry = case["params"], recorded.log[0]
-    memory, merge = entry.view.memory, entry.selection.merge
+    memory, merge = entry.details, entry.selection.merge
     report.close("av_raw", entry.raw, atol=1e-8, rtol=1e-4)
     report.close("av", entry.score, atol=1e-8, rtol=1e-4)
     report.close("sv", memory["contribution"], atol=1e-6, rtol=1e-3)
@@ -202,6 +202,6 @@ def _illava(report: Report, recorded: Recorded, case: dict[str, Any]) -> None:
     hidden, position = recorded.prefill.inputs[layer][0], recorded.prefill.positions[layer][0]
     report.close("hidden_k_in", hidden, atol=ATOL, rtol=RTOL)
     report.equal("pos", position)
-    start = int(entry.view.initial.position[0])
+    start = int(entry.view.initial.position[0, 0])
     place = int((entry.selection.keep == merge.target[0]).nonzero()) + start
     report.close("merged_value", hidden[place], atol=ATOL, rtol=RTOL)

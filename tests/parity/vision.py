@@ -40,8 +40,10 @@ def check_tower(folder: Folder, case: dict[str, Any], report: Report) -> None:
 
     official = "official" in case["name"]  # rounds merged tokens through float16
     report.close("hidden_out", hidden, atol=1e-2 if official else 1e-4)
-    report.close("score", torch.cat([score for score, _ in log]), atol=1e-8, rtol=2e-3 if official else 1e-4)
-    lowest = torch.stack([s.merge.source.flip(0) for _, s in log if s.merge is not None])
+    report.close(
+        "score", torch.cat([row for score, _ in log for row in score]), atol=1e-8, rtol=2e-3 if official else 1e-4
+    )
+    lowest = torch.stack([row.flip(0) for _, s in log if s.merge is not None for row in s.merge.source])
     report.equal("lowest", lowest)
     report.equal("kept_original", cut.kept)
     report.waive("pixel_values")

@@ -74,5 +74,5 @@ def test_the_clock_leaves_the_method_as_it_was():
     pruner = FastV(keep=4, layer=2)
     with clock_selection(pruner) as seconds, pruner(model, layout=layout_of(inputs)):
         model(**inputs)
-    assert len(seconds) == 2 and all(s > 0 for s in seconds)
+    assert len(seconds) == 1 and all(s > 0 for s in seconds)  # both rows at once
     assert "select" not in vars(pruner)

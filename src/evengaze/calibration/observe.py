@@ -172,9 +172,9 @@ def observe(
 
     def sink(number: int, view: View, score: Tensor) -> None:
         one = debias.get(chosen[number]) if isinstance(debias, Mapping) else debias
-        stats = done.layers.setdefault(chosen[number], LayerStats(view.tokens.images[0].grid))
+        stats = done.layers.setdefault(chosen[number], LayerStats(view.tokens.images[0][0].grid))
         budget = min(len(view), resolve_keep(plain.budget(0, len(view), view.original), view.original))
-        stats.add(done.samples + view.row, view.tokens, score, budget, target=target, debias=one)
+        stats.add(done.samples + view.rows[0], view.tokens.row(0), score, budget, target=target, debias=one)
 
     rest = iter(samples)
     for expected in done.digests:
@@ -243,7 +243,7 @@ def priors(model: nn.Module, inputs: Mapping[str, Any], method: Pruner, *, stren
     plain = method.replace(debias=None, mode="corrected")
 
     def sink(number: int, view: View, score: Tensor) -> None:
-        found[view.row] = Prior.of(score.detach().float().cpu(), strength)
+        found[view.rows[0]] = Prior.of(score.detach().float().cpu(), strength)
 
     with watching(model, plain, observed_layers(model, plain), sink) as forward:
         forward(inputs)

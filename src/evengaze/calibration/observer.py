@@ -23,7 +23,7 @@ class Observer(Pruner):
     Attributes:
         inner: the method; its first stage says whose attention is read.
         layers: 0-based layers whose attention is ranked by, ascending.
-        sink: called with the index into `layers`, the view and the raw scores (n,).
+        sink: called with the index into `layers`, a view of one row and its raw scores (n,).
     """
 
     inner: Pruner = field(kw_only=True)
@@ -41,23 +41,26 @@ class Observer(Pruner):
     def score(self, view: View) -> Tensor:
         """What the method's first stage would score here."""
         inside = replace(view, stage=0, sources=view.sources[:1])
-        inside.memory.pop("raw0", None)
         # `select` prepares what some methods need for scoring; one that keeps everything anyway does not score in it.
-        self.inner.select(inside)
-        if "raw0" not in inside.memory:
-            self.inner.ranked(inside)
-        return inside.memory["raw0"]  # type: ignore[no-any-return]
+        chosen = self.inner.select(inside)
+        if any(selection.raw is None for selection in chosen):
+            return self.inner.ranked(inside).raw
+        raw = torch.empty(len(view.rows), len(view), device=view.hidden.device)
+        for selection in chosen:
+            assert selection.raw is not None
+            raw[torch.tensor(selection.rows or range(len(view.rows)))] = selection.raw
+        return raw
 
     def budget(self, stage: int, current: int, original: int) -> int:
         """All."""
         return current
 
-    def select(self, view: View) -> Selection:
-        """Score, report, keep all."""
+    def select(self, view: View) -> Sequence[Selection]:
+        """Score, report row by row, keep all."""
         score = self.score(view)
-        self.sink(view.stage, view, score)
-        view.memory[f"raw{view.stage}"] = score
-        return Selection(keep=torch.arange(len(view), device=view.hidden.device))
+        for one, values in zip(view.split(), score, strict=True):
+            self.sink(view.stage, one, values)
+        return [replace(Selection.everything(view), raw=score)]
 
     def to_dict(self) -> dict[str, Any]:
         """The parameters as JSON-able values."""

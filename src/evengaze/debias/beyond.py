@@ -82,6 +82,7 @@ class SampleTrend:
     strength: float = 1.0
 
     family: ClassVar[str] = "sample"
+    by_sample: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.stretches, int) or isinstance(self.stretches, bool) or self.stretches < 2:
@@ -132,6 +133,7 @@ class Prior:
     strength: float = 1.0
 
     family: ClassVar[str] = "prior"
+    by_sample: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         values = numbers(self.family, self.values)
@@ -187,9 +189,9 @@ class SinkMask:
             raise ConfigError(f"ratio={self.ratio!r} must be a number above 1")
 
     def valid(self, features: Tensor) -> Tensor:
-        """(n,) bool, False for registers among candidates with hidden states `features` (n, d)."""
+        """(..., n) bool, False for registers among candidates with hidden states `features` (..., n, d)."""
         norm = features.float().norm(dim=-1)
-        usual: Tensor = norm <= self.ratio * norm.median()
+        usual: Tensor = norm <= self.ratio * norm.median(-1, keepdim=True).values
         return usual
 
     def to_dict(self) -> dict[str, Any]:

@@ -25,7 +25,10 @@ _CHECKED_POINTS = 513
 
 
 class Trend(Protocol):
-    """What `Debias` needs from a trend: weights for the tokens of one prompt, and a name and values for files."""
+    """What `Debias` needs from a trend: weights for the tokens of one prompt, and a name and values for files.
+
+    `by_sample` says whether the weights depend on the scores; a trend that does not say is taken for one of these.
+    """
 
     family: ClassVar[str]
 
@@ -43,6 +46,7 @@ class TrendCurve(ABC):
     """A positive function f on [0, 1], known up to a factor."""
 
     family: ClassVar[str]
+    by_sample: ClassVar[bool] = False
 
     @abstractmethod
     def f(self, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ No n x n map is ever made: only the asked rows are multiplied, in float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from evengaze.errors import AttachError
+from evengaze.layout import Rows
+from evengaze.protocol import Picked
 
 _ELEMENTS = 1 << 24
 """Scores held at once while rows are reduced; bounds the memory of methods with many query rows."""
@@ -34,6 +36,7 @@ class AttentionStates:
         window: sliding-window length, where the mask does not already say so.
         past: cached entries in front of query 0.
         causal: whether a missing mask means causal attention (False in vision towers).
+        batch: (B,) which of the call's rows these are, for masks that are functions of it; None: all, in order.
     """
 
     query: Tensor
@@ -45,83 +48,107 @@ class AttentionStates:
     window: int | None = None
     past: int = 0
     causal: bool = True
+    batch: Tensor | None = None
 
-    def rows(self, row: int, queries: Tensor) -> Tensor:
-        """Softmax rows of chosen queries of one batch row.
+    def select(self, rows: Rows) -> AttentionStates:
+        """The same of some rows."""
+        mask, batch = self.mask, self.batch
+        if isinstance(mask, BlockMask):
+            batch = torch.arange(len(self.query), device=self.query.device) if batch is None else batch
+            batch = batch[rows]
+        elif isinstance(mask, Tensor) and len(mask) == len(self.query):
+            mask = mask[rows]
+        return replace(self, query=self.query[rows], key=self.key[rows], mask=mask, batch=batch)
+
+    def rows(self, queries: Tensor) -> Tensor:
+        """Softmax rows of chosen queries.
 
         Args:
-            row: batch row.
-            queries: (r,) indices into the call's Q queries.
+            queries: (B, r) indices into the call's Q queries.
 
         Returns:
-            (H, r, K) float32 with K = past + Q.
+            (B, H, r, K) float32 with K = past + Q.
         """
-        return self._rows(row, queries.to(self.query.device), self._keys(row))
+        return self._rows(queries.to(self.query.device), self._keys())
 
-    def _keys(self, row: int) -> Tensor:
-        """(Hkv, K, D) float32 keys of one batch row."""
-        return self.key[row, :, : self.past + self.query.shape[2]].float()
-
-    def _rows(self, row: int, queries: Tensor, key: Tensor) -> Tensor:
-        heads, _, dim = self.query.shape[1:]
-        keys = key.shape[1]
-        query = self.query[row].index_select(1, queries).float()
-        # Grouped-query attention: the heads that share a key are further query rows of it.
-        logits = query.reshape(key.shape[0], -1, dim) @ key.transpose(1, 2)
-        logits = logits.reshape(heads, len(queries), keys) * self.scaling
-        if self.softcap:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        allowed = self._allowed(row, queries, keys)
-        if allowed is not None:
-            logits = logits.masked_fill(~allowed, float("-inf"))
-        if self.sinks is not None:
-            sink = self.sinks.float().reshape(-1, 1, 1).expand(heads, len(queries), 1)
-            return torch.softmax(torch.cat([logits, sink], -1), -1)[..., :-1]
-        return torch.softmax(logits, -1)
-
-    def received(self, row: int, queries: Tensor, columns: Tensor, reduce: Literal["mean", "sum"] = "mean") -> Tensor:
+    def received(self, queries: Picked, columns: Tensor, reduce: Literal["mean", "sum"] = "mean") -> Tensor:
         """Attention that chosen tokens receive from chosen queries, averaged over heads and reduced over queries.
 
         Args:
-            row: batch row.
-            queries: (r,) indices into the call's Q queries.
-            columns: (n,) indices of the receiving tokens among the call's Q tokens.
+            queries: (B, r) indices into the call's Q queries.
+            columns: (B, n) indices of the receiving tokens among the call's Q tokens.
             reduce: "mean" or "sum" over the queries.
 
         Returns:
-            (n,) float32. Memory is O(chunk x keys), never O(r x keys).
+            (B, n) float32. Memory is O(chunk x keys), never O(r x keys).
         """
-        heads, keys = self.query.shape[1], self.past + self.query.shape[2]
-        chunk = max(1, _ELEMENTS // (heads * keys))
-        device, key = self.query.device, self._keys(row)
-        queries, columns = queries.to(device), columns.to(device) + self.past
-        total = torch.zeros(len(columns), dtype=torch.float32, device=device)
-        for part in torch.split(queries, chunk):
-            total += self._rows(row, part, key).mean(0)[:, columns].sum(0)
-        return total / len(queries) if reduce == "mean" else total
+        batch, heads, device = *self.query.shape[:2], self.query.device
+        index, columns = queries.index.to(device), columns.to(device)
+        columns = columns + self.past if self.past else columns
+        real = None if queries.real is None else queries.real.to(device)
+        keys = self._keys()
+        chunk = max(1, _ELEMENTS // (batch * heads * keys.shape[2]))
+        parts = torch.split(index, chunk, 1)
+        flags = [None] * len(parts) if real is None else torch.split(real, chunk, 1)
+        total = sum(self._sums(part, flag, columns, keys) for part, flag in zip(parts, flags, strict=True))
+        assert isinstance(total, Tensor)
+        if reduce == "sum" or (real is None and index.shape[1] == 1):
+            return total
+        return total / (index.shape[1] if real is None else real.sum(1, keepdim=True))
 
-    def _allowed(self, row: int, queries: Tensor, keys: int) -> Tensor | None:
-        """(1 or H, r, keys) bool: which keys each query may see; None if it may see all."""
-        mask, device = self.mask, queries.device
+    def _sums(self, queries: Tensor, real: Tensor | None, columns: Tensor, keys: Tensor) -> Tensor:
+        """(B, n) what columns receive from some queries together, averaged over heads."""
+        seen = self._rows(queries, keys).mean(1)  # of a token that is no query of a row, the softmax may be empty
+        seen = seen.gather(2, columns[:, None].expand(-1, seen.shape[1], -1))
+        if real is not None:
+            seen = seen.masked_fill(~real[..., None], 0.0)
+        return seen[:, 0] if seen.shape[1] == 1 else seen.sum(1)
+
+    def _keys(self) -> Tensor:
+        """(B, Hkv, K, D) float32 keys."""
+        return self.key[:, :, : self.past + self.query.shape[2]].float()
+
+    def _rows(self, queries: Tensor, key: Tensor) -> Tensor:
+        """(B, H, r, K) softmax rows of (B, r) queries."""
+        batch, heads, _, dim = self.query.shape
+        count, keys = queries.shape[1], key.shape[2]
+        at = queries[:, None, :, None].expand(-1, heads, -1, dim)
+        # Grouped-query attention: the heads that share a key are further query rows of it.
+        query = self.query.gather(2, at).float().reshape(batch, key.shape[1], -1, dim)
+        logits = (query @ key.transpose(2, 3)).reshape(batch, heads, count, keys) * self.scaling
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        allowed = self._allowed(queries, keys)
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, float("-inf"))
+        if self.sinks is not None:
+            sink = self.sinks.float().reshape(1, -1, 1, 1).expand(batch, heads, count, 1)
+            return torch.softmax(torch.cat([logits, sink], -1), -1)[..., :-1]
+        return torch.softmax(logits, -1)
+
+    def _allowed(self, queries: Tensor, keys: int) -> Tensor | None:
+        """(B, 1 or H, r, keys) bool: which keys each query may see; None if it may see all."""
+        mask, device, batch = self.mask, queries.device, len(queries)
         columns = torch.arange(keys, device=device)
         if isinstance(mask, BlockMask):
-            index = torch.full((), row, device=device)
+            index = torch.arange(batch, device=device) if self.batch is None else self.batch.to(device)
             head = torch.zeros((), dtype=torch.long, device=device)
-            return mask.mask_mod(index, head, queries[:, None], columns[None])[None]
+            return mask.mask_mod(index[:, None, None], head, queries[:, :, None], columns)[:, None]
         if isinstance(mask, Tensor) and mask.dim() == 4:
-            part = mask[row if mask.shape[0] > 1 else 0, :, :, :keys].index_select(1, queries)
+            part = mask[:, :, :, :keys].expand(batch, -1, -1, -1)
+            at = queries[:, None, :, None].expand(-1, part.shape[1], -1, keys)
+            part = part.gather(2, at)
             return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
-        seen = torch.ones(len(queries), keys, dtype=torch.bool, device=device)
+        seen: Tensor | None = None
         if self.causal:
-            position = (queries + self.past)[:, None]
+            position = (queries + self.past)[:, :, None]
             seen = columns <= position
             if self.window is not None:
-                seen &= columns > position - self.window
+                seen = seen & (columns > position - self.window)
         if isinstance(mask, Tensor):
-            seen = seen & mask[row, :keys].bool()
-        elif not self.causal:
-            return None
-        return seen[None]
+            real = mask[:, None, :keys].bool()
+            seen = real if seen is None else seen & real
+        return None if seen is None else seen[:, None]
 
 
 def attention_module(layer: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from evengaze.engine.intercept import intercept
 from evengaze.models.base import EncoderCall, Placement
+from evengaze.protocol import Store
 
 Kind = Literal["image", "video"]
 
@@ -28,7 +29,7 @@ class Encoded:
     def __init__(self) -> None:
         self.calls: list[EncoderCall] = []
         self.placed: list[Placement] = []
-        self.notes: dict[str, Any] = {}
+        self.notes = Store()
         self.depth = 0
 
     def clear(self) -> None:

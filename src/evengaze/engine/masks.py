@@ -58,6 +58,12 @@ def real_tokens(mask: Any, states: Tensor, past: int) -> Tensor:
     return torch.ones(batch, length, dtype=torch.bool, device=states.device)
 
 
+def padded_rows(real: Tensor) -> Tensor | None:
+    """(B, L) bool on the host: which tokens are no padding; None if all are real. Waits for the device."""
+    read = real.cpu()
+    return None if bool(read.all()) else read
+
+
 def take_mask(mask: Any, rows: Tensor | None, columns: Tensor, real: Tensor | None) -> Any:
     """Cut an attention mask to the given queries and keys.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,13 +20,14 @@ from evengaze.engine.attention import AttentionStates
 from evengaze.engine.kept import Kept, Pictures, entries, missing
 from evengaze.engine.masks import take
 from evengaze.engine.rotary import Rotary
+from evengaze.engine.rows import Decision, Group, Text, cut, decided, groups, split
 from evengaze.errors import ConfigError
-from evengaze.layout import VisualLayout, VisualTokens
-from evengaze.protocol import Method, Selection, Source, Stage, View
-from evengaze.trace import RowTrace, StageTrace, Trace
+from evengaze.layout import VisualLayout
+from evengaze.protocol import Merge, Method, Pending, Selection, Shared, Source, Stage, Store, View, merge_states
+from evengaze.trace import Decided, RowTraces, StageTrace, Trace
 
-Selections = list[Selection | None]
-"""What a stage decided for each row; None for rows without visual tokens."""
+Selections = list[Decision]
+"""What a stage decided; rows without visual tokens are in none."""
 
 
 @dataclass
@@ -40,13 +41,15 @@ class Prefill:
         past: logical length of what the cache held before.
         implementation: the decoder's attention implementation.
         rotary: where survivors are renumbered; None where they keep their positions.
-        shared: the attachment's dictionary for methods.
+        shared: what methods keep for the attachment.
+        notes: what they noted while the call's pictures were encoded.
         replay: selections of an earlier call to repeat instead of asking the method.
         candidates: how many of the last tokens are a draft's, behind the prompt: they do not rank.
+        padded: `real` on the host; None if no row is padded.
         slots: (B, M) slot of each token of the current sequence; None while all are there.
         filled: (B, M) bool, False for fillers of rows that kept fewer tokens than others; None without fillers.
-        tables: surviving visual tokens of each row, with positions in the current sequence.
-        origins: for each of them, which token of the row's layout it is.
+        groups: what is left of the rows, by number of visual tokens.
+        pending: checks of scores that are still being computed.
         states: attention states for the next stage.
         sources: whose attention every stage so far reads.
         selections: what every stage so far decided.
@@ -61,14 +64,15 @@ class Prefill:
     past: int
     implementation: str
     rotary: Rotary | None = None
-    shared: dict[str, Any] = field(default_factory=dict)
+    shared: Shared = field(default_factory=Shared)
+    notes: Store = field(default_factory=Store)
     replay: list[Selections] | None = None
     candidates: int = 0
+    padded: Tensor | None = None
     slots: Tensor | None = None
     filled: Tensor | None = None
-    tables: list[VisualTokens] = field(default_factory=list)
-    origins: list[Tensor] = field(default_factory=list)
-    memory: list[dict[str, Any]] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    pending: list[Pending] = field(default_factory=list)
     states: AttentionStates | None = None
     sources: list[Source] = field(default_factory=list)
     selections: list[Selections] = field(default_factory=list)
@@ -81,25 +85,36 @@ class Prefill:
     _memo: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.tables = list(self.layout.rows)
-        self.origins = [torch.arange(len(t), device=t.position.device) for t in self.tables]
-        self.memory = [{} for _ in self.tables]
-        self.shared["layout"] = self.layout
+        visible = self.padded
+        if self.candidates:
+            ahead = torch.arange(self.length) < self.length - self.candidates
+            visible = ahead.expand(self.batch, -1) if visible is None else visible & ahead
+        self._text = Text(self.layout, visible, self.length)
 
     @property
     def length(self) -> int:
         """L."""
         return self.real.shape[1]
 
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.real.shape[0]
+
+    @property
+    def _moves(self) -> bool:
+        """Whether recycled tokens move behind the kept ones of their picture."""
+        return self.rotary is not None and self.rotary.renumbers
+
     def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """`slots`, spelt out if nothing has been dropped, and `filled`, on a device."""
         if self.slots is None:
-            return torch.arange(self.length, device=device).expand(len(self.tables), -1), None
+            return torch.arange(self.length, device=device).expand(self.batch, -1), None
         return self.slots.to(device), None if self.filled is None else self.filled.to(device)
 
     # -- a stage ------------------------------------------------------------------------------------------------------
     def prune(self, pruner: Method, number: int, stage: Stage, hidden: Tensor) -> Tensor:
-        """Ask the method, row by row, and cut the hidden states.
+        """Ask the method, and cut the hidden states.
 
         Args:
             pruner: the method.
@@ -111,40 +126,40 @@ class Prefill:
             (B, M', d).
         """
         self.sources.append(stage.attention)
+        device = hidden.device
+        if not self.groups:
+            self.groups = groups(self.layout, self.padded, self.length, device)
+        self.groups = [group.to(device) for group in self.groups]
         if self.replay is not None:
             chosen = self.replay[number]
-            self._move(hidden.device)
         else:
-            with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-                views = [self._view(b, number, hidden.detach()) for b in range(len(self.tables))]
-                chosen = [None if view is None else pruner.select(view) for view in views]
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                chosen = self._ask(pruner, number, hidden.detach())
         self.states = None
         self.selections.append(chosen)
-        self.merges |= any(s is not None and s.merge is not None for s in chosen)
-        rows = [self._trace(b, number, s) for b, s in enumerate(chosen)]
-        if not all(
-            s is None or (s.merge is None and len(s.keep) == len(t)) for s, t in zip(chosen, self.tables, strict=True)
-        ):
-            hidden = self._cut(stage, hidden, chosen)
-        places = zip(self.origins, self.tables, strict=True)
-        rows = [replace(r, tokens=o, place=t.position) for r, (o, t) in zip(rows, places, strict=True)]
-        self.stages.append(StageTrace(stage.layer, stage.attention, rows))
+        self.merges |= any(d.selection.merge is not None for d in chosen)
+        parts = list(split(self.groups, chosen))
+        self.groups = [group for group, _ in parts]
+        if not all(s is None or (s.merge is None and s.survivors == len(g.tokens)) for g, s in parts):
+            hidden = self._cut(stage, hidden, parts)
+        rows = [
+            Decided(group.rows, group.tokens, selection, after.tokens)
+            for (group, selection), after in zip(parts, self.groups, strict=True)
+            if selection is not None
+        ]
+        self.stages.append(StageTrace(stage.layer, stage.attention, RowTraces(self.batch, rows)))
         return hidden
 
-    def _cut(self, stage: Stage, hidden: Tensor, chosen: Selections) -> Tensor:
-        """(B, M', d) what is left of (B, M, d); tables, slots and caches follow."""
-        old, _ = self.on(hidden.device)
-        there = self._there(hidden.device)
-        orders = [None if s is None else self._order(b, s) for b, s in enumerate(chosen)]
-        plans = [_plan(there[b], self.tables[b], order) for b, order in enumerate(orders)]
-        padding = ~self.real.to(hidden.device).gather(1, old)
-        index, source, filled = _stack(plans, padding, front=bool(self.recurrent))
-        out = take(hidden, source, 1)
-        for b, selection in enumerate(chosen):
-            if selection is not None:
-                self._follow(b, selection, source[b], filled[b], hidden[b], out[b])
-        self.slots = old.gather(1, index)
-        self.filled = None if bool(filled.all()) else filled
+    def _cut(self, stage: Stage, hidden: Tensor, parts: Sequence[tuple[Group, Selection | None]]) -> Tensor:
+        """(B, M', d) what is left of (B, M, d); groups, slots and caches follow."""
+        plan = cut(parts, self.batch, moves=self._moves, front=bool(self.recurrent))
+        out = take(hidden, plan.source, 1)
+        for (before, _), after, left in zip(parts, plan.groups, plan.survivors, strict=True):
+            if left is not None and left[0].merge is not None:
+                out = _merged(hidden, out, before, after, left[0].merge, left[1])
+        self.groups = plan.groups
+        self.slots = plan.index if self.slots is None else self.slots.to(hidden.device).gather(1, plan.index)
+        self.filled = plan.filled
         if self.recurrent and self.past and self.filled is not None:
             raise ConfigError(
                 "rows that keep different numbers of tokens need fillers, which a recurrent layer would read into the "
@@ -157,64 +172,30 @@ class Prefill:
             self._trim_below(stage.layer, hidden.device)
         return out
 
-    def _move(self, device: torch.device) -> None:
-        self.tables = [t.to(device) for t in self.tables]
-        self.origins = [o.to(device) for o in self.origins]
-
-    def _view(self, b: int, number: int, hidden: Tensor) -> View | None:
-        if len(self.layout.rows[b]) == 0:
-            return None
-        self.tables[b], self.origins[b] = self.tables[b].to(hidden.device), self.origins[b].to(hidden.device)
-        slots, filled = self.on(hidden.device)
-        real = self.real[b].to(hidden.device)[slots[b]] & (slots[b] < self.length - self.candidates)
-        return View(
-            stage=number,
-            tokens=self.tables[b],
-            original=len(self.layout.rows[b]),
-            hidden=hidden[b],
-            embeddings=self.inputs[b].detach(),
-            initial=self.layout.rows[b],
-            real=real if filled is None else real & filled[b],
-            sources=tuple(self.sources),
-            memory=self.memory[b],
-            shared=self.shared,
-            states=self.states,
-            row=b,
-        )
-
-    def _follow(
-        self, b: int, selection: Selection, source: Tensor, filled: Tensor, hidden: Tensor, out: Tensor
-    ) -> None:
-        """Merge one row's states into `out` (M', d) and move its table to the new sequence."""
-        table = self.tables[b]
-        place = torch.full((len(hidden),), -1, dtype=torch.long, device=hidden.device)
-        place[source[filled]] = filled.nonzero().flatten()
-        merge = selection.merge
-        if merge is not None and len(merge.source):
-            parts = hidden[table.position[merge.source]].float() * merge.weight.float()[:, None]
-            target = place[table.position[merge.target]]
-            total = torch.zeros(out.shape, dtype=torch.float32, device=out.device).index_add_(0, target, parts)
-            touched = torch.unique(target)
-            out[touched] = total[touched].to(out.dtype)
-        chosen = self._order(b, selection)
-        moved = table.take(chosen)
-        self.tables[b] = replace(moved, position=place[moved.position])
-        self.origins[b] = self.origins[b][chosen]
-
-    def _order(self, b: int, selection: Selection) -> Tensor:
-        """Surviving candidates in the order in which they stand afterwards.
-
-        Recycled tokens stand behind the kept ones of their picture (text may follow it) if positions are renumbered;
-        else every token stays at its own.
-        """
-        if selection.recycled is None:
-            return selection.keep
-        chosen = torch.cat([selection.keep, selection.recycled.to(selection.keep.device)])
-        if self.rotary is None or not self.rotary.renumbers:
-            return chosen.sort().values
-        table = self.tables[b]
-        picture = table.image[chosen] * (int(table.frame.max()) + 1) + table.frame[chosen]
-        return chosen[torch.sort(picture, stable=True).indices]
+    def _ask(self, pruner: Method, number: int, hidden: Tensor) -> Selections:
+        chosen = []
+        for group in self.groups:
+            if not len(group.tokens):
+                continue
+            at = group.at(hidden.device)
+            view = View(
+                stage=number,
+                tokens=group.tokens,
+                original=group.original,
+                hidden=hidden[at],
+                embeddings=self.inputs.detach()[group.at(self.inputs.device)],
+                words=self._text.words(group, self.slots, hidden.shape[1]),
+                sources=tuple(self.sources),
+                rows=group.rows,
+                states=None if self.states is None else self.states.select(group.at(self.states.query.device)),
+                memory=group.memory,
+                layout=self.layout,
+                notes=self.notes,
+                shared=self.shared,
+            )
+            chosen += decided(group, pruner.select(view))
+        self.pending += [d.selection.pending for d in chosen if d.selection.pending is not None]
+        return chosen
 
     # -- what later layers receive ------------------------------------------------------------------------------------
     def arguments(
@@ -286,8 +267,8 @@ class Prefill:
 
     def _alive(self, device: torch.device) -> Tensor | None:
         """The (B, M) mask of a layer with a state: where it must read nothing; None if everything counts."""
-        there = self._there(device)
-        return None if bool(there.all()) else there
+        padding = self.padded is not None and (not self.groups or any(any(group.spare) for group in self.groups))
+        return self._there(device) if padding or self.filled is not None else None
 
     def restored(self, states: Tensor) -> Tensor:
         """(B, L, d) states at their places in the call, zeros where tokens were dropped, from those that are left."""
@@ -328,7 +309,7 @@ class Prefill:
 
     def _trim_below(self, stage: int, device: torch.device) -> None:
         """Take what has been dropped out of the caches of the layers below a stage, too."""
-        everything = torch.arange(self.past, self.past + self.length, device=device).expand(len(self.tables), -1)
+        everything = torch.arange(self.past, self.past + self.length, device=device).expand(self.batch, -1)
         for i in range(stage):
             cache = kv.layer_of(self.cache, i)
             if kv.is_sliding(cache) or not kv.stored(cache):
@@ -348,19 +329,6 @@ class Prefill:
             layers.trim(cache, index, kept, held.shape[1] - index.shape[1])
 
     # -- the record ---------------------------------------------------------------------------------------------------
-    def _trace(self, b: int, number: int, selection: Selection | None) -> RowTrace:
-        if selection is None:
-            return RowTrace.empty()
-        origin, memory = self.origins[b], self.memory[b]
-        return RowTrace(
-            candidates=origin,
-            kept=origin[selection.keep],
-            recycled=None if selection.recycled is None else origin[selection.recycled],
-            merge=selection.merge,
-            raw=memory.get(f"raw{number}"),
-            scores=memory.get(f"score{number}"),
-        )
-
     def trace(self, pruner: Method, layers: int) -> Trace:
         """What happened, once the call is over."""
         total = self.past + self.length
@@ -369,45 +337,27 @@ class Prefill:
         return Trace(pruner.to_dict(), self.layout, self.length, self.stages, self.entering, held, unpruned)
 
 
-def _plan(alive: Tensor, table: VisualTokens, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Which indices of the current sequence survive in a row, and which token moves into each of them."""
-    if chosen is None:
-        index = alive.nonzero().flatten()
-        return index, index
-    survivors = table.position[chosen]
-    alive = alive.clone()
-    alive[table.position] = False
-    alive[survivors] = True
-    index = alive.nonzero().flatten()
-    source = index.clone()
-    # Where recycled tokens move behind the kept ones, an index only orders tokens: any of the visual ones serves.
-    source[torch.isin(index, table.position)] = survivors
-    return index, source
+def _merged(hidden: Tensor, out: Tensor, before: Group, after: Group, merge: Merge, order: Tensor) -> Tensor:
+    """Write merged states over those of their targets in `out`, (B, M', d).
 
-
-def _stack(
-    plans: Sequence[tuple[Tensor, Tensor]], padding: Tensor, *, front: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Plans of unlike length as one (B, M) index and source, and which of them are no fillers.
-
-    Short rows are filled up with batch padding, which is masked anyway; then with dropped tokens, which must be. They
-    stand where they were, or in `front`: a recurrent layer's state decays at fillers, unless nothing is in it yet.
+    Args:
+        hidden: (B, M, d) the states before the stage.
+        out: the states after it.
+        before: the rows before.
+        after: the rows after.
+        merge: what is merged.
+        order: (rows, m) the survivors among the candidates.
     """
-    size = max(len(index) for index, _ in plans)
-    rows = []
-    for (index, source), padded in zip(plans, padding, strict=True):
-        free = torch.ones_like(padded)
-        free[index] = False
-        spare = torch.cat([(free & padded).nonzero().flatten(), (free & ~padded).nonzero().flatten()])
-        spare = spare[: size - len(index)]
-        filled = torch.cat([torch.ones_like(index, dtype=torch.bool), padded[spare]])
-        order = torch.cat([index, spare]).argsort()
-        if front:
-            order = torch.arange(size, device=index.device).roll(len(spare))
-        index, source = torch.cat([index, spare])[order], torch.cat([source, spare])[order]
-        rows.append((index, source, filled[order]))
-    index, source, filled = (torch.stack(column) for column in zip(*rows, strict=True))
-    return index, source, filled
+    if not merge.source.shape[1]:
+        return out
+    at = after.at(hidden.device)
+    place = torch.zeros_like(before.tokens.position).scatter_(1, order, after.tokens.position)
+    moved = Merge(before.tokens.position.gather(1, merge.source), place.gather(1, merge.target), merge.weight)
+    part = out[at]
+    merge_states(hidden[at], part, moved)
+    if not isinstance(at, slice):
+        out[at] = part
+    return out
 
 
 def _tree(value: Any, slots: Tensor | None, length: int, dim: int) -> Any:

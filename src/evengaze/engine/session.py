@@ -28,7 +28,7 @@ from evengaze.engine.decode import Steps
 from evengaze.engine.encoded import Encoded, watch
 from evengaze.engine.generation import Request, brings_pictures
 from evengaze.engine.intercept import Mark, before_forward, behind_forward, intercept, put
-from evengaze.engine.masks import real_tokens
+from evengaze.engine.masks import padded_rows, real_tokens
 from evengaze.engine.prefill import Prefill
 from evengaze.engine.rotary import Rotary, Served
 from evengaze.engine.tap import Taps, probe
@@ -37,7 +37,7 @@ from evengaze.layout import VisualLayout
 from evengaze.models import BareDecoder, adapter_for, find_decoder
 from evengaze.models.base import Adapter
 from evengaze.models.base import Call as Prompt
-from evengaze.protocol import Method, Stage
+from evengaze.protocol import Method, Shared, Stage, Store
 from evengaze.trace import Trace
 
 _MARK = "_evengaze_handle"
@@ -99,7 +99,7 @@ class Handle:
         self._plain = Steps(self._implementation, Rotary(self._served), remember=False)
         self._calls = Calls()
         self._warned = False
-        self._shared: dict[str, Any] = {}
+        self._shared = Shared(self._notes)
         self._undo: list[Callable[[], Any]] = []
         try:
             self._install()
@@ -157,7 +157,6 @@ class Handle:
             for undo in watch(base, self._encoded):
                 keep(undo)
             keep(self._adapter.prepare(self.model, self._surviving))
-        self._shared["notes"] = self._notes
         keep(self.pruner.prepare(self.model, self._adapter, self._shared))
 
     def _surviving(self) -> Tensor | None:
@@ -167,7 +166,7 @@ class Handle:
     def _encoded(self) -> Encoded:
         return self._calls.alive().encoded
 
-    def _notes(self) -> dict[str, Any]:
+    def _notes(self) -> Store:
         return self._encoded().notes
 
     # -- what a call consists of --------------------------------------------------------------------------------------
@@ -226,7 +225,7 @@ class Handle:
         ids, given = call.ids, call.mask if call.mask is not None else mask
         call.ids = call.mask = None
         encoded, placed = tuple(call.encoded.calls), tuple(call.encoded.placed)
-        notes = dict(call.encoded.notes)
+        notes = call.encoded.notes.copy()
         call.encoded.clear()
         length, past = states.shape[1], 0 if cache is None else int(cache.get_seq_length())
         real = real_tokens(given, states, past)
@@ -250,15 +249,17 @@ class Handle:
         if self._adapter is not None:
             reads = [s.attended for _, s in self._stages.values() if s.attended is not None]
             self._adapter.check_windows(self.model, reads, past + length)
-        rows = tuple(row.to(states.device) for row in layout.expand(states.shape[0]).rows)
+        rows = tuple(row.to("cpu") for row in layout.expand(states.shape[0]).rows)
         return Prefill(
             layout=VisualLayout(rows),
+            padded=None if given is None else padded_rows(real),
             real=real,
             inputs=states,
             past=past,
             implementation=self._implementation,
             rotary=call.rotary if self.pruner.positions == "renumbered" else None,
-            shared={**self._shared, **notes},
+            shared=self._shared,
+            notes=notes,
             replay=None if frozen is None else frozen.selections,
             candidates=call.candidates(length),
             recurrent=self._recurrent,

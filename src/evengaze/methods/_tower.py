@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,50 +19,75 @@ from evengaze.engine.attention import AttentionStates
 from evengaze.engine.intercept import before_forward, behind_forward
 from evengaze.engine.tap import Taps
 from evengaze.errors import ConfigError, LayoutError, UnsupportedModelError
-from evengaze.layout import VisualLayout
+from evengaze.layout import upload
 from evengaze.models.base import Adapter, VisionTower
-from evengaze.protocol import Selection, View
+from evengaze.protocol import Picked, Selection, Shared, Store, View, merge_states
 
 Choose = Callable[[Tensor], Selection]
-"""From the (n,) scores of one image's current patches to what becomes of them."""
+"""From the (images, n) scores of current patches to what becomes of them."""
+
+
+class _Seen:
+    """What the tower's calls for one prompt gave: (pictures, patches) values, and how many patches went on."""
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+        self.left = 0
 
 
 class Patches:
     """One value for every patch that the tower saw, from the tower's calls to the prefill that uses them.
 
     Args:
-        shared: the attachment's dictionary.
+        notes: gives the store of the running call.
     """
 
-    def __init__(self, shared: Mapping[str, Any]) -> None:
-        self._shared = shared
+    def __init__(self, notes: Callable[[], Store]) -> None:
+        self._notes = notes
 
-    def add(self, values: Tensor) -> None:
-        """Values of one call of the tower, (pictures, patches)."""
-        self._shared["notes"]().setdefault("tower", []).append(values)
+    def add(self, values: Tensor, left: int | None = None) -> None:
+        """Values of one call of the tower, (pictures, patches), and how many patches of each picture went on."""
+        notes = self._notes()
+        seen = notes.get(_Seen) or _Seen()
+        seen.values.append(values)
+        seen.left = values.shape[1] if left is None else left
+        notes.put(seen)
 
-    def of(self, view: View) -> Tensor:
-        """(n,) values of a row's candidates.
+    @staticmethod
+    def left(view: View) -> tuple[int, int]:
+        """How many of a picture's patches went on, and how many there were."""
+        seen = _seen(view)
+        return seen.left, seen.values[0].shape[1]
+
+    @staticmethod
+    def of(view: View) -> Tensor:
+        """(rows, n) values of the candidates.
 
         Raises:
-            LayoutError: the tower did not run for this prompt, or its patches are not the row's visual tokens.
+            LayoutError: the tower did not run for this prompt, or its patches are not the rows' visual tokens.
         """
-        layout: VisualLayout = view.shared["layout"]
-        calls: list[Tensor] = view.shared.get("tower", [])
-        if not calls:
-            raise LayoutError("the vision tower did not run for these images; pass pixels, not image embeddings")
-        values = torch.cat(calls).to(view.hidden.device)
+        values = torch.cat(_seen(view).values).to(view.hidden.device)
         # A picture is an image or a frame. With beams the rows are repeated, but each picture was encoded once.
-        pictures = [[i.frames for i in row.images] for row in layout.rows]
+        pictures = [[i.frames for i in row.images] for row in view.layout.rows]
         total = sum(map(sum, pictures))
         repeats, rest = divmod(total, len(values))
         if rest or repeats == 0:
             raise LayoutError(f"the vision tower encoded {len(values)} pictures, the prompts hold {total}")
-        before = sum(map(sum, pictures[::repeats][: view.row // repeats]))
-        starts = torch.tensor([before, *pictures[view.row]]).cumsum(0).to(values.device)
-        if any(i.cells != values.shape[1] for i in view.tokens.images):
+        if any(i.cells != values.shape[1] for images in view.tokens.images for i in images):
             raise LayoutError(f"the vision tower has {values.shape[1]} patches, an image of the prompt another number")
-        return values[starts[view.tokens.image] + view.tokens.frame, view.tokens.cell]
+        index = []
+        for row, table in zip(view.rows, view.tokens.start.tables, strict=True):
+            before = sum(map(sum, pictures[::repeats][: row // repeats]))
+            starts = torch.tensor([before, *pictures[row]]).cumsum(0)
+            index.append((starts[table.image] + table.frame) * values.shape[1] + table.cell)
+        return values.flatten()[view.tokens.of_start(upload(torch.stack(index), values.device))]
+
+
+def _seen(view: View) -> _Seen:
+    seen = view.notes.get(_Seen)
+    if seen is None:
+        raise LayoutError("the vision tower did not run for these images; pass pixels, not image embeddings")
+    return seen
 
 
 def towers(model: nn.Module, adapter: Adapter | None) -> list[VisionTower]:
@@ -79,21 +104,20 @@ def towers(model: nn.Module, adapter: Adapter | None) -> list[VisionTower]:
     return list({id(tower.module): tower for tower in found}.values())
 
 
-def watch(model: nn.Module, adapter: Adapter | None, shared: dict[str, Any]) -> Callable[[], None]:
+def watch(model: nn.Module, adapter: Adapter | None, shared: Shared) -> Callable[[], None]:
     """Note the attention that patches receive in the layer whose output becomes the features.
 
     From the class token where the tower has one, else the mean over all patches, as VisionZip does.
     """
-    patches = shared["patches"] = Patches(shared)
+    patches = Patches(shared.notes)
     taps = Taps()
 
     def arm(tower: VisionTower, layer: nn.Module, args: Any, kwargs: Any) -> None:
         def sink(states: AttentionStates) -> None:
             images, length = states.query.shape[0], states.query.shape[2]
-            index = torch.arange(length, device=states.query.device)
-            queries = index[: tower.special] if tower.special else index
-            rows = [states.received(b, queries, index[tower.special :]) for b in range(images)]
-            patches.add(torch.stack(rows))
+            index = torch.arange(length, device=states.query.device).expand(images, -1)
+            queries = index[:, : tower.special] if tower.special else index
+            patches.add(states.received(Picked(queries), index[:, tower.special :]))
 
         taps.on(layer).arm(sink)
 
@@ -106,10 +130,10 @@ def watch(model: nn.Module, adapter: Adapter | None, shared: dict[str, Any]) -> 
 
 
 def shorten(
-    model: nn.Module, adapter: Adapter | None, shared: dict[str, Any], layers: Sequence[int], choose: Choose
+    model: nn.Module, adapter: Adapter | None, shared: Shared, layers: Sequence[int], choose: Choose
 ) -> Callable[[], None]:
-    """Let patches leave in the given encoder layers; `shared["patches"]` says which survived (1) or not (0)."""
-    patches = shared["patches"] = Patches(shared)
+    """Let patches leave in the given encoder layers; `Patches.of` says which survived (1) or not (0)."""
+    patches = Patches(shared.notes)
     cuts = [TowerCut(tower, layers, choose) for tower in towers(model, adapter)]
     return functools.partial(_undo, [undo for cut in cuts for undo in [*cut.install(), *cut.restore(patches)]])
 
@@ -162,7 +186,7 @@ class TowerCut:
                 elif isinstance(value, tuple):
                     out[name] = tuple(self._spread(v) for v in value)
             survived = torch.zeros(len(kept), now.full - self.tower.special, device=kept.device)
-            patches.add(survived.scatter(1, kept, 1.0))
+            patches.add(survived.scatter(1, kept, 1.0), kept.shape[1])
             now.begin()
             return out
 
@@ -176,18 +200,11 @@ class TowerCut:
         stream, states = args[0], self._now.states
         assert states is not None
         special = self.tower.special
-        queries = torch.arange(stream.shape[1], device=stream.device)
-        keeps = []
-        for b in range(len(stream)):
-            selection = self.choose(states.received(b, queries, queries[special:]))
-            merge = selection.merge
-            if merge is not None:
-                parts = stream[b, merge.source + special].float() * merge.weight.float()[:, None]
-                total = torch.zeros(stream.shape[1:], device=stream.device).index_add_(0, merge.target + special, parts)
-                touched = merge.target.unique() + special  # type: ignore[no-untyped-call]
-                stream[b, touched] = total[touched].to(stream.dtype)
-            keeps.append(selection.keep)
-        self._now.keep, self._now.states = torch.stack(keeps), None
+        index = torch.arange(stream.shape[1], device=stream.device).expand(len(stream), -1)
+        selection = self.choose(states.received(Picked(index), index[:, special:]))
+        if selection.merge is not None:
+            merge_states(stream, stream, selection.merge, special)
+        self._now.keep, self._now.states = selection.keep, None
 
     def _take(self, layer: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         hidden: Tensor = out[0] if isinstance(out, tuple) else out

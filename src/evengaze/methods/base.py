@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_args
 
-import torch
 from torch import Tensor, nn
 
 from evengaze.debias import Debias
@@ -18,10 +17,23 @@ from evengaze.engine.session import Handle
 from evengaze.errors import ConfigError, ScoreError
 from evengaze.layout import VisualLayout
 from evengaze.methods.fitting import fitted_changes
+from evengaze.methods.ranking import Allowed, Ranking, Unpadded, content, debiased, every
 from evengaze.methods.scope import select_parts
 from evengaze.models.base import Adapter, architecture_of
 from evengaze.parameters import coerce
-from evengaze.protocol import SOURCES, Mode, Positions, Scope, Selection, Source, Stage, View, top_allowed
+from evengaze.protocol import (
+    SOURCES,
+    Mode,
+    Pending,
+    Positions,
+    Scope,
+    Selection,
+    Shared,
+    Source,
+    Stage,
+    View,
+    top_allowed,
+)
 from evengaze.schedule import Schedule, Visual
 
 _DEBIAS = "a Debias, 'padding', a preset's name, a curve file that ends in .json, or None"
@@ -51,6 +63,8 @@ class Pruner(ABC):
 
     name: ClassVar[str]
     positions: ClassVar[Positions] = "original"
+    counts_rest: ClassVar[bool] = False
+    """Whether what `choose` does depends on how many candidates may be chosen, not only on how many are kept."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -82,7 +96,7 @@ class Pruner(ABC):
 
     @abstractmethod
     def score(self, view: View) -> Tensor:
-        """(n,) scores of the candidates; larger means keep."""
+        """(rows, n) scores of the candidates; larger means keep."""
 
     @abstractmethod
     def budget(self, stage: int, current: int, original: int) -> int:
@@ -117,15 +131,15 @@ class Pruner(ABC):
         """The decoder layer by whose attention from text tokens are first ranked, of `layers`; None if by none."""
         return next((stage.attended for stage in self.ranked_stages(layers)), None)
 
-    def prepare(self, model: nn.Module, adapter: Adapter | None, shared: dict[str, Any]) -> Callable[[], None]:
+    def prepare(self, model: nn.Module, adapter: Adapter | None, shared: Shared) -> Callable[[], None]:
         """Called when the pruner is attached. A method that acts outside the decoder (in a vision tower) hooks it here.
 
         Args:
             model: the model.
             adapter: its family's adapter; None if the caller gave an explicit layout.
-            shared: lives as long as the attachment, and is the same for the calls of all threads; `View.shared` is a
-                copy for the call. `shared["notes"]()` is the dictionary of the running call: what encoder hooks put
-                into it is in the `View.shared` of the prefill that uses the pictures.
+            shared: lives as long as the attachment, and is the same for the calls of all threads; it is `View.shared`.
+                `shared.notes()` is the store of the running call: what encoder hooks put into it is in the `View.notes`
+                of the prefill that uses the pictures.
 
         Returns:
             A function that undoes it.
@@ -133,54 +147,82 @@ class Pruner(ABC):
         return lambda: None
 
     # -- the shared way from scores to a selection ------------------------------------------------------------------
-    def select(self, view: View) -> Selection:
-        """What the engine calls: a selection for the row, or one for each part of it that has its own budget."""
+    def select(self, view: View) -> Sequence[Selection]:
+        """What the engine calls: selections for the rows, or for each part of them that has its own budget."""
         if self.scope == "prompt":
             return self._select(view)
         return select_parts(view, self.scope, self._select)
 
-    def _select(self, view: View) -> Selection:
+    def _select(self, view: View) -> Sequence[Selection]:
         """All candidates if the budget allows it (the dense model, padding included), else what `choose` says."""
         count = self.budget(view.stage, len(view), view.original)
         if count >= len(view) and self.mode == "corrected":
-            return Selection(keep=torch.arange(len(view), device=view.hidden.device))
-        return self.choose(view, count)
+            return [Selection.everything(view)]
+        ranking = self.ranked(view)
+        alike: dict[tuple[int, int], list[int]] = {}
+        for b, (kept, valid) in enumerate(zip(self.kept(view, ranking, count), ranking.valid, strict=True)):
+            alike.setdefault((kept, valid if self.counts_rest else 0), []).append(b)
+        return [self._chosen(view, ranking, rows, kept) for (kept, _), rows in alike.items()]
 
-    def choose(self, view: View, count: int) -> Selection:
-        """Keep the best `count` candidates by debiased score."""
-        score, allowed = self.ranked(view)
-        return Selection(keep=top_allowed(score, allowed, count))
+    def _chosen(self, view: View, ranking: Ranking, rows: list[int], count: int) -> Selection:
+        ranking = ranking.select(rows)
+        chosen = self.choose(view.select(rows), ranking, count)
+        return replace(chosen, raw=ranking.raw, scores=ranking.score, rows=tuple(rows), pending=ranking.pending)
 
-    def ranked(self, view: View) -> tuple[Tensor, Tensor]:
-        """Scores after debiasing, and which candidates may be chosen at all.
+    def kept(self, view: View, ranking: Ranking, count: int) -> Sequence[int]:
+        """How many tokens each row keeps: `count`, or all that may be kept if these are fewer."""
+        return [min(count, valid) for valid in ranking.valid]
 
-        Returns:
-            (n,) float32 scores and (n,) bool; where padding may not be kept it is False there.
+    def choose(self, view: View, ranking: Ranking, count: int) -> Selection:
+        """Keep the best `count` candidates by debiased score.
+
+        Args:
+            view: rows that keep the same number of tokens (and may choose among the same number, if `counts_rest`).
+            ranking: of their candidates.
+            count: how many to keep, at most as many as may be chosen.
         """
+        return Selection(keep=top_allowed(ranking.score, ranking.allowed, count))
+
+    def ranked(self, view: View) -> Ranking:
+        """Scores after debiasing, and which candidates may be chosen at all."""
         raw = self.score(view).float()
-        if raw.shape != (len(view),):
-            raise ScoreError(f"{self.name} scored {tuple(raw.shape)} for {len(view)} visual tokens")
-        if bool(raw.isnan().any()):
+        if raw.shape != (len(view.rows), len(view)):
             raise ScoreError(
-                f"{self.name} produced NaN scores at stage {view.stage}. The model's hidden states are probably not "
-                "finite: try bfloat16 or float32 instead of float16, or check the inputs."
+                f"{self.name} scored {tuple(raw.shape)} for {len(view)} visual tokens in {len(view.rows)} rows"
             )
-        view.memory[f"raw{view.stage}"] = raw
-        score, allowed = raw, torch.ones_like(raw, dtype=torch.bool)
+        pending = self._look_for_nan(raw, view.stage)
+        score, (allowed, valid) = raw, every(view)
         *before, now = self.by_text(view.sources)
         earlier = sum(before)
         debias = self.debiasing
         if debias is not None and now and debias.applies(earlier):
-            score, allowed = self.debiased(debias, raw, view)
+            score, (allowed, valid) = self.debiased(debias, raw, view)
         elif debias is not None and self.mode == "corrected" and earlier:
-            allowed = debias.valid(view.tokens).to(raw.device)  # padding stays out of later rankings, too
-        view.memory[f"score{view.stage}"] = score
-        return score, allowed
+            allowed, valid = content(debias, view, official=False)  # padding stays out of later rankings, too
+        if debias is not None and self.mode == "corrected" and (now or earlier):
+            view.memory.put(Unpadded())
+        return Ranking(raw, score, allowed, valid, pending)
 
-    def debiased(self, debias: Debias, score: Tensor, view: View) -> tuple[Tensor, Tensor]:
+    def _look_for_nan(self, raw: Tensor, stage: int) -> Pending | None:
+        if not raw.numel():
+            return None
+
+        def complain(largest: float) -> None:
+            if largest != largest:
+                raise ScoreError(
+                    f"{self.name} produced NaN scores at stage {stage}. The model's hidden states are probably not "
+                    "finite: try bfloat16 or float32 instead of float16, or check the inputs."
+                )
+
+        pending = Pending(raw.amax(), complain)  # NaN if any score is
+        if raw.device.type == "cpu":
+            pending.check()
+            return None
+        return pending
+
+    def debiased(self, debias: Debias, raw: Tensor, view: View) -> tuple[Tensor, Allowed]:
         """Apply the debiasing steps; a method overrides this only where its official patch computes them otherwise."""
-        features = view.features if debias.sinks is not None else None
-        return debias(score, view.tokens, official=self.mode == "official", features=features)
+        return debiased(debias, raw, view, official=self.mode == "official")
 
     # -- use ----------------------------------------------------------------------------------------------------
     def __call__(self, model: nn.Module, *, layout: VisualLayout | None = None) -> Handle:

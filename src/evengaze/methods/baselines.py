@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from evengaze.layout import VisualTokens, precise
+from evengaze.layout import VisualTokens, precise, upload
 from evengaze.methods.base import Pruner
 from evengaze.methods.registry import register
 from evengaze.methods.stages import Grouping, OneStage
@@ -30,7 +30,7 @@ class Dense(Pruner):
 
     def score(self, view: View) -> Tensor:
         """All equal."""
-        return torch.zeros(len(view), device=view.hidden.device)
+        return torch.zeros(len(view.rows), len(view), device=view.hidden.device)
 
     def budget(self, stage: int, current: int, original: int) -> int:
         """All."""
@@ -55,12 +55,27 @@ class Random(OneStage):
 
     def score(self, view: View) -> Tensor:
         """Uniform noise, seeded by `seed` and by the embeddings of the question (table look-ups, hence exact)."""
-        question = view.question.float().cpu().contiguous().numpy().tobytes()
-        generator = torch.Generator().manual_seed(zlib.crc32(question, self.seed & 0xFFFFFFFF))
-        noise = torch.rand(len(view.initial), generator=generator).to(view.hidden.device)
+        noise = torch.stack([self._draw(row, len(view.initial)) for row in self._questions(view)])
+        drawn = upload(noise, view.hidden.device)
+        if view.whole is None:
+            return view.tokens.of_start(drawn)
         # Where pictures have budgets of their own, each has its own part of the draw.
-        place = torch.searchsorted(view.initial.position.to(noise.device), view.tokens.position)
-        return noise[place]
+        here = view.tokens.of_start(view.tokens.start.column("position"))
+        return drawn.gather(1, torch.searchsorted(view.initial.position, here.contiguous()))
+
+    def _draw(self, question: Tensor, count: int) -> Tensor:
+        values = question.contiguous().numpy().tobytes()
+        generator = torch.Generator().manual_seed(zlib.crc32(values, self.seed & 0xFFFFFFFF))
+        return torch.rand(count, generator=generator)
+
+    @staticmethod
+    def _questions(view: View) -> list[Tensor]:
+        """(t, d) embeddings of each row's question, on the host: one copy for all rows."""
+        states, real = view.question.float(), view.text.real
+        if real is None:
+            return list(states.cpu())
+        whole = torch.cat([states, real[..., None].to(states)], 2).cpu()
+        return [row[row[:, -1] > 0, :-1] for row in whole]
 
 
 @register
@@ -78,8 +93,12 @@ class Uniform(OneStage):
 
     def score(self, view: View) -> Tensor:
         """1 for the lattice, 0 for the rest."""
-        _, middle = lattice(view.tokens, self.budget(view.stage, len(view), view.original))
-        return torch.zeros(len(view), device=view.hidden.device).index_fill(0, middle, 1.0)
+        count = self.budget(view.stage, len(view), view.original)
+
+        def chosen(table: VisualTokens) -> Tensor:
+            return torch.zeros(len(table)).index_fill(0, lattice(table, count)[1], 1.0)
+
+        return upload(_by_table(view, chosen), view.hidden.device)
 
 
 @register
@@ -89,12 +108,45 @@ class Pool(Grouping):
 
     name: ClassVar[str] = "pool"
 
-    def choose(self, view: View, count: int) -> Selection:
-        """The mean of each cell, at the cell's middle."""
-        group, middle = lattice(view.tokens, count)
+    def group(self, view: View, count: int) -> Sequence[Selection]:
+        """The mean of each cell, at the cell's middle. Pictures that get no cell leave rows of other lengths."""
+        plans = [self._plan(table, count) for table in _distinct(view)]
+        if len(plans) == 1:
+            plans *= len(view.rows)
+        alike: dict[int, list[int]] = {}
+        for b, (_, merge) in enumerate(plans):
+            alike.setdefault(len(merge.source), []).append(b)
+        return [self._stacked([plans[b] for b in rows], rows, view.hidden.device) for rows in alike.values()]
+
+    @staticmethod
+    def _plan(table: VisualTokens, count: int) -> tuple[Tensor, Merge]:
+        """The cells' middles and what is merged into them, on the host."""
+        group, middle = lattice(table, count)
         source = (group >= 0).nonzero().flatten()
         size = torch.bincount(group[source])
-        return Selection(middle.sort().values, Merge(source, middle[group[source]], 1 / size[group[source]]))
+        return middle.sort().values, Merge(source, middle[group[source]], 1 / size[group[source]])
+
+    @staticmethod
+    def _stacked(plans: Sequence[tuple[Tensor, Merge]], rows: Sequence[int], device: torch.device) -> Selection:
+        def stack(values: Sequence[Tensor]) -> Tensor:
+            return upload(torch.stack(list(values)), device)
+
+        merge = Merge(*(stack([getattr(m, name) for _, m in plans]) for name in ("source", "target", "weight")))
+        return Selection(stack([keep for keep, _ in plans]), merge, rows=tuple(rows))
+
+
+def _distinct(view: View) -> list[VisualTokens]:
+    """The candidates' tables on the host: one for each row, or a single one if all are alike."""
+    tables = view.tokens.tables
+    if tables is None:  # which tokens are left only the device knows
+        return [view.tokens.row(b).to("cpu") for b in range(len(view.rows))]
+    return [tables[0]] if view.tokens.start.alike else list(tables)
+
+
+def _by_table(view: View, values: Callable[[VisualTokens], Tensor]) -> Tensor:
+    """(rows, n) on the host: what a function says of each row's candidates."""
+    found = [values(table) for table in _distinct(view)]
+    return found[0].expand(len(view.rows), -1) if len(found) == 1 else torch.stack(found)
 
 
 def lattice(tokens: VisualTokens, count: int) -> tuple[Tensor, Tensor]:

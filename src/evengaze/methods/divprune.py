@@ -6,6 +6,7 @@ the max-min diversity problem, solved greedily. Written from the paper's formula
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,9 +16,11 @@ from torch.nn.functional import normalize
 
 from evengaze.methods.registry import register
 from evengaze.methods.stages import OneStage
-from evengaze.protocol import Source, View
+from evengaze.protocol import Source, View, take_states
 
 _CHUNK = 256
+_MATRIX = 1 << 24
+"""Distances held at once: beyond that they are computed anew for each pick, as n x n is too much for videos."""
 
 
 @register
@@ -40,21 +43,59 @@ class DivPrune(OneStage):
     def score(self, view: View) -> Tensor:
         """Picked tokens by order of picking, the first highest; 0 for the others."""
         count = min(len(view), self.budget(view.stage, len(view), view.original))
-        unit = normalize(view.features.float(), dim=-1)
-        nearest = torch.cat([_nearest(unit, start) for start in range(0, len(unit), _CHUNK)])
-        score = torch.zeros(len(unit), device=unit.device)
-        for place in range(count):
-            pick = nearest.argmax()
-            score[pick] = count - place
-            distance = 1 - unit @ unit[pick]
-            nearest = distance if place == 0 else torch.minimum(nearest, distance)
-            nearest = nearest.masked_fill(score > 0, float("-inf"))
-        return score
+        picks = farthest(normalize(view.features.float(), dim=-1), count)
+        rank = torch.arange(count, 0, -1, dtype=torch.float32, device=picks.device).expand_as(picks)
+        return torch.zeros(len(picks), len(view), device=picks.device).scatter_(1, picks, rank)
+
+
+def farthest(unit: Tensor, count: int) -> Tensor:
+    """The greedy max-min choice: `count` of n unit vectors in each row, in the order in which they are picked.
+
+    A pick takes three operations on (rows, n), whatever the width: what was picked is at distance minus infinity.
+
+    Args:
+        unit: (rows, n, d).
+        count: at least 1.
+
+    Returns:
+        (rows, count) indices.
+    """
+    rows, n, _ = unit.shape
+    if rows * n * n <= _MATRIX:
+        distance = 1 - unit @ unit.transpose(1, 2)
+        diagonal = distance.diagonal(dim1=1, dim2=2)
+        nearest = _nearest_other(distance, diagonal)
+        diagonal.fill_(float("-inf"))
+        base = (torch.arange(rows, device=unit.device) * n)[:, None]
+        flat = distance.view(rows * n, n)
+        return _greedy(nearest, count, lambda pick: flat[(base + pick)[:, 0]])
+    nearest = torch.cat([_nearest(unit, start) for start in range(0, n, _CHUNK)], 1)
+
+    def away(pick: Tensor) -> Tensor:
+        one = take_states(unit, pick)
+        return (1 - (unit @ one.transpose(1, 2))[..., 0]).scatter_(1, pick, float("-inf"))
+
+    return _greedy(nearest, count, away)
+
+
+def _greedy(nearest: Tensor, count: int, away: Callable[[Tensor], Tensor]) -> Tensor:
+    picks = [nearest.argmax(1, keepdim=True)]
+    nearest = away(picks[0])
+    for _ in range(count - 1):
+        pick = nearest.argmax(1, keepdim=True)
+        picks.append(pick)
+        nearest = torch.minimum(nearest, away(pick))
+    return torch.cat(picks, 1)
+
+
+def _nearest_other(distance: Tensor, diagonal: Tensor) -> Tensor:
+    diagonal.fill_(float("inf"))
+    return distance.amin(2)
 
 
 def _nearest(unit: Tensor, start: int) -> Tensor:
-    """Distance of each token of a chunk to its nearest other token; in chunks, as n x n is too much for videos."""
-    distance = 1 - unit[start : start + _CHUNK] @ unit.T
-    index = torch.arange(len(distance), device=unit.device)
-    distance[index, index + start] = float("inf")
-    return distance.min(-1).values
+    """(rows, chunk) distance of each token of a chunk to its nearest other token."""
+    distance = 1 - unit[:, start : start + _CHUNK] @ unit.transpose(1, 2)
+    index = torch.arange(distance.shape[1], device=unit.device)
+    distance[:, index, index + start] = float("inf")
+    return distance.amin(2)

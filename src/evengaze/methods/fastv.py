@@ -6,14 +6,16 @@ Paper: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2" (arXiv 2403.067
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from evengaze.methods.ranking import Ranking, content
 from evengaze.methods.registry import register
 from evengaze.methods.stages import OneStage
-from evengaze.protocol import Selection, View
+from evengaze.protocol import View
 
 
 @register
@@ -36,8 +38,8 @@ class FastV(OneStage):
         """Attention from the last prompt token."""
         return view.attention(view.last)
 
-    def choose(self, view: View, count: int) -> Selection:
+    def kept(self, view: View, ranking: Ranking, count: int) -> Sequence[int]:
         """The best `count`; the official code lowers it to the number of unpadded tokens, even to 0."""
         if self.mode == "official" and self.debiasing is not None:
-            count = min(count, int(self.debiasing.valid(view.tokens, official=True).sum()))
-        return super().choose(view, count)
+            return [min(count, shown) for shown in content(self.debiasing, view, official=True)[1]]
+        return super().kept(view, ranking, count)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evengaze.errors import ConfigError
 from evengaze.protocol import Stage
 
-if TYPE_CHECKING:
-    from evengaze.methods.base import Pruner
 
-
-def fitted_changes(method: Pruner, depth: int, able: Sequence[int]) -> dict[str, Any]:
+def fitted_changes(method: Any, depth: int, able: Sequence[int]) -> dict[str, Any]:
     """What to `replace` in a method whose stage layers are its defaults, so that it ranks where the decoder attends.
 
     Args:
@@ -42,7 +39,7 @@ def fitted_changes(method: Pruner, depth: int, able: Sequence[int]) -> dict[str,
     return {"layers": tuple(layer - ahead for layer in moved)}
 
 
-def _defaulted(method: Pruner) -> str | None:
+def _defaulted(method: Any) -> str | None:
     """The parameter that holds a method's stage layers, if nobody gave them."""
     for field in fields(method):
         if field.name == "layers" and getattr(method, "layers", ()) is None:
@@ -52,7 +49,7 @@ def _defaulted(method: Pruner) -> str | None:
     return None
 
 
-def _moved(method: Pruner, stages: Sequence[Stage], depth: int, able: Sequence[int]) -> list[int]:
+def _moved(method: Any, stages: Sequence[Stage], depth: int, able: Sequence[int]) -> list[int]:
     """The nearest layers, in ascending order, at which the stages can rank."""
     moved: list[int] = []
     for stage in stages:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from evengaze.methods.ranking import Allowed, content, every, weights
 from evengaze.methods.registry import register
 from evengaze.methods.stages import ManyStages
 from evengaze.protocol import View
@@ -50,10 +51,11 @@ class HiMAP(ManyStages):
         """Attention from the text, later from the visual tokens that are left."""
         return view.attention(view.text if view.stage == 0 else view.tokens.position, "sum")
 
-    def debiased(self, debias: Debias, score: Tensor, view: View) -> tuple[Tensor, Tensor]:
+    def debiased(self, debias: Debias, raw: Tensor, view: View) -> tuple[Tensor, Allowed]:
         """The official patch stores the trend's weights in float16, whatever the model computes in."""
         if self.mode == "corrected":
-            return super().debiased(debias, score, view)
-        valid = debias.valid(view.tokens, official=True).to(score.device)
-        weight = debias.weight(view.tokens, score).to(score.device, torch.float16)
-        return score * valid * weight, torch.ones_like(valid)
+            return super().debiased(debias, raw, view)
+        shown, _ = content(debias, view, official=True)
+        weight = weights(debias, view, raw, torch.float16)
+        score = raw if shown is None else raw * shown
+        return score if weight is None else score * weight, every(view)

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from evengaze.errors import ConfigError
 from evengaze.layout import precise
-from evengaze.methods._tower import shorten
+from evengaze.methods._tower import Patches, shorten
+from evengaze.methods.ranking import Ranking
 from evengaze.methods.registry import register
 from evengaze.methods.stages import OneStage, check_layers
-from evengaze.protocol import Merge, Selection, Stage, View, resolve_keep
+from evengaze.protocol import Merge, Selection, Shared, Stage, View, resolve_keep, top
 
 if TYPE_CHECKING:
     from evengaze.models.base import Adapter
@@ -50,6 +51,7 @@ class ILLaVA(OneStage):
     vision_drop: float = 0.15
 
     name: ClassVar[str] = "illava"
+    counts_rest: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,7 +66,7 @@ class ILLaVA(OneStage):
         tower = [Stage(0, None)] if self.vision_layers else []
         return [*tower, *super().stages(layers)]
 
-    def prepare(self, model: nn.Module, adapter: Adapter | None, shared: dict[str, Any]) -> Callable[[], None]:
+    def prepare(self, model: nn.Module, adapter: Adapter | None, shared: Shared) -> Callable[[], None]:
         """Shorten the vision tower, if asked to."""
         if not self.vision_layers:
             return super().prepare(model, adapter, shared)
@@ -73,8 +75,7 @@ class ILLaVA(OneStage):
     def score(self, view: View) -> Tensor:
         """Attention from the last prompt token; 1 for the tower's survivors."""
         if self._in_tower(view.stage):
-            survived: Tensor = view.shared["patches"].of(view)
-            return survived
+            return Patches.of(view)
         return view.attention(view.last)
 
     def budget(self, stage: int, current: int, original: int) -> int:
@@ -91,17 +92,19 @@ class ILLaVA(OneStage):
             return max(1, current - round(current * (1 - self.keep)))
         return resolve_keep(self.keep, current)
 
-    def choose(self, view: View, count: int) -> Selection:
+    def _select(self, view: View) -> Sequence[Selection]:
+        if not self._in_tower(view.stage):
+            return super()._select(view)
+        left, full = Patches.left(view)
+        return [Selection(top(Patches.of(view), len(view) * left // full))]
+
+    def choose(self, view: View, ranking: Ranking, count: int) -> Selection:
         """Keep the best and recycle the rest; padding is neither kept nor recycled."""
-        if self._in_tower(view.stage):
-            return Selection(self.score(view).nonzero().flatten())
-        score, allowed = self.ranked(view)
-        return recycle(score, allowed, count)
+        return recycle(ranking.masked, count, ranking.valid[0])
 
     def recycle_patches(self, score: Tensor) -> Selection:
-        """What becomes of one image's patches in one of `vision_layers`."""
-        count = len(score) - self._patches_dropped(len(score))
-        return recycle(score, torch.ones_like(score, dtype=torch.bool), count)
+        """What becomes of (images, n) patches in one of `vision_layers`."""
+        return recycle(score, score.shape[1] - self._patches_dropped(score.shape[1]), score.shape[1])
 
     def _patches_dropped(self, current: int) -> int:
         drop = round(self.vision_drop * current) if self.vision_drop < 1 else int(self.vision_drop)
@@ -111,13 +114,18 @@ class ILLaVA(OneStage):
         return bool(self.vision_layers) and stage == 0
 
 
-def recycle(score: Tensor, allowed: Tensor, count: int) -> Selection:
-    """Keep the `count` best allowed candidates; the last becomes the rank-weighted mean of itself and the rest."""
-    order = torch.sort(score.masked_fill(~allowed, float("-inf")), descending=True, stable=True).indices
-    order = order[: int(allowed.sum())]
-    keep, merged = order[:count], order[count - 1 :]
-    if len(merged) < 2:
-        return Selection(keep.sort().values)
-    weight = torch.arange(1, len(merged) + 1, dtype=precise(score.device), device=score.device)
-    merge = Merge(merged, merged[:1].expand(len(merged)), weight / weight.sum())
-    return Selection(keep.sort().values, merge)
+def recycle(score: Tensor, count: int, allowed: int) -> Selection:
+    """Keep the `count` best of each row; the last becomes the rank-weighted mean of itself and the rest.
+
+    Args:
+        score: (rows, n), minus infinity for candidates that take no part.
+        count: how many to keep.
+        allowed: how many take part.
+    """
+    order = torch.sort(score, dim=1, descending=True, stable=True).indices[:, :allowed]
+    keep = order[:, :count].sort(1).values
+    merged = order[:, max(0, count - 1) :]
+    if merged.shape[1] < 2:
+        return Selection(keep)
+    weight = torch.arange(1, merged.shape[1] + 1, dtype=precise(score.device), device=score.device)
+    return Selection(keep, Merge(merged, merged[:, :1].expand_as(merged), (weight / weight.sum()).expand_as(merged)))

@@ -16,9 +16,20 @@ from torch import Tensor
 
 from evengaze.errors import ConfigError
 from evengaze.methods.base import Pruner
+from evengaze.methods.ranking import Ranking
 from evengaze.methods.registry import register
 from evengaze.methods.stages import check_layers, default_layers, per_stage
-from evengaze.protocol import Merge, Positions, Selection, Stage, View, resolve_keep, top_allowed
+from evengaze.protocol import (
+    Merge,
+    Picked,
+    Positions,
+    Selection,
+    Stage,
+    View,
+    resolve_keep,
+    take_states,
+    top_allowed,
+)
 
 if TYPE_CHECKING:
     from typing import Self
@@ -52,6 +63,7 @@ class SparseVLM(Pruner):
 
     name: ClassVar[str] = "sparsevlm"
     positions: ClassVar[Positions] = "renumbered"
+    counts_rest: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,54 +110,78 @@ class SparseVLM(Pruner):
         ratio = max(0.5, tokens / visual)
         return self.replace(keep=tuple(max(1, int(tokens * ratio**i)) for i in range(len(self.layers or _LAYERS))))
 
-    def select(self, view: View) -> Selection:
+    def select(self, view: View) -> Sequence[Selection]:
         """Choose the raters before anything is dropped, then as usual."""
-        if "raters" not in view.memory:
-            visual = view.embeddings[view.initial.position]
-            chosen = raters(visual, view.question).to(view.hidden.device)
-            # From the end: once all patches behind a row's break are gone, the break joins `view.text` in front.
-            view.memory["raters"] = chosen - len(view.text)
+        if view.memory.get(Raters) is None:
+            text = view.text
+            chosen = raters(take_states(view.embeddings, view.initial.position), view.question, text.real)
+            view.memory.put(Raters(chosen.to(view.hidden.device)))
         return super().select(view)
 
     def score(self, view: View) -> Tensor:
         """Attention from the raters."""
-        return view.attention(view.text[view.memory["raters"]])
+        chosen = view.memory.get(Raters)
+        assert chosen is not None
+        return view.attention(chosen.among(view.text))
 
-    def choose(self, view: View, count: int) -> Selection:
+    def choose(self, view: View, ranking: Ranking, count: int) -> Selection:
         """Keep the best, recycle some of the rest. Padding is neither kept nor recycled."""
-        score, allowed = self.ranked(view)
-        keep = top_allowed(score, allowed, count)
-        left = allowed.index_fill(0, keep, False)
-        dropped = int(left.sum())
+        keep = top_allowed(ranking.score, ranking.allowed, count)
+        dropped = ranking.valid[0] - count
         if dropped == 0:
             return Selection(keep)
         members, clusters = recycling(dropped)
         # The official patch debiases the ranking only, so that padding comes back through the clusters.
-        worth = score if self.mode == "corrected" else view.memory[f"raw{view.stage}"]
-        order = torch.sort(worth.masked_fill(~left, float("-inf")), descending=True, stable=True).indices
-        recycled = order[:members]
+        worth = ranking.masked if self.mode == "corrected" else ranking.raw
+        worth = worth.scatter(1, keep, float("-inf"))
+        recycled = torch.sort(worth, dim=1, descending=True, stable=True).indices[:, :members]
         noise = self.density_noise(view, members)
-        centre, label, _ = density_peaks(view.features[recycled].float(), clusters, noise)
-        target = recycled[centre]
+        centre, label, _ = density_peaks(take_states(view.features, recycled).float(), clusters, noise)
+        target = recycled.gather(1, centre)
         epsilon = 1e-6 if self.mode == "official" else 0.0
-        weight = 1 / (torch.bincount(label, minlength=clusters) + epsilon)
-        return Selection(keep, Merge(recycled, target[label], weight[label]), recycled=target)
+        size = torch.zeros_like(centre, dtype=torch.float32)
+        size.scatter_add_(1, label, torch.ones_like(label, dtype=torch.float32))
+        weight = (1 / (size + epsilon)).gather(1, label)
+        return Selection(keep, Merge(recycled, target.gather(1, label), weight), recycled=target)
 
     def density_noise(self, view: View, count: int) -> Tensor | None:
         """(count,) added to the densities. The official code draws 1e-6 U[0, 1); left out here, to be reproducible."""
         return torch.zeros(count, device=view.hidden.device) if self.mode == "official" else None
 
 
-def relevance(visual: Tensor, text: Tensor) -> Tensor:
-    """(t,) share of the visual tokens' similarity that each text token gets, from (n, d) and (t, d) embeddings."""
-    return torch.softmax(visual.float() @ text.float().T, dim=-1).mean(0)
+@dataclass(frozen=True)
+class Raters:
+    """The text tokens that rate, (rows, t) bool over the text behind all visual tokens at the start."""
+
+    chosen: Tensor
+
+    def among(self, text: Picked) -> Picked:
+        """Where they are now."""
+        return Picked(text.index[:, : self.chosen.shape[1]], self.chosen)
 
 
-def raters(visual: Tensor, text: Tensor) -> Tensor:
-    """Indices of the text tokens of above-average `relevance`; all of them if there are none (a single text token)."""
-    share = relevance(visual, text)
-    chosen = (share > share.mean()).nonzero().flatten()
-    return chosen if len(chosen) else torch.arange(len(text), device=text.device)
+def relevance(visual: Tensor, text: Tensor, real: Tensor | None = None) -> Tensor:
+    """(rows, t) share of the visual tokens' similarity that each text token gets.
+
+    Args:
+        visual: (rows, n, d) embeddings.
+        text: (rows, t, d) embeddings.
+        real: (rows, t) bool, False for entries that are no text; None if all are.
+    """
+    similar = visual.float() @ text.float().transpose(1, 2)
+    if real is not None:
+        similar = similar.masked_fill(~real[:, None], float("-inf"))
+    return torch.softmax(similar, dim=-1).mean(1)
+
+
+def raters(visual: Tensor, text: Tensor, real: Tensor | None = None) -> Tensor:
+    """(rows, t) bool: text tokens of above-average `relevance`; all of them if there are none (a single text token)."""
+    share = relevance(visual, text, real)
+    if real is None:
+        chosen = share > share.mean(1, keepdim=True)
+        return chosen | ~chosen.any(1, keepdim=True)
+    chosen = real & (share > share.sum(1, keepdim=True) / real.sum(1, keepdim=True))
+    return chosen | (real & ~chosen.any(1, keepdim=True))
 
 
 def recycling(dropped: int) -> tuple[int, int]:
@@ -155,34 +191,36 @@ def recycling(dropped: int) -> tuple[int, int]:
 
 
 def density_peaks(x: Tensor, clusters: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Cluster by density peaks: centres are dense, and far from anything denser.
+    """Cluster by density peaks, in each row: centres are dense, and far from anything denser.
 
         rho_a = exp(-mean of the k smallest D_ab^2), k = `clusters`;  delta_a = min { D_ab : b denser than a } or max D
 
     Args:
-        x: (m, d) float32.
+        x: (rows, m, d) float32.
         clusters: number of centres, the largest rho * delta.
         noise: (m,) added to rho, with ties left as the official code leaves them; None breaks ties by index.
 
     Returns:
-        (clusters,) centres, best first, (m,) the cluster of each token, and (m,) rho * delta.
+        (rows, clusters) centres, best first, (rows, m) the cluster of each token, and (rows, m) rho * delta.
     """
-    distance = torch.cdist(x, x) / x.shape[1] ** 0.5
-    nearest = distance.topk(min(clusters, len(x)), largest=False).values
+    m = x.shape[1]
+    distance = torch.cdist(x, x) / x.shape[2] ** 0.5
+    nearest = distance.topk(min(clusters, m), largest=False).values
     density = torch.exp(-nearest.square().mean(-1))
     if noise is None:
-        place = torch.empty(len(x), dtype=torch.long, device=x.device)
-        place[torch.sort(density, descending=True, stable=True).indices] = torch.arange(len(x), device=x.device)
-        denser = place[None] < place[:, None]
+        order = torch.sort(density, dim=1, descending=True, stable=True).indices
+        place = torch.empty_like(order).scatter_(1, order, torch.arange(m, device=x.device).expand_as(order))
+        denser = place[:, None] < place[:, :, None]
     else:
         density = density + noise
-        denser = density[None] > density[:, None]
-    separation = distance.masked_fill(~denser, float(distance.max())).min(-1).values
+        denser = density[:, None] > density[:, :, None]
+    farthest = distance.amax((1, 2), keepdim=True)
+    separation = torch.where(denser, distance, farthest).amin(-1)
     score = density * separation
-    best = torch.sort(score, descending=True, stable=True).indices[:clusters]
+    best = torch.sort(score, dim=1, descending=True, stable=True).indices[:, :clusters]
     centre = best if noise is None else score.topk(clusters).indices
-    label = distance[:, centre].argmin(-1)
-    label[centre] = torch.arange(len(centre), device=x.device)
+    label = distance.gather(2, centre[:, None].expand(-1, m, -1)).argmin(-1)
+    label = label.scatter(1, centre, torch.arange(centre.shape[1], device=x.device).expand_as(centre))
     return centre, label, score
 
 

@@ -56,7 +56,7 @@ class OneStage(Pruner):
 @dataclass(frozen=True)
 class Grouping(OneStage):
     """A method that merges tokens into groups and ranks none, before the decoder if not told otherwise. It only has to
-    say `choose`.
+    say `group`.
 
     Attributes:
         keep: visual tokens left: a number, or a fraction in (0, 1].
@@ -69,11 +69,18 @@ class Grouping(OneStage):
 
     def score(self, view: View) -> Tensor:
         """No token is better than another."""
-        return torch.zeros(len(view), device=view.hidden.device)
+        return torch.zeros(len(view.rows), len(view), device=view.hidden.device)
+
+    def _select(self, view: View) -> Sequence[Selection]:
+        count = self.budget(view.stage, len(view), view.original)
+        if count >= len(view) and self.mode == "corrected":
+            return [Selection.everything(view)]
+        found = self.group(view, count)
+        return [found] if isinstance(found, Selection) else found
 
     @abstractmethod
-    def choose(self, view: View, count: int) -> Selection:
-        """Merge into `count` groups."""
+    def group(self, view: View, count: int) -> Selection | Sequence[Selection]:
+        """Merge the candidates of each row into `count` groups."""
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from evengaze.errors import ConfigError
 from evengaze.layout import precise
+from evengaze.methods.ranking import Ranking
 from evengaze.methods.registry import register
 from evengaze.methods.stages import OneStage
-from evengaze.protocol import Merge, Selection, Stage, View
+from evengaze.protocol import Merge, Selection, Stage, View, take_states, top
 
 
 @register
@@ -42,6 +43,7 @@ class TokenCarve(OneStage):
     balance: float = 0.5
 
     name: ClassVar[str] = "tokencarve"
+    counts_rest: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,64 +58,88 @@ class TokenCarve(OneStage):
         """Attention from the last prompt token; the contribution enters in `choose`."""
         return view.attention(view.last)
 
-    def choose(self, view: View, count: int) -> Selection:
+    def choose(self, view: View, ranking: Ranking, count: int) -> Selection:
         """Rank, split, merge. Padding takes no part in any of it, the decomposition included."""
-        attention, allowed = self.ranked(view)
-        candidates = allowed.nonzero().flatten()
-        features = view.features[candidates].float()
-        value = contribution(features, exact=self.mode == "official")
-        rank = self.balance * _points(attention[candidates]) + (1 - self.balance) * _points(value)
-        view.memory.update(contribution=value, rank_sum=rank)
-
-        passed = min(int(1.5 * count), len(candidates))
-        best = torch.sort(rank, descending=True, stable=True).indices[:passed]
-        better, worse = best[: passed // 2], best[passed // 2 :]
-        unit = torch.nn.functional.normalize(features, dim=-1)
+        allowed = None
+        if ranking.allowed is not None:  # as many in every row
+            allowed = top(ranking.allowed.float(), ranking.valid[0])
+        found = self.rate(view, ranking, allowed)
+        passed = min(int(1.5 * count), found.rank.shape[1])
+        best = torch.sort(found.rank, dim=1, descending=True, stable=True).indices[:, :passed]
         merges = max(0, passed - count)
         if merges == 0:
-            return Selection(keep=candidates[best].sort().values)
-        closeness, partner = (unit[worse] @ unit[better].T).max(-1)
-        view.memory.update(better=better, worse=worse, closeness=closeness, partner=partner)
-        order = torch.sort(closeness, descending=True, stable=True).indices
-        merged, into = worse[order[:merges]], better[partner[order[:merges]]]
-        keep = torch.cat([better, worse[order[merges:]]])
+            return Selection(_of(allowed, best).sort(1).values)
+        split = passed // 2
+        better, worse = best[:, :split], best[:, split:]
+        closeness, partner = self.pairs(found.features, better, worse)
+        order = torch.sort(closeness, dim=1, descending=True, stable=True).indices
+        merged = worse.gather(1, order[:, :merges])
+        into = better.gather(1, partner.gather(1, order[:, :merges]))
+        keep = torch.cat([better, worse.gather(1, order[:, merges:])], 1)
 
-        size = torch.bincount(into, minlength=len(candidates))
-        own = size.nonzero().flatten()  # a target is a member of its own mean
-        size, source, target = size + 1, torch.cat([own, merged]), torch.cat([own, into])
-        merge = Merge(candidates[source], candidates[target], 1 / size[target])
-        return Selection(keep=candidates[keep].sort().values, merge=merge)
+        # A target is a member of its own mean; a better token that is none is its own mean.
+        size = torch.ones_like(found.rank).scatter_add_(1, into, torch.ones_like(into, dtype=torch.float32))
+        source, target = torch.cat([better, merged], 1), torch.cat([better, into], 1)
+        merge = Merge(_of(allowed, source), _of(allowed, target), 1 / size.gather(1, target))
+        return Selection(_of(allowed, keep).sort(1).values, merge)
+
+    def rate(self, view: View, ranking: Ranking, allowed: Tensor | None) -> Rated:
+        """Rank what may be chosen: (rows, m) indices, None for all."""
+        features = view.features if allowed is None else take_states(view.features, allowed)
+        score = ranking.score if allowed is None else ranking.score.gather(1, allowed)
+        features = features.float()
+        value = contribution(features, exact=self.mode == "official")
+        rank = self.balance * _points(score) + (1 - self.balance) * _points(value)
+        return Rated(features, value, rank)
+
+    def pairs(self, features: Tensor, better: Tensor, worse: Tensor) -> tuple[Tensor, Tensor]:
+        """The cosine of each worse token with its most similar better one, and which one that is."""
+        unit = torch.nn.functional.normalize(features, dim=-1)
+        closeness, partner = (take_states(unit, worse) @ take_states(unit, better).transpose(1, 2)).max(-1)
+        return closeness, partner
+
+
+@dataclass(frozen=True)
+class Rated:
+    """Tokens that may be chosen: (rows, m, d) features, (rows, m) information contribution and rank."""
+
+    features: Tensor
+    contribution: Tensor
+    rank: Tensor
+
+
+def _of(allowed: Tensor | None, index: Tensor) -> Tensor:
+    return index if allowed is None else allowed.gather(1, index)
 
 
 def _points(score: Tensor) -> Tensor:
-    """n for the best down to 1 for the worst; ties by index."""
-    order = torch.sort(score, descending=True, stable=True).indices
-    points = torch.empty(len(score), dtype=torch.float32, device=score.device)
-    points[order] = torch.arange(len(score), 0, -1, dtype=torch.float32, device=score.device)
-    return points
+    """n for the best down to 1 for the worst, in each row; ties by index."""
+    order = torch.sort(score, dim=1, descending=True, stable=True).indices
+    points = torch.arange(score.shape[1], 0, -1, dtype=torch.float32, device=score.device)
+    return torch.empty_like(score).scatter_(1, order, points.expand_as(score))
 
 
 def contribution(features: Tensor, *, exact: bool = False) -> Tensor:
-    """L1 norms of the rows of U diag(sigma), X = U diag(sigma) V^T, of (n, d) features.
+    """L1 norms of the rows of U diag(sigma), X = U diag(sigma) V^T, of (..., n, d) features.
 
     As U diag(sigma) = X V, an eigendecomposition of the smaller Gram matrix gives the same, at a fraction of the cost
     of the full SVD of the release. Squaring the condition number is harmless in float64.
 
     Args:
-        features: (n, d).
+        features: (..., n, d).
         exact: use the singular value decomposition in float32, as the release does.
 
     Returns:
-        (n,) float32.
+        (..., n) float32.
     """
     if exact:
         u, sigma, _ = torch.linalg.svd(features.float(), full_matrices=False)
-        scaled: Tensor = u * sigma
+        scaled: Tensor = u * sigma[..., None, :]
         return scaled.abs().sum(-1)
     x = features.to(precise(features.device))
-    if x.shape[0] <= x.shape[1]:
-        squares, u = torch.linalg.eigh(x @ x.T)
-        scaled = u * squares.clamp(min=0).sqrt()
+    if x.shape[-2] <= x.shape[-1]:
+        squares, u = torch.linalg.eigh(x @ x.mT)
+        scaled = u * squares.clamp(min=0).sqrt()[..., None, :]
     else:
-        scaled = x @ torch.linalg.eigh(x.T @ x)[1]
+        scaled = x @ torch.linalg.eigh(x.mT @ x)[1]
     return scaled.abs().sum(-1).float()

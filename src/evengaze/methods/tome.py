@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from evengaze.methods.registry import register
 from evengaze.methods.stages import Grouping
-from evengaze.protocol import Merge, Selection, View
+from evengaze.protocol import Merge, Selection, View, take_states
 
 
 @register
@@ -28,22 +28,32 @@ class ToMe(Grouping):
 
     name: ClassVar[str] = "tome"
 
-    def choose(self, view: View, count: int) -> Selection:
+    def group(self, view: View, count: int) -> Selection:
         """Group by repeated bipartite matching; a group stands at the place of its last target."""
-        features = view.features.float()
-        group = torch.arange(len(view), device=features.device)  # the token at whose place each token ends up
-        alive = group.clone()
-        while len(alive) > count:
-            size = torch.bincount(group, minlength=len(view)).clamp(min=1)
-            mean = torch.zeros_like(features).index_add_(0, group, features) / size[:, None]
-            unit = normalize(mean[alive], dim=-1)
-            similarity, partner = (unit[0::2] @ unit[1::2].T).max(-1)
-            merges = min(len(alive) - count, len(alive) // 2)
-            order = torch.sort(similarity, descending=True, stable=True).indices[:merges]
-            gone, into = alive[0::2][order], alive[1::2][partner[order]]
-            moved = torch.arange(len(view), device=group.device).index_put((gone,), into)
-            group = moved[group]
-            alive = alive[~torch.isin(alive, gone)]
-        size = torch.bincount(group, minlength=len(view))
-        source = torch.arange(len(view), device=group.device)
-        return Selection(keep=alive, merge=Merge(source, group, 1 / size[group]))
+        sums = view.features.float()  # of the groups that are left, whose tokens are `alive`
+        rows, n = sums.shape[:2]
+        every = torch.arange(n, device=sums.device).expand(rows, -1)
+        size = torch.ones(rows, n, 1, device=sums.device)
+        group, alive = every, every  # the token at whose place each token ends up
+        while alive.shape[1] > count:
+            unit = normalize(sums / size, dim=-1)
+            similarity, partner = (unit[:, 0::2] @ unit[:, 1::2].transpose(1, 2)).max(-1)
+            merges = min(alive.shape[1] - count, alive.shape[1] // 2)
+            order = torch.sort(similarity, dim=1, descending=True, stable=True).indices
+            gone, stay = order[:, :merges], order[:, merges:].sort(1).values
+            partner = partner.gather(1, gone)
+            moved = torch.scatter(every, 1, alive[:, 0::2].gather(1, gone), alive[:, 1::2].gather(1, partner))
+            group = moved.gather(1, group)
+            into = torch.zeros(rows, unit[:, 1::2].shape[1], merges, device=sums.device)
+            into.scatter_(1, partner[:, None], 1.0)
+            # Both halves in turn, as they stand; adding up by a product gives the same every time.
+            left = torch.cat([2 * stay, torch.arange(1, alive.shape[1], 2, device=sums.device).expand(rows, -1)], 1)
+            left, back = left.sort(1)
+            parts = [
+                torch.cat([take_states(x[:, 0::2], stay), x[:, 1::2] + into @ take_states(x[:, 0::2], gone)], 1)
+                for x in (sums, size)
+            ]
+            sums, size = (take_states(part, back) for part in parts)
+            alive = alive.gather(1, left)
+        members = torch.zeros(rows, n, device=sums.device).scatter_(1, alive, size[..., 0])
+        return Selection(keep=alive, merge=Merge(every, group, 1 / members.gather(1, group)))

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from evengaze.methods._tower import watch
+from evengaze.methods._tower import Patches, watch
 from evengaze.methods.registry import register
 from evengaze.methods.stages import OneStage
-from evengaze.protocol import Source, View
+from evengaze.protocol import Shared, Source, View
 
 if TYPE_CHECKING:
     from evengaze.models.base import Adapter
@@ -38,11 +38,10 @@ class VisionZip(OneStage):
     name: ClassVar[str] = "visionzip"
     attention: ClassVar[Source] = None  # of the decoder
 
-    def prepare(self, model: nn.Module, adapter: Adapter | None, shared: dict[str, Any]) -> Callable[[], None]:
+    def prepare(self, model: nn.Module, adapter: Adapter | None, shared: Shared) -> Callable[[], None]:
         """Listen to the tower."""
         return watch(model, adapter, shared)
 
     def score(self, view: View) -> Tensor:
         """Attention received in the tower."""
-        scores: Tensor = view.shared["patches"].of(view)
-        return scores
+        return Patches.of(view)

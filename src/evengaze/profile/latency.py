@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import comb
@@ -80,14 +80,14 @@ def interleave(calls: Mapping[str, Callable[[], object]], *, rounds: int = 5, wa
 
 @contextmanager
 def clock_selection(pruner: Pruner) -> Iterator[list[float]]:
-    """Time what a method does at its stages: scoring, debiasing and choosing, one entry for each row and stage.
+    """Time what a method does at its stages: scoring, debiasing and choosing, one entry for each stage.
 
     The instance's own `select` is shadowed, as the class may be in use elsewhere.
     """
     found: list[float] = []
     select = pruner.select
 
-    def timed(view: View) -> Selection:
+    def timed(view: View) -> Sequence[Selection]:
         synchronize()
         start = perf_counter()
         selection = select(view)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -21,12 +21,12 @@ from evengaze.engine.attention import AttentionStates
 from evengaze.engine.intercept import before_forward
 from evengaze.engine.masks import causal_mask, take_mask
 from evengaze.engine.tap import Taps
-from evengaze.layout import VisualTokens
+from evengaze.layout import Candidates
 from evengaze.methods.fastv import FastV
 from evengaze.methods.registry import register
 from evengaze.models import find_decoder
 from evengaze.models.base import Adapter
-from evengaze.protocol import Mode, Selection, View
+from evengaze.protocol import Mode, Selection, Shared, View, Words
 
 
 @register
@@ -41,16 +41,21 @@ class FastVMasked(FastV):
 
     name: ClassVar[str] = "fastv-masked"
 
-    def select(self, view: View) -> Selection:
+    def select(self, view: View) -> Sequence[Selection]:
         """Note the choice for the masks, and keep all."""
+        masks = view.shared.get(_Masks)
+        assert masks is not None
         chosen = super().select(view)
-        view.shared["masks"].choose(view, chosen.keep)
-        return Selection(keep=torch.arange(len(view), device=chosen.keep.device))
+        for selection in chosen:
+            masks.choose(view, selection)
+        every = Selection.everything(view)
+        return [replace(every, keep=every.keep[: len(s.keep)], raw=s.raw, scores=s.scores, rows=s.rows) for s in chosen]
 
-    def prepare(self, model: nn.Module, adapter: Adapter | None, shared: dict[str, Any]) -> Callable[[], None]:
+    def prepare(self, model: nn.Module, adapter: Adapter | None, shared: Shared) -> Callable[[], None]:
         """Mask the layers from `layer` on, in the prefill and in every step."""
         decoder = find_decoder(model) if adapter is None else adapter.decoder(model)
-        masks = shared["masks"] = _Masks(self, decoder)
+        masks = _Masks(self, decoder)
+        shared.put(masks)
         layers = list(decoder.get_submodule("layers").children())
         undo = [masks.taps.remove, before_forward(decoder, masks.begin)]
         undo += [before_forward(layers[self.layer - 1], masks.listen)]
@@ -70,7 +75,7 @@ class _Masks(threading.local):
         self.method, self.taps = method, Taps()
         self.decoder: Any = decoder
         self.past = 0
-        self.rows: dict[int, tuple[VisualTokens, Tensor]] = {}
+        self.rows: dict[int, tuple[Candidates, Tensor]] = {}
         self.states: AttentionStates | None = None
         self.visible: Tensor | None = None
 
@@ -82,9 +87,10 @@ class _Masks(threading.local):
         if self.past == 0:
             self.rows = {}
 
-    def choose(self, view: View, keep: Tensor) -> None:
-        """Note what stays visible in a row."""
-        self.rows[view.row] = (view.tokens, keep)
+    def choose(self, view: View, chosen: Selection) -> None:
+        """Note what stays visible."""
+        for b, keep in zip(chosen.rows or range(len(view.rows)), chosen.keep, strict=True):
+            self.rows[view.rows[b]] = (view.tokens.select([b]), keep)
 
     def listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """In a step, read the attention that ranks; in the prefill the engine does."""
@@ -104,8 +110,8 @@ class _Masks(threading.local):
                 rows = {b: (tokens, self._rank(b, tokens, hidden)) for b, (tokens, _) in rows.items()}
             self.visible = torch.ones(len(hidden), self.past + hidden.shape[1], dtype=torch.bool, device=hidden.device)
             for b, (tokens, keep) in rows.items():
-                self.visible[b, tokens.position] = False
-                self.visible[b, tokens.position[keep]] = True
+                self.visible[b, tokens.position[0]] = False
+                self.visible[b, tokens.position[0, keep]] = True
         mask = kwargs.get("attention_mask")
         if mask is None:
             implementation = self.decoder.config._attn_implementation or "eager"
@@ -115,18 +121,20 @@ class _Masks(threading.local):
             mask = take_mask(mask, None, columns, self.visible)
         return args, {**kwargs, "attention_mask": mask}
 
-    def _rank(self, row: int, tokens: VisualTokens, hidden: Tensor) -> Tensor:
+    def _rank(self, row: int, tokens: Candidates, hidden: Tensor) -> Tensor:
         """Choose by the new token. Positions count from the call's first token, so the prompt's are negative."""
+        one = slice(row, row + 1)
+        moved = replace(tokens, position=tokens.position - self.past)
+        real = torch.ones(1, hidden.shape[1], dtype=torch.bool, device=hidden.device)
         view = View(
             stage=0,
-            tokens=replace(tokens, position=tokens.position - self.past),
+            tokens=moved,
             original=len(tokens),
-            hidden=hidden[row],
-            embeddings=hidden[row],
-            initial=tokens,
+            hidden=hidden[one],
+            embeddings=hidden[one],
+            words=Words.among(real, moved.position),
             sources=[self.method.attention],
-            real=torch.ones(hidden.shape[1], dtype=torch.bool, device=hidden.device),
-            states=self.states,
-            row=row,
+            states=None if self.states is None else self.states.select(one),
+            rows=(row,),
         )
-        return FastV.select(self.method, view).keep
+        return FastV.select(self.method, view)[0].keep[0]
