@@ -245,11 +245,12 @@ class Shared(Store):
     Args:
         notes: gives the store of the running call, for what is found out while its pictures are encoded; it is the
             `View.notes` of the prefill that uses them.
+        call: gives the store of the running call, which ends with it.
     """
 
-    def __init__(self, notes: Callable[[], Store] = Store) -> None:
+    def __init__(self, notes: Callable[[], Store] = Store, call: Callable[[], Store] = Store) -> None:
         super().__init__()
-        self.notes = notes
+        self.notes, self.call = notes, call
 
 
 class Memory(Store):

@@ -25,6 +25,7 @@ from evengaze.engine.generation import Request
 from evengaze.engine.prefill import Prefill, Selections
 from evengaze.engine.rotary import Rotary
 from evengaze.layout import VisualLayout
+from evengaze.protocol import Store
 
 _FROZEN = 8
 """Generations without a cache that may take turns inside one `generate` (contrastive decoding runs two)."""
@@ -53,6 +54,7 @@ class Call:
         outer: the call in which this one runs; None at the bottom.
         frame: of the module call; None for `generate`, which ends by itself, and at the bottom.
         generate: whether this is a call of `generate`.
+        generating: whether `generate` itself made this call of the model.
         encoded: what the encoders did for the next prompt.
         ids: (B, L) the running forward's token ids, on their way to the decoder.
         mask: (B, L) its padding mask, likewise.
@@ -66,6 +68,7 @@ class Call:
         steps: fits what layers receive to their caches, in calls without a prefill.
         frozen: prefills without a cache, newest first; of a `generate`.
         request: what a `generate` was asked for.
+        own: what a method keeps for the call.
     """
 
     __slots__ = (
@@ -74,12 +77,14 @@ class Call:
         "frame",
         "frozen",
         "generate",
+        "generating",
         "ids",
         "ignored",
         "labels",
         "mask",
         "nested",
         "outer",
+        "own",
         "pictured",
         "request",
         "rotary",
@@ -89,6 +94,8 @@ class Call:
 
     def __init__(self, outer: Call | None, frame: FrameType | None = None, *, generate: bool = False) -> None:
         self.outer, self.frame, self.generate = outer, frame, generate
+        # What a streamer or a loop of one's own asks inside of a `generate` is a call like any other.
+        self.generating = outer is not None and outer.generate and frame is not None and _by_generation(frame)
         self.encoded = Encoded()
         self.ids: Tensor | None = None
         self.mask: Tensor | None = None
@@ -102,22 +109,20 @@ class Call:
         self.steps: Steps | None = None
         self.rotary: Rotary | None = None
         self.frozen: list[Frozen] = []
-
-    @property
-    def generating(self) -> bool:
-        """Whether `generate` made this call of the model."""
-        return self.outer is not None and self.outer.generate
+        self.own = Store()
 
     def candidates(self, length: int) -> int:
         """How many of the running forward's last tokens a draft has put behind the prompt."""
-        request = None if self.outer is None else self.outer.request
+        request = self.outer.request if self.outer is not None and self.generating else None
         drafted = None if request is None else request.drafted_from
         return 0 if drafted is None else max(0, length - drafted)
 
     @property
     def drafting(self) -> bool:
         """Whether another model's `generate` lets this one draft for it: it gets the prompt without its pictures."""
-        return self.outer is not None and self.outer.request is not None and self.outer.request.drafts
+        return (
+            self.generating and self.outer is not None and self.outer.request is not None and self.outer.request.drafts
+        )
 
     def end(self) -> Prefill | None:
         """The decoder has been left; returns the prefill, which the call keeps no longer."""
@@ -132,7 +137,7 @@ class Call:
 
     def continued(self, inputs: Tensor) -> Frozen | None:
         """The recorded prefill that (B, L, d) `inputs` go on with."""
-        recorded: Iterable[Frozen] = () if self.outer is None else self.outer.frozen
+        recorded: Iterable[Frozen] = self.outer.frozen if self.outer is not None and self.generating else ()
         return next((frozen for frozen in recorded if frozen.continued_by(inputs)), None)
 
 
@@ -144,6 +149,10 @@ class Calls(threading.local):
     """
 
     def __init__(self) -> None:
+        self.top = Call(None)
+
+    def clear(self) -> None:
+        """Forget this thread's calls, which are over."""
         self.top = Call(None)
 
     def alive(self) -> Call:
@@ -163,7 +172,7 @@ class Calls(threading.local):
         """
         outer = self.alive()
         call = Call(outer, frame)
-        if inherit or outer.generate:
+        if inherit:
             call.encoded = outer.encoded
         elif outer.outer is None:
             outer.encoded.clear()
@@ -202,6 +211,14 @@ def module_frame() -> FrameType:
     while frame.f_code.co_name != "_call_impl" and frame.f_back is not None:  # torch runs hooks in functions of its own
         frame = frame.f_back
     return frame
+
+
+def _by_generation(frame: FrameType) -> bool:
+    """Whether transformers' own generation makes a module call."""
+    at: FrameType | None = frame
+    while at is not None and at.f_globals.get("__name__", "").startswith("torch."):
+        at = at.f_back
+    return at is not None and at.f_globals.get("__name__", "").startswith("transformers.generation.")
 
 
 def _runs(frame: FrameType) -> bool:

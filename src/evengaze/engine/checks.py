@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from evengaze.engine.attention import attending, attention_module, implementation_of
-from evengaze.errors import AttachError, ConfigError, LayoutWarning
+from evengaze.errors import AttachError, ConfigError, LayoutWarning, NothingPrunedError
 from evengaze.protocol import Method, Stage
 
 
@@ -71,3 +71,24 @@ def warn_blind(model: nn.Module, pruner: Method) -> None:
         LayoutWarning,
         stacklevel=2,
     )
+
+
+def refuse_missed(pruner: Method, stages: Sequence[int], entered: int, layers: int) -> None:
+    """Raise a NothingPrunedError if a call went past stages or layers.
+
+    Args:
+        pruner: the method.
+        stages: layers before which it should have pruned, but did not.
+        entered: decoder layers that ran under the pruner's eyes.
+        layers: decoder layers when it was attached.
+    """
+    if stages:
+        raise NothingPrunedError(
+            f"{pruner.name} never got to prune at layers {list(stages)}: the model's forward does not call them. Check "
+            "that the adapter's decoder() is the module whose layers really run."
+        )
+    if entered < layers:
+        raise NothingPrunedError(
+            f"{pruner.name} saw only {entered} of {layers} decoder layers run: some were skipped, or replaced "
+            "since it was attached. Detach it before you change the model, then attach it again."
+        )

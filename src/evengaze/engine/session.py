@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from evengaze.compat import cache_in
 from evengaze.engine import cache as kv
-from evengaze.engine import checks
+from evengaze.engine import checks, guard
 from evengaze.engine.attention import attending, hidden_attention
 from evengaze.engine.call import Call, Calls, Frozen, module_frame
 from evengaze.engine.decode import Steps
@@ -32,7 +32,7 @@ from evengaze.engine.masks import padded_rows, real_tokens
 from evengaze.engine.prefill import Prefill
 from evengaze.engine.rotary import Rotary, Served
 from evengaze.engine.tap import Taps, probe
-from evengaze.errors import LayoutError, NothingPrunedError, UnsupportedModelError
+from evengaze.errors import LayoutError, UnsupportedModelError
 from evengaze.layout import VisualLayout
 from evengaze.models import BareDecoder, adapter_for, find_decoder
 from evengaze.models.base import Adapter
@@ -94,17 +94,20 @@ class Handle:
         self._previous = {s.layer - 1 for s in stages if s.attention == "previous"}
         self._own = {s.layer for s in stages if s.attention == "own"}
         self._recurrent = frozenset(range(len(self._layers))) - frozenset(able)
-        self._taps = Taps()
+        self._calls = Calls()
+        self._taps = Taps(self._calls.alive)
         self._served: Served = {}
         self._plain = Steps(self._implementation, Rotary(self._served), remember=False)
-        self._calls = Calls()
         self._warned = False
-        self._shared = Shared(self._notes)
+        self._shared = Shared(self._notes, lambda: self._calls.alive().own)
         self._undo: list[Callable[[], Any]] = []
+        base: nn.Module = getattr(model, "base_model", model)
+        self._outer = list({id(m): m for m in (model, base) if m is not decoder}.values())
+        guard.refuse_running([*self._outer, decoder])
         try:
-            self._install()
+            self._install(base)
         except BaseException:
-            self.remove()
+            self._uninstall()
             raise
 
     def __enter__(self) -> Handle:
@@ -116,12 +119,22 @@ class Handle:
     def remove(self) -> None:
         """Take all hooks off; the model is as it was. Calling it twice does no harm.
 
-        Caches that were filled before stay pruned, and refuse further tokens until a pruner is attached again.
+        Waits until the calls that other threads are making have ended. Caches that were filled before stay pruned, and
+        refuse further tokens until a pruner is attached again.
+
+        Raises:
+            AttachError: called from inside a call of the model.
         """
-        while self._undo:
-            self._undo.pop()()
+        if self._undo:
+            guard.wait_until_idle([*self._outer, self._decoder])
+        self._uninstall()
+
+    def _uninstall(self) -> None:
+        while self._undo:  # an interrupt leaves the rest for the next time
+            self._undo[-1]()
+            self._undo.pop()
         self._taps.remove()
-        self._calls = Calls()
+        self._calls.clear()
         self._shared.clear()
         self._served.clear()
 
@@ -135,13 +148,14 @@ class Handle:
         return self._decoder.config._attn_implementation or "eager"
 
     # -- setting up ---------------------------------------------------------------------------------------------------
-    def _install(self) -> None:
+    def _install(self, base: nn.Module) -> None:
         keep = self._undo.append
         keep(put(self._decoder, _MARK, Mark(self)))
-        base = getattr(self.model, "base_model", self.model)
-        for outer in {id(m): m for m in (self.model, base) if m is not self._decoder}.values():
+        for outer in self._outer:
             keep(before_forward(outer, self._enter_model))
             keep(behind_forward(outer, self._leave_model, always=True))
+        for module in (*self._outer, self._decoder):
+            keep(guard.refuse_replicas(module))
         keep(before_forward(self._decoder, self._enter_decoder))
         keep(behind_forward(self._decoder, self._leave_decoder, always=True))
         for i, layer in enumerate(self._layers):
@@ -182,9 +196,12 @@ class Handle:
     def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         if torch.compiler.is_compiling():
             return None
+        if not any(module is outer for outer in self._outer):
+            guard.refuse_copy(module)
         call = self._calls.alive()
         if module is self.model or call.frame is None or call.decoding:
-            # Encodings left by a call that failed before it reached the decoder, or asked for outside, are not its own.
+            # Encodings left by a call that failed before it reached the decoder, or asked for outside, are not its own;
+            # those that `generate` made for it come with it.
             inherit = module is not self.model or kwargs.get("mm_encoder_outputs") is not None
             call = self._calls.enter(module_frame(), inherit=inherit)
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -209,6 +226,8 @@ class Handle:
     def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
+        if module is not self._decoder:
+            guard.refuse_copy(module)
         call = self._calls.alive()
         if call.frame is None or call.decoding:  # the decoder itself was called
             call = self._calls.enter(module_frame(), inherit=True)
@@ -358,19 +377,14 @@ class Handle:
         call, frame = self._calls.alive(), module_frame()
         if not call.decoding:  # an exception came before it began
             return None
+        for i in self._previous if call.run is not None else ():
+            self._taps.on(self._layers[i]).disarm()
         run = call.end()
         if call.frame is frame:
             self._calls.leave(frame)
-        for i in self._previous if run is not None else ():
-            self._taps.on(self._layers[i]).disarm()
         if run is None or out is None:  # nothing to prune, or an exception is on its way
             return None
-        if len(run.stages) < len(self._stages):
-            missed = sorted(self._stages)[len(run.stages) :]
-            raise NothingPrunedError(
-                f"{self.pruner.name} never got to prune at layers {missed}: the model's forward does not call them. "
-                "Check that the adapter's decoder() is the module whose layers really run."
-            )
+        checks.refuse_missed(self.pruner, sorted(self._stages)[len(run.stages) :], len(run.entering), len(self._layers))
         self.trace = run.trace(self.pruner, len(self._layers))
         self.traces.append(self.trace)
         if self._freeze and call.generating and run.cache is None and run.replay is None:

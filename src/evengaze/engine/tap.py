@@ -34,8 +34,13 @@ class _Stop(BaseException):
     """Leaves a probed layer at its attention call. Not an Exception, so that no model code swallows it."""
 
 
+_WAITING = 16
+"""Calls of a thread that may wait for the same module's attention, one inside of the other."""
+
+
 @dataclass(frozen=True)
 class _Armed:
+    owner: Any
     sink: Sink
     past: int
     once: bool
@@ -43,14 +48,15 @@ class _Armed:
 
 
 class Tap:
-    """A tap on one attention module. Whether it is armed is every thread's own matter.
+    """A tap on one attention module. Whether it is armed is every thread's own matter, and every call's.
 
     Args:
         module: an attention module.
+        current: gives the running call, an object of its own for each.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, current: Callable[[], Any] = lambda: None) -> None:
+        self.module, self._current = module, current
         self._thread = _Thread()
         self._installed = False
         self._install()
@@ -79,7 +85,7 @@ class Tap:
                     module.config = module.config._evengaze_config
 
     def arm(self, sink: Sink, *, past: int = 0, once: bool = True, stop: bool = False) -> None:
-        """Hand the states of the module's next attention call in this thread (of every one, if not `once`) to `sink`.
+        """Hand the states of the module's next attention in the running call (of every one, if not `once`) to `sink`.
 
         Args:
             sink: receives the states before the real attention runs.
@@ -90,13 +96,14 @@ class Tap:
         if not self._listens():  # somebody gave the module another config
             self.remove()
             self._install()
-        self._thread.armed = _Armed(sink, past, once, stop)
+        owner, armed = self._current(), self._thread.armed
+        armed[id(owner)] = _Armed(owner, sink, past, once, stop)
+        while len(armed) > _WAITING:  # left by calls that ended unseen
+            armed.pop(next(iter(armed)))
 
     def disarm(self) -> bool:
-        """Stop listening in this thread; whether the tap was still waiting."""
-        waiting = self._thread.armed is not None
-        self._thread.armed = None
-        return waiting
+        """Stop listening in the running call; whether the tap was still waiting."""
+        return self._thread.armed.pop(id(self._current()), None) is not None
 
     def _listens(self) -> bool:
         config = self.module.config
@@ -104,7 +111,10 @@ class Tap:
 
 
 class _Thread(threading.local):
-    armed: _Armed | None = None
+    """What waits for the module's attention, by the call that does."""
+
+    def __init__(self) -> None:
+        self.armed: dict[int, _Armed] = {}
 
 
 def probe(tap: Tap, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionStates:
@@ -134,9 +144,10 @@ def probe(tap: Tap, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 class Taps:
-    """The taps of one attachment, each put on when it is first needed, by the module that a layer has now."""
+    """The taps of one attachment, each put on when it is first needed, on the module that a layer has now."""
 
-    def __init__(self) -> None:
+    def __init__(self, current: Callable[[], Any] = lambda: None) -> None:
+        self._current = current
         self._taps: dict[int, Tap] = {}
         self._lock = threading.Lock()
 
@@ -146,14 +157,20 @@ class Taps:
         tap = self._taps.get(id(module))
         if tap is None:
             with self._lock:
-                tap = self._taps.get(id(module)) or Tap(module)
+                tap = self._taps.get(id(module)) or Tap(module, self._current)
                 self._taps[id(module)] = tap
         return tap
 
+    def disarm(self) -> None:
+        """Stop listening in the running call."""
+        for tap in list(self._taps.values()):
+            tap.disarm()
+
     def remove(self) -> None:
         """Take all off."""
-        while self._taps:
-            self._taps.popitem()[1].remove()
+        for tap in self._taps.values():
+            tap.remove()
+        self._taps.clear()
 
 
 # -- the shadow -------------------------------------------------------------------------------------------------------
@@ -207,7 +224,7 @@ def _shadow_class(base: Any) -> Any:
         name = real.fget(self)
         if not torch.compiler.is_compiling():
             for tap in self._evengaze_taps:
-                if tap._thread.armed is not None:
+                if tap._thread.armed:
                     return _listening(name)
         return name
 
@@ -232,22 +249,29 @@ def _listening(name: str | None) -> _Name:
 
 
 # -- the attention function -------------------------------------------------------------------------------------------
-def _tapped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
+def _tapped(
+    module: nn.Module, query: Tensor, key_states: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Report to what is armed, then let the real implementation do the work."""
-    threads = [tap._thread for tap in getattr(module.config, "_evengaze_taps", ()) if tap._thread.armed is not None]
-    armed = [thread.armed for thread in threads]
-    for thread in threads:  # from here on the module has its plain name, by which flash finds its kernel
-        thread.armed = None
+    taps = [tap for tap in getattr(module.config, "_evengaze_taps", ()) if tap._thread.armed]
+    waiting = [tap._thread.armed for tap in taps]
+    armed = []
+    for tap, entries in zip(taps, waiting, strict=True):
+        key = id(tap._current())
+        if key in entries:
+            armed.append(entries[key])
+            if entries[key].once or entries[key].stop:
+                del entries[key]
+        tap._thread.armed = {}  # from here on the module has its plain name, by which flash finds its kernel
     try:
         for each in armed:
-            each.sink(_states(module, query, key, mask, each.past, kwargs))
+            each.sink(_states(module, query, key_states, mask, each.past, kwargs))
         if any(each.stop for each in armed):
             raise _Stop
-        return _implementation(module)(module, query, key, value, mask, *args, **kwargs)
+        return _implementation(module)(module, query, key_states, value, mask, *args, **kwargs)
     finally:
-        for thread, each in zip(threads, armed, strict=True):
-            if not (each.once or each.stop):
-                thread.armed = each
+        for tap, entries in zip(taps, waiting, strict=True):
+            tap._thread.armed = entries
 
 
 def _states(

@@ -139,7 +139,7 @@ class Pruner(ABC):
             adapter: its family's adapter; None if the caller gave an explicit layout.
             shared: lives as long as the attachment, and is the same for the calls of all threads; it is `View.shared`.
                 `shared.notes()` is the store of the running call: what encoder hooks put into it is in the `View.notes`
-                of the prefill that uses the pictures.
+                of the prefill that uses the pictures. `shared.call()` is a store that ends with the running call.
 
         Returns:
             A function that undoes it.

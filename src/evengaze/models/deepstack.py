@@ -23,19 +23,27 @@ def shorten_deepstack(decoder: Any, surviving: Callable[[], Tensor | None]) -> C
     Returns:
         A function that undoes it.
     """
-    original = getattr(decoder, METHOD, None)
-    if original is None:
+    if getattr(decoder, METHOD, None) is None:
         return lambda: None
+    setattr(decoder, METHOD, _Shortened(decoder, surviving))
+    return lambda: decoder.__dict__.pop(METHOD, None) and None
 
-    def shortened(hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
-        kept = surviving()
+
+class _Shortened:
+    """The step of one decoder; a copy of the decoder has its own."""
+
+    def __init__(self, decoder: Any, surviving: Callable[[], Tensor | None]) -> None:
+        self._decoder, self._original, self._surviving = decoder, getattr(decoder, METHOD), surviving
+
+    def __call__(self, hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
+        kept = self._surviving()
         if kept is not None and hidden_states.shape[1] != visual_pos_masks.shape[1]:
             kept = kept.to(visual_pos_masks.device)
             rank = (visual_pos_masks.flatten().cumsum(0) - 1).view_as(visual_pos_masks).gather(1, kept)
             visual_pos_masks = visual_pos_masks.gather(1, kept)
             visual_embeds = visual_embeds[rank[visual_pos_masks].to(visual_embeds.device)]
-        added: Tensor = original(hidden_states, visual_pos_masks, visual_embeds)
+        added: Tensor = self._original(hidden_states, visual_pos_masks, visual_embeds)
         return added
 
-    setattr(decoder, METHOD, shortened)
-    return lambda: decoder.__dict__.pop(METHOD, None) and None
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._decoder, METHOD)

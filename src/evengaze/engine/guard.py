@@ -1,0 +1,87 @@
+"""Who else uses the model: other threads, copies, replicas, modules that have been replaced."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from torch import nn
+
+from evengaze.engine.intercept import intercept
+from evengaze.errors import AttachError
+
+_CALLS = ("_call_impl", "generate")
+"""Functions in which a module runs; their frames have it as `self`."""
+
+_WAIT = 0.005
+_REPLICATE = "_replicate_for_data_parallel"
+
+
+def running(modules: Sequence[nn.Module]) -> Iterator[int]:
+    """The threads, this one first, that are in a call of one of the modules."""
+    here = threading.get_ident()
+    frames = sys._current_frames()
+    for thread in sorted(frames, key=lambda thread: thread != here):
+        if _in_call(frames[thread], modules):
+            yield thread
+
+
+def _in_call(frame: FrameType | None, modules: Sequence[nn.Module]) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name in _CALLS:
+            owner = frame.f_locals.get("self")
+            if any(owner is module for module in modules):
+                return True
+        frame = frame.f_back
+    return False
+
+
+def refuse_running(modules: Sequence[nn.Module]) -> None:
+    """Raise an AttachError if a thread is in a call of one of the modules, which would be pruned from the middle on."""
+    thread = next(running(modules), None)
+    if thread is not None:
+        name = next((t.name for t in threading.enumerate() if t.ident == thread), thread)
+        raise AttachError(
+            f"a call of {type(modules[0]).__name__} is running in thread {name}: a pruner cannot be attached in the "
+            "middle of it. Attach before the first call, or when it has ended."
+        )
+
+
+def wait_until_idle(modules: Sequence[nn.Module]) -> None:
+    """Return when no other thread is in a call of one of the modules.
+
+    Raises:
+        AttachError: this thread is in one.
+    """
+    while (thread := next(running(modules), None)) is not None:
+        if thread == threading.get_ident():
+            raise AttachError(
+                f"a call of {type(modules[0]).__name__} is running in this very thread: its pruner cannot be taken off "
+                "from inside of it (a hook, a streamer, a logits processor). Do so when the call has ended."
+            )
+        time.sleep(_WAIT)
+
+
+def refuse_copy(module: nn.Module) -> NoReturn:
+    """The error for a copy that shares the hooks of the module that a pruner is attached to, but is another."""
+    raise AttachError(
+        f"this {type(module).__name__} is a shallow copy or a replica of the model that a pruner is attached to, and "
+        "shares its hooks. Call the model itself, make copies (copy.deepcopy) of it, or detach it first."
+    )
+
+
+def refuse_replicas(module: nn.Module) -> Callable[[], None]:
+    """See to it that torch's DataParallel is an error that says so; returns what undoes it."""
+
+    def refuse(arguments: dict[str, Any]) -> NoReturn:
+        raise AttachError(
+            f"DataParallel runs replicas of {type(module).__name__} that share its methods and hooks, but not its "
+            "weights: they cannot be pruned. Use one process for each device (DistributedDataParallel, accelerate), or "
+            "device_map for a model that needs several."
+        )
+
+    return intercept(module, _REPLICATE, refuse)
