@@ -118,6 +118,23 @@ def test_gradients_flow_and_the_trace_holds_none(method):
             assert row.scores is None or not row.scores.requires_grad
 
 
+@pytest.mark.parametrize("method", [*METHODS, "tokencarve:keep=5", "uniform:keep=5,layer=0"])
+def test_training_with_gradient_checkpointing(method):
+    """Layers run once more in the backward pass, when the call is over: they must see what they saw."""
+    found = []
+    for checkpointing in (False, True):
+        model, inputs = tiny("llava", batch=2)
+        if checkpointing:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        model.train()
+        labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 290, -100)
+        with parse(method)(model):
+            loss = model(**inputs, labels=labels).loss
+            loss.backward()
+        found.append((loss.detach(), *(layer.mlp.up_proj.weight.grad for layer in model.model.language_model.layers)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_states_and_caches_are_released(method):
     model, inputs = tiny("llava")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import GenerationConfig
+from transformers.cache_utils import StaticLayer
 
 import evengaze as eg
 from evengaze.compat import cache_argument, cache_of
@@ -72,6 +73,41 @@ def test_drafts_by_a_model_that_is_pruned_itself():
     dense = generate(model, inputs, 9)[0]
     with eg.DivPrune(keep=4)(draft):
         assert torch.equal(generate(model, inputs, 9, assistant_model=draft)[0], dense)
+
+
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static", "disable_compile": True}])
+def test_drafts_by_a_model_without_eyes(cache):
+    """It reads the placeholders as text; static caches are cropped alike, where transformers can crop them."""
+    if cache and not hasattr(StaticLayer, "crop"):
+        pytest.skip("this release of transformers cannot crop static caches")
+    model, inputs = tiny("llava")
+    draft, _ = tiny("llama", seed=3)
+    with parse("sparsevlm:layers=[1,3],keep=[9,4]")(model):
+        tokens, logits, _ = generate(model, inputs, 9)
+        found, drafted, _ = generate(model, inputs, 9, assistant_model=draft, **cache)
+    assert torch.equal(found, tokens) and torch.allclose(drafted, logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["lfm2_vl", "glm4v", "qwen2_5_omni_thinker"])
+def test_drafts_and_beams_where_the_family_is_found_by_itself(family):
+    """The first has convolutions, whose states are rolled back as well."""
+    model, inputs = tiny(family)
+    inputs = repeating(inputs)
+    with method("fastv")(model):
+        tokens = generate(model, inputs, 9)[0]
+        assert torch.equal(generate(model, inputs, 9, prompt_lookup_num_tokens=3)[0], tokens)
+        cached = model.generate(**inputs, max_new_tokens=6, num_beams=3)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=6, num_beams=3, use_cache=False), cached)
+
+
+def test_speculative_sampling_draws_from_the_pruned_model():
+    """With one token to draw from, accepted or drawn anew, it is the greedy one."""
+    model, inputs = tiny("llava")
+    draft, _ = tiny("llava", seed=1)
+    options = {"max_new_tokens": 8, "do_sample": True, "top_k": 1}
+    with eg.FastV(keep=5)(model):
+        greedy = generate(model, inputs, 8)[0]
+        assert torch.equal(model.generate(**inputs, **options, assistant_model=draft)[:, -8:], greedy)
 
 
 def test_candidates_are_no_part_of_a_methods_question():
@@ -224,6 +260,33 @@ def test_methods_that_reach_below_refuse_drafts(how):
     model, inputs = tiny("llava")
     options = {"assistant_model": model} if how == "assistant" else {"prompt_lookup_num_tokens": 3}
     refused(model, inputs, "draft", "tokencarve:keep=5", **options)
+
+
+@pytest.mark.parametrize("wanted", ["output_hidden_states", "output_attentions"])
+def test_states_by_place_are_refused_with_a_draft(wanted):
+    model, inputs = tiny("llava")
+    options = {wanted: True, "return_dict_in_generate": True}
+    refused(model, inputs, wanted, prompt_lookup_num_tokens=3, **options)
+    with eg.FastV(keep=5)(model):
+        model.generate(**inputs, max_new_tokens=2, **options)
+
+
+def test_prompts_that_are_read_in_both_directions_refuse_drafts():
+    """Not exact in the dense model either."""
+    model, inputs = tiny("paligemma")
+    refused(model, inputs, "both directions", prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize("call", ["generate", "generate_batch"])
+def test_continuous_batching_is_refused(call):
+    model, inputs = tiny("llava")
+    with eg.FastV(keep=5)(model), pytest.raises(ConfigError, match="continuous batching"):
+        if call == "generate":
+            model.generate(**inputs, max_new_tokens=2, cache_implementation="paged")
+        else:
+            model.generate_batch(inputs["input_ids"].tolist())
+    with parse("dense")(model):
+        generate(model, inputs, 2)
 
 
 @pytest.mark.parametrize("given", [True, False])

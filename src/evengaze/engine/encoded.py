@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 from evengaze.engine.intercept import intercept
 from evengaze.models.base import EncoderCall, Placement
@@ -43,7 +45,9 @@ class Encoded:
         """Around an encoding; the value receives its result."""
         self.depth += 1
         try:
-            yield lambda result: self.calls.append(EncoderCall(kind, arguments, result, inner=self.depth > 1))
+            yield lambda result: self.calls.append(
+                EncoderCall(kind, arguments, _as_it_is(result), inner=self.depth > 1)
+            )
         finally:
             self.depth -= 1
 
@@ -59,6 +63,11 @@ class Encoded:
                 self.placed.append(Placement(arguments, tuple(masks)))
 
         yield placed
+
+
+def _as_it_is(result: Any) -> Any:
+    """An encoder's result as it is now: with beams, `generate` writes repeated features into it later."""
+    return copy.copy(result) if isinstance(result, (ModelOutput, list)) else result
 
 
 def watch(base: Any, current: Callable[[], Encoded]) -> Iterator[Callable[[], None]]:

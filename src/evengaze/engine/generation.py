@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,7 +58,9 @@ class Request:
         return bool(self.option("is_assistant"))
 
     # -- what is refused ----------------------------------------------------------------------------------------------
-    def check(self, pruner: Method, decoder: nn.Module, layers: Iterable[nn.Module], *, trims: bool) -> None:
+    def check(
+        self, pruner: Method, decoder: nn.Module, layers: Iterable[nn.Module], *, trims: bool, ahead: bool
+    ) -> None:
         """Raise a ConfigError if the call cannot be right under a pruner.
 
         Args:
@@ -65,16 +68,13 @@ class Request:
             decoder: the module that holds the layers.
             layers: the decoder layers.
             trims: whether the method drops tokens from the caches of layers that have run.
+            ahead: whether the text of a prompt attends to what stands behind it.
         """
         self._refuse_chunks()
         self._refuse_drafts_from_states()
         self._refuse_checkpointing(layers)
-        if trims and self.drafted_from is not None:
-            raise ConfigError(
-                f"{pruner.name} drops tokens from the caches of layers that have read them; candidates of a draft, "
-                "which are read together with the prompt, would have seen them. Generate without assistant_model and "
-                "prompt_lookup_num_tokens, or use another method."
-            )
+        if self.drafted_from is not None:
+            self._refuse_drafts(pruner, trims=trims, ahead=ahead)
         if pruner.positions == "renumbered" and not _several_axes(decoder):
             self._refuse_right_padding(pruner)
 
@@ -102,6 +102,26 @@ class Request:
                 "itself, or prompt_lookup_num_tokens: both give what greedy decoding gives."
             )
 
+    def _refuse_drafts(self, pruner: Method, *, trims: bool, ahead: bool) -> None:
+        if ahead:
+            raise ConfigError(
+                f"{type(self._model).__name__} reads a prompt in both directions: candidates of a draft, read "
+                "together with it, change what it makes of the prompt and which tokens are kept. Generate without "
+                "assistant_model and prompt_lookup_num_tokens."
+            )
+        if trims:
+            raise ConfigError(
+                f"{pruner.name} drops tokens from the caches of layers that have read them; candidates of a draft, "
+                "which are read together with the prompt, would have seen them. Generate without assistant_model and "
+                "prompt_lookup_num_tokens, or use another method."
+            )
+        wanted = [name for name in ("output_hidden_states", "output_attentions") if self.option(name)]
+        if wanted:
+            raise ConfigError(
+                f"{' and '.join(wanted)} with a draft: transformers hands them out by their places in the prompt, of "
+                "which layers behind a stage have a part only. Generate without a draft, or without them."
+            )
+
     def _refuse_checkpointing(self, layers: Iterable[nn.Module]) -> None:
         if self.option("use_cache") is False:
             return
@@ -126,6 +146,15 @@ class Request:
                 f"that count from it, and {pruner.name} moves positions down: they would become negative. Pad at the "
                 "left, as generate() expects: processor.tokenizer.padding_side = 'left'."
             )
+
+
+def refuse_packing(arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Raise a ConfigError in place of continuous batching."""
+    raise ConfigError(
+        "continuous batching (generate_batch, cache_implementation='paged') packs the tokens of several requests "
+        "into one row and hands no pictures to the model: there is nothing to prune. Remove the pruner, or use "
+        "generate() or `evengaze serve`."
+    )
 
 
 def _several_axes(decoder: Any) -> bool:

@@ -48,7 +48,8 @@ class Kept:
     """The entries that a pruned cache layer holds.
 
     Attributes:
-        slots: (B, M) logical index of each entry up to `end`, ascending; later entries are `end`, `end + 1`, ...
+        slots: (B, M) logical index of each entry up to `end`, ascending (but for fillers that stand in front); later
+            entries are `end`, `end + 1`, ...
         real: (B, M) bool, False for fillers of rows that kept fewer tokens than others; None if there are none.
         end: logical length of the sequence when this was recorded.
         lost: (B, end) bool, the real tokens that were dropped, for methods that renumber; None otherwise.
@@ -105,13 +106,14 @@ class Kept:
     def before(self, length: int) -> Kept:
         """What is left of it when the sequence is cut to its first `length` tokens, fewer than `end`.
 
-        The entries that stay are the first ones in every row; rows that keep fewer than others end in fillers.
+        The entries that stay are among the first ones in every row; what does not belong becomes a filler.
         """
         return self._once("before", length, lambda: self._before(length))
 
     def _before(self, length: int) -> Kept:
         inside = self.slots < length
-        count = int(inside.sum(1).max())
+        place = torch.arange(1, self.count + 1, device=inside.device)
+        count = int((inside.any(0) * place).max()) if self.count else 0
         real = inside[:, :count] & self.reality()[:, :count]
         return Kept(
             slots=self.slots[:, :count].clamp(max=length - 1),
@@ -127,6 +129,11 @@ class Kept:
             return None
         spans = (span for call in self.pictures if call.past < length for span in call.spans)
         return next((span for span in spans if span[0] < length <= span[1]), None)
+
+    def whole_from(self, length: int) -> bool:
+        """Whether nothing is missing of the sequence behind its first `length` tokens."""
+        behind = (self.slots >= length) & self.reality()
+        return length >= self.end or bool((behind.sum(1) == self.end - length).all())
 
     def without_shift(self, like: Kept | None) -> Kept:
         """The same for a layer that has run at positions of its own: those that `like` knows of."""

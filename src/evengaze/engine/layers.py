@@ -284,16 +284,16 @@ def _whole(base: Any) -> Any:
                     layer.guarded = False
 
         def _check_others(self, tokens_to_remove: int) -> None:
-            ends = [(layer, layer.kept.end) for layer in self.layers if getattr(layer, "kept", None) is not None]
-            if not ends or not any(hasattr(layer, name) for layer in self.layers for name in _OTHER_STATES):
+            if tokens_to_remove >= 0 or not any(hasattr(layer, n) for layer in self.layers for n in _OTHER_STATES):
                 return
-            layer, end = max(ends, key=lambda entry: entry[1])
-            if tokens_to_remove < 0 and int(layer.get_seq_length()) + tokens_to_remove < end:
-                raise ConfigError(
-                    f"this cache cannot be cropped to less than {end} tokens: some of its layers hold more than keys "
-                    "and values, and do not know which of the tokens before were dropped. Keep a copy (copy.deepcopy) "
-                    "of the cache as it was."
-                )
+            for layer in self.layers:
+                kept = getattr(layer, "kept", None)
+                if kept is not None and not kept.whole_from(int(layer.get_seq_length()) + tokens_to_remove):
+                    raise ConfigError(
+                        f"this cache cannot be cropped by {-tokens_to_remove} tokens: tokens among them were dropped, "
+                        "and some of its layers hold more than keys and values, of which it is not known to whom they "
+                        "belong. Keep a copy (copy.deepcopy) of the cache as it was."
+                    )
 
     if hasattr(base, "__iter__"):
 

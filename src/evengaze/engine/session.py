@@ -26,7 +26,7 @@ from evengaze.engine.attention import attending, hidden_attention
 from evengaze.engine.call import Call, Calls, Frozen, module_frame
 from evengaze.engine.decode import Steps
 from evengaze.engine.encoded import Encoded, watch
-from evengaze.engine.generation import Request, brings_pictures
+from evengaze.engine.generation import Request, brings_pictures, refuse_packing
 from evengaze.engine.intercept import Mark, before_forward, behind_forward, intercept, put
 from evengaze.engine.masks import padded_rows, real_tokens
 from evengaze.engine.prefill import Prefill
@@ -167,6 +167,9 @@ class Handle:
                 keep(behind_forward(module, self._leave_rotary))
         if callable(getattr(self.model, "generate", None)):
             keep(intercept(self.model, "generate", self._generate))
+        for name in ("generate_batch", "init_continuous_batching"):
+            if self._stages and callable(getattr(self.model, name, None)):
+                keep(intercept(self.model, name, refuse_packing))
         if self._adapter is not None:
             for undo in watch(base, self._encoded):
                 keep(undo)
@@ -189,7 +192,8 @@ class Handle:
         request = Request(self.model, arguments)
         if self._stages:
             trims = any(stage.trims_below for _, stage in self._stages.values())
-            request.check(self.pruner, self._decoder, self._layers, trims=trims)
+            ahead = self._adapter is not None and self._adapter.reads_ahead
+            request.check(self.pruner, self._decoder, self._layers, trims=trims, ahead=ahead)
         with self._calls.generate(request):
             yield
 

@@ -96,6 +96,7 @@ class Adapter:
         padding: in words, who pads pictures and how it is known which tokens show padding.
         limits: in words, what does not work with the family (apart from dropping patches in its tower).
         mixes: in words, what happens to patches between the tower and the decoder, if it is more than a projection.
+        reads_ahead: whether the text of a prompt attends to what stands behind it.
     """
 
     name: ClassVar[str]
@@ -103,6 +104,7 @@ class Adapter:
     padding: ClassVar[str] = "none"
     limits: ClassVar[tuple[str, ...]] = ()
     mixes: ClassVar[str] = "what a patch of the vision tower becomes in the decoder is not known"
+    reads_ahead: ClassVar[bool] = False
 
     def decoder(self, model: nn.Module) -> nn.Module:
         """The module whose `layers` the engine hooks."""

@@ -22,6 +22,7 @@ class PaliGemma(Adapter):
     limits: ClassVar[tuple[str, ...]] = (
         "flash attention: it cannot express bidirectional attention among a prompt's images, pruned or not",
     )
+    reads_ahead: ClassVar[bool] = True
 
     def grid(self, config: Any, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of visual tokens of a picture."""
@@ -52,6 +53,7 @@ class Gemma3(PaliGemma):
         "ranking at sliding-window layers: tokens outside the window get no attention there",
     )
     mixes = "the projector averages groups of patches into one visual token"
+    reads_ahead = False
     vision_tower = Adapter.vision_tower
 
     def grid(self, config: Any, height: int, width: int) -> tuple[int, int]:
