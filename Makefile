@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PYTHON
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-ray test-lmms-eval lint format wheel smoke smoke-open parity compat clean
+.PHONY: demo test test-ray test-lmms-eval test-explore lint format wheel smoke smoke-open parity compat clean
 
 demo: $(VENV)/.runtime  ## The main job on the embedded model: a table, pictures and a report in evengaze-demo/
 	$(BIN)/evengaze demo --out evengaze-demo $(ARGS)
@@ -20,6 +20,16 @@ test-ray: $(ENVS)ray/.ready  ## Ray actors: equal files, lost nodes and workers
 
 test-lmms-eval: $(ENVS)lmms-eval/.ready  ## The plug-in inside lmms-eval
 	$(ENVS)lmms-eval/bin/python -m pytest tests/evaluate/test_lmms_eval.py $(ARGS)
+
+test-explore: $(ENVS)explore/.ready  ## The explorer's page in Chromium (Debian's package chromium)
+	GRADIO_ANALYTICS_ENABLED=False $(ENVS)explore/bin/python -m pytest tests/explore $(ARGS)
+
+$(ENVS)explore/.ready: pyproject.toml constraints.txt  # Gradio does not take the newest Pillow
+	$(PYTHON) -m venv $(ENVS)explore
+	grep -v '^pillow' constraints.txt > $(ENVS)explore/constraints.txt
+	$(ENVS)explore/bin/python -m pip install -q --disable-pip-version-check -c $(ENVS)explore/constraints.txt \
+		-e ".[explore,cli]" pytest playwright
+	touch $@
 
 $(ENVS)%/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(ENVS)$*

@@ -11,7 +11,7 @@ import evengaze.methods
 import evengaze.models
 
 CORE = ("compat", "engine", "layout", "protocol", "schedule", "trace")
-USERS = ("cli", "demo", "evaluate", "profile", "serve", "testing", "viz")
+USERS = ("cli", "demo", "evaluate", "explore", "profile", "serve", "testing", "viz")
 
 
 def loaded_with(*modules: str) -> set[str]:

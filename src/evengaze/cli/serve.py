@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from evengaze.cli.options import AllowMissing, Device, DType, Model, Revision
+from evengaze.cli.options import Adapter, AllowMissing, Attention, Device, DType, Model, Quantize, Revision
 
 
 def register(app: typer.Typer) -> None:
@@ -43,32 +43,34 @@ def serve(
     revision: Revision = None,
     dtype: DType = "auto",
     device: Device = "auto",
+    attention: Attention = None,
+    adapter: Adapter = None,
+    quantize: Quantize = None,
     allow_missing: AllowMissing = False,
 ) -> None:
     """Serve OpenAI's chat completions, pruned. A request may choose its own method in the extra field "evengaze"."""
-    from evengaze.serve.start import run, settings_of
+    from evengaze.evaluate.predictor import ModelSpec
+    from evengaze.serve.settings import Limits, Settings
+    from evengaze.serve.start import run
 
-    run(
-        settings_of(
-            model,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            allow_missing=allow_missing,
-            name=name,
-            method=method,
-            debias=debias,
-            hosts=tuple(fetch or ()),
-            key=key,
-            body=max_megabytes << 20,
-            images=max_images,
-            pixels=max_pixels,
-            new_tokens=max_new_tokens,
-            queue=queue,
-            seconds=timeout,
-            batch=batch,
-            wait=wait,
-        ),
-        host,
-        port,
+    spec = ModelSpec(
+        model,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        adapter=adapter,
+        quantize=quantize,
+        allow_missing=allow_missing,
     )
+    limits = Limits(
+        body=max_megabytes << 20,
+        images=max_images,
+        pixels=max_pixels,
+        new_tokens=max_new_tokens,
+        queue=queue,
+        seconds=timeout,
+        batch=batch,
+        wait=wait,
+    )
+    run(Settings(spec, name, method, debias, limits, tuple(fetch or ()), key), host, port)

@@ -2,30 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from evengaze.evaluate.predictor import ModelSpec
 from evengaze.extras import require
-from evengaze.serve.settings import Limits, Settings
-
-
-def settings_of(
-    model: str,
-    *,
-    revision: str | None,
-    dtype: str,
-    device: str,
-    allow_missing: bool,
-    name: str | None,
-    method: str,
-    debias: str,
-    hosts: tuple[str, ...],
-    key: str | None,
-    **limits: Any,
-) -> Settings:
-    """What the command line asks for."""
-    spec = ModelSpec(model, revision=revision, dtype=dtype, device=device, allow_missing=allow_missing)
-    return Settings(spec, name, method, debias, Limits(**limits), hosts, key)
+from evengaze.serve.settings import Settings
 
 
 def run(settings: Settings, host: str, port: int) -> None:
