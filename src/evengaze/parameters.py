@@ -27,11 +27,15 @@ class _Mismatch(Exception):
     """A value is not of its annotation's type."""
 
 
-def coerce(method: _Dataclass) -> None:
+def coerce(method: _Dataclass, name: str | None = None) -> None:
     """Bring the fields of a frozen dataclass to their annotated types, in place.
 
     A field whose annotation cannot be evaluated at run time (a name that is imported for type checkers only) is taken
     as it is.
+
+    Args:
+        method: the dataclass.
+        name: what it is called in the message; its own `name`, or its class's, by default.
 
     Raises:
         ConfigError: a value is of another type.
@@ -41,7 +45,7 @@ def coerce(method: _Dataclass) -> None:
         try:
             object.__setattr__(method, field, _as(annotation, value))
         except _Mismatch:
-            name = getattr(method, "name", type(method).__name__)
+            name = name or getattr(method, "name", type(method).__name__)
             metadata = method.__dataclass_fields__[field].metadata
             expected = metadata.get("expected") or described(annotation)
             raise ConfigError(f"{name}: {field} must be {expected}, not {value!r:.200}") from None

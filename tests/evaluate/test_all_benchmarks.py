@@ -10,6 +10,7 @@ import pytest
 from evengaze.evaluate.benchmarks import BENCHMARKS
 from evengaze.evaluate.predictor import Predictor
 from evengaze.evaluate.runner import Job, run
+from evengaze.evaluate.setting import Setting
 from evengaze.methods import parse
 from runner_fakes import EchoBackend
 
@@ -33,7 +34,7 @@ def test_answers_of_a_run_can_be_scored(name: str, golden: Path, tmp_path: Path)
     benchmark = BENCHMARKS[name]
     if benchmark.missing_files(golden):
         pytest.skip(f"the recorded data do not have {name}")
-    job = Job(benchmark, golden, parse("dense"), tmp_path / name, batch_size=7)
+    job = Job(benchmark, golden, parse("dense"), tmp_path / name, Setting(batch_size=7))
     outcome = run(job, EchoBackend())
     records = list(benchmark.records(golden))
     assert list(outcome.answers) == [record.key for record in records]

@@ -13,6 +13,7 @@ from evengaze.errors import ConfigError, DataError, LayoutError
 from evengaze.evaluate.benchmarks import Record, get_benchmark
 from evengaze.evaluate.predictor import ModelSpec, Prediction, Predictor
 from evengaze.evaluate.runner import HOPELESS, Job, LocalBackend, Work, answer_work, run
+from evengaze.evaluate.setting import Setting
 from evengaze.methods import parse
 from runner_fakes import save_model, save_pope
 
@@ -58,7 +59,7 @@ def test_what_the_method_cannot_do_ends_the_cell_at_once() -> None:
 
 def job(tmp_path: Path, images: int = 4) -> Job:
     data = save_pope(tmp_path / "data", images=images)
-    return Job(get_benchmark("pope"), data, parse("fastv:keep=4"), tmp_path / "out", batch_size=5)
+    return Job(get_benchmark("pope"), data, parse("fastv:keep=4"), tmp_path / "out", Setting(batch_size=5))
 
 
 def test_the_run_goes_on_lists_the_record_and_asks_it_again_later(tmp_path: Path) -> None:
@@ -68,7 +69,9 @@ def test_the_run_goes_on_lists_the_record_and_asks_it_again_later(tmp_path: Path
     assert outcome.score is not None
     listed = [json.loads(line) for line in (tmp_path / "out/errors.jsonl").read_text().splitlines()]
     assert listed[0]["error"] == "the model raised ValueError: odd"
-    again = Job(get_benchmark("pope"), tmp_path / "data", parse("fastv:keep=4"), tmp_path / "out", batch_size=5)
+    again = Job(
+        get_benchmark("pope"), tmp_path / "data", parse("fastv:keep=4"), tmp_path / "out", Setting(batch_size=5)
+    )
     mended = run(again, LocalBackend(Fragile(ValueError(), set())))  # type: ignore[arg-type]
     assert (len(mended.answers), len(mended.errors)) == (12, 0)
 
@@ -139,7 +142,7 @@ def test_a_processor_that_raises_on_one_picture_costs_one_record(model: Path, tm
     given = job(tmp_path)
     records = list(given.benchmark.records(given.data))
     assert predictor.geometry(records) == (6, 16)  # of the first picture that does not raise
-    short = Job(given.benchmark, given.data, given.pruner, given.folder, max_new_tokens=2)
+    short = Job(given.benchmark, given.data, given.pruner, given.folder, Setting(max_new_tokens=2))
     outcome = run(short, LocalBackend(predictor))
     assert outcome.errors
     assert {"ZeroDivisionError" in line["error"] for line in outcome.errors.values()} == {True}

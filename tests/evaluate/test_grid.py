@@ -22,6 +22,7 @@ from evengaze.evaluate.predictor import ModelSpec, Predictor
 from evengaze.evaluate.recipes import Recipe, names, published
 from evengaze.evaluate.results import load, tables
 from evengaze.evaluate.runner import Job, LocalBackend, run
+from evengaze.evaluate.setting import Setting
 from evengaze.methods import parse, split
 from evengaze.schedule import Schedule
 from runner_fakes import save_model, save_pope
@@ -106,7 +107,7 @@ def test_shipped_recipes_can_be_laid_out(name: str) -> None:
     for benchmark in recipe.benchmarks:
         assert benchmark in BENCHMARKS
         found = cells(recipe.plan, benchmark, layers, visual)
-        assert len(found) > len(recipe.methods)
+        assert len(found) > len(recipe.plan.methods)
 
 
 def test_recipes_with_mistakes_are_refused(tmp_path: Path) -> None:
@@ -201,13 +202,13 @@ def test_a_curve_that_knows_the_benchmarks_pictures_is_flagged(place: Path, tmp_
         made = call(*arguments)
         assert made.exit_code == 0, (made.output, made.exception)
         (table,) = tables(load(tmp_path / "out"), resamples=50)
-        found = {row.title.rpartition(" ")[2]: row.result["overlap"] for row in table.rows}
+        found = {row.title.rpartition(" ")[2]: row.result.overlap for row in table.rows}
         assert found == {"dense": 0, "padding": 0, "others": 0, "same": 3}
         assert " ".join(made.output.split()).count("3 of 12 answers are about pictures") == 1
         assert "the score is too kind" in " ".join(made.output.split())
     backend = LocalBackend(Predictor.load(ModelSpec(str(place / "model"), device="cpu")))
     pruner = parse("fastv:keep=4").replace(debias=Debias.load(tmp_path / "same.json"))
-    job = Job(get_benchmark("pope"), place / "data", pruner, tmp_path / "one", max_new_tokens=2)
+    job = Job(get_benchmark("pope"), place / "data", pruner, tmp_path / "one", Setting(max_new_tokens=2))
     with pytest.warns(CurveWarning, match="3 of 12"):
         assert run(job, backend).overlap == 3
 
@@ -226,7 +227,7 @@ def test_a_recipe_gives_options_and_options_win(place: Path, tmp_path: Path) -> 
     made = call(*options(place, tmp_path / "out", "--recipe", str(recipe)))
     assert made.exit_code == 0, (made.output, made.exception)
     assert len(load(tmp_path / "out")) == 2
-    assert all(row.result["answered"] == 2 for row in load(tmp_path / "out"))
+    assert all(row.result.answered == 2 for row in load(tmp_path / "out"))
 
 
 def test_ctrl_c_says_how_to_go_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

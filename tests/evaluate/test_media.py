@@ -18,6 +18,7 @@ from evengaze.evaluate.benchmarks import Record, get_benchmark
 from evengaze.evaluate.media import as_rgb, media_digest, open_media, read_media
 from evengaze.evaluate.predictor import ModelSpec, Predictor
 from evengaze.evaluate.runner import Job, LocalBackend, run
+from evengaze.evaluate.setting import Setting
 from evengaze.methods import parse
 from runner_fakes import save_model, save_pope
 
@@ -123,7 +124,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def answer(model: Path, data: Path, out: Path, **spec: Any) -> Any:
     backend = LocalBackend(Predictor.load(ModelSpec(str(model), device="cpu", **spec)))
-    return run(Job(get_benchmark("pope"), data, parse("fastv:keep=4"), out, max_new_tokens=2), backend)
+    return run(Job(get_benchmark("pope"), data, parse("fastv:keep=4"), out, Setting(max_new_tokens=2)), backend)
 
 
 def pictures(data: Path) -> list[Path]:

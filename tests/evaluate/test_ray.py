@@ -12,6 +12,7 @@ import pytest
 from evengaze.evaluate.benchmarks import get_benchmark
 from evengaze.evaluate.predictor import ModelSpec, Predictor
 from evengaze.evaluate.runner import Job, LocalBackend, run, run_jobs
+from evengaze.evaluate.setting import Setting
 from evengaze.methods import parse
 from runner_fakes import save_model, save_pope
 
@@ -46,7 +47,13 @@ def jobs(root: Path, name: str) -> list[tuple[Job, Any]]:
     records = list(benchmark.records(root / "data"))
     return [
         (
-            Job(benchmark, root / "data", parse(method), root / name / method[:5], batch_size=2, max_new_tokens=6),
+            Job(
+                benchmark,
+                root / "data",
+                parse(method),
+                root / name / method[:5],
+                Setting(batch_size=2, max_new_tokens=6),
+            ),
             records,
         )
         for method in ("dense", "fastv:keep=4")

@@ -16,7 +16,8 @@ import pytest
 from evengaze.errors import ConfigError, DataError
 from evengaze.evaluate.benchmarks import Record, get_benchmark
 from evengaze.evaluate.predictor import Prediction, open_media
-from evengaze.evaluate.runner import Answered, Job, Outcome, Work, place, run, run_jobs
+from evengaze.evaluate.runner import Answered, Job, Outcome, Work, rank_and_world, run, run_jobs
+from evengaze.evaluate.setting import Setting
 from evengaze.evaluate.shards import Shard, locked, merge
 from evengaze.methods import parse
 from runner_fakes import save_pope
@@ -57,7 +58,7 @@ def job(tmp_path: Path) -> Job:
 
 
 def job_in(folder: Path, data: Path, **changes: Any) -> Job:
-    return Job(get_benchmark("pope"), data, parse("fastv:keep=4"), folder, **{"batch_size": 5, **changes})
+    return Job(get_benchmark("pope"), data, parse("fastv:keep=4"), folder, Setting(**{"batch_size": 5, **changes}))
 
 
 def answers(outcome: Outcome) -> str:
@@ -114,7 +115,7 @@ def test_a_damaged_line_inside_is_an_error_that_names_it(job: Job) -> None:
 
 def test_another_setting_in_the_same_folder_is_refused_with_the_difference(job: Job) -> None:
     run(job, Fake())
-    other = Job(job.benchmark, job.data, parse("fastv:keep=6"), job.folder, batch_size=5, max_new_tokens=7)
+    other = Job(job.benchmark, job.data, parse("fastv:keep=6"), job.folder, Setting(batch_size=5, max_new_tokens=7))
     with pytest.raises(DataError) as caught:
         run(other, Fake())
     assert "pruner.keep: 4 -> 6" in str(caught.value)
@@ -234,11 +235,11 @@ def test_merging_twice_changes_nothing_and_strangers_are_refused(job: Job) -> No
 
 
 def test_rank_and_world_size_must_make_sense(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert place() == (0, 1)
+    assert rank_and_world() == (0, 1)
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="RANK=2"):
-        place()
+        rank_and_world()
 
 
 def test_limit_takes_the_first_records_or_a_random_draw_and_can_be_raised(job: Job, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_score_prints_pure_json(golden: Path) -> None:
 def test_score_for_people_names_problems(golden: Path) -> None:
     answers = golden / EVAL / "pope/answers/gold_missing.jsonl"
     code, out, _ = call("score", "pope", "--answers", answers, "--data", golden)
-    assert code == 0 and "3 missing: 1, 8, 10000007" in out and "mean F1 (%): 51.87" in out
+    assert code == 3 and "3 missing: 1, 8, 10000007" in out and "mean F1 (%): 51.87" in out
 
 
 def test_errors_go_to_stderr_with_exit_status_2(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table as RichTable
 
-from evengaze.cli import terminal
+from evengaze.cli import tables, terminal
 from evengaze.errors import ConfigError
 
 RECORDS_LOST = 3
 """Exit status of a run that went through, but in which records could not be read or cells failed."""
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 console = terminal.Screen(stderr=True)
 
@@ -79,7 +81,8 @@ def evaluate(
     """Answer benchmarks with methods x debiasing x budgets, score them, and compare.
 
     Killed or interrupted runs go on where they stopped when the same command is given again. Exit status: 0; 2 for an
-    error; 3 if records could not be read or a cell failed (the rest is there); 130 after Ctrl-C.
+    error; 3 if records could not be read or a cell failed (the rest is there); 130 after Ctrl-C, 143 after
+    SIGTERM.
     """
     from evengaze.cli.score import make_judge, say
     from evengaze.evaluate.benchmarks import ScoreOptions
@@ -106,7 +109,8 @@ def evaluate(
     settings = Recipe.load(recipe) if recipe is not None else Recipe()
     settings = settings.overridden({key: value for key, value in given.items() if value is not None})
     missing = [name for name, value in (("--data", data), ("--out", out)) if value is None]
-    missing += [f"--{name}" for name in ("model", "benchmarks") if not getattr(settings, name)]
+    missing += [] if settings.model.source else ["--model"]
+    missing += [] if settings.benchmarks else ["--benchmarks"]
     if data is None or out is None or missing:
         raise ConfigError(f"evaluate needs {', '.join(missing)}; see `evengaze evaluate --help`")
     options = ScoreOptions(judge=make_judge(judge, judge_url, judge_local), cache=out / "judge.jsonl", say=say)
@@ -114,97 +118,131 @@ def evaluate(
         from evengaze.evaluate.predictor import Predictor
         from evengaze.evaluate.runner import LocalBackend
 
-        backend: Any = LocalBackend(Predictor.load(settings.model_spec))
+        backend: Any = LocalBackend(Predictor.load(settings.model))
     else:
         from evengaze.evaluate.ray_runner import RayBackend
 
-        backend = RayBackend(settings.model_spec, ray, actors=ray_actors, gpus=ray_gpus, cpus=ray_cpus)
+        backend = RayBackend(settings.model, ray, actors=ray_actors, gpus=ray_gpus, cpus=ray_cpus)
     raise typer.Exit(_run(settings, data, out, backend, options))
 
 
 def _run(settings: Any, data: Path, out: Path, backend: Any, options: Any) -> int:
     """Run all benchmarks; returns the exit status."""
     from evengaze.evaluate.benchmarks import get_benchmark
-    from evengaze.evaluate.grid import Setting, prepare, run_grid
-    from evengaze.evaluate.runner import place
+    from evengaze.evaluate.grid import prepare, run_grid
+    from evengaze.evaluate.runner import rank_and_world
 
-    setting = Setting(
-        data,
-        out,
-        settings.limit,
-        settings.shuffle_seed,
-        settings.batch_size,
-        settings.max_new_tokens,
-        options,
-    )
     chosen = [get_benchmark(name) for name in settings.benchmarks]
     try:
-        tasks = prepare(settings.plan, chosen, setting, backend)
-        with _progress() as progress:
-            work = {t.benchmark.name: len(t.cells) * t.count(setting.limit) / place()[1] for t in tasks}
-            total = progress.add_task("all", total=sum(work.values()))
-            bars = {name: progress.add_task(name, total=count) for name, count in work.items()}
-            for task in tasks:
-                for line in task.notes:
-                    progress.console.print(line)
+        with _terminable():
+            tasks = prepare(settings.plan, chosen, data, backend)
+            with _progress() as progress:
+                world = rank_and_world()[1]
+                work = {t.benchmark.name: len(t.cells) * settings.setting.count(len(t.records)) / world for t in tasks}
+                total = progress.add_task("all", total=sum(work.values()))
+                bars = {name: progress.add_task(name, total=count) for name, count in work.items()}
+                for task in tasks:
+                    for line in task.notes:
+                        progress.console.print(line)
 
-            def advance(task: Any, cell: Any, count: int) -> None:
-                name = task.benchmark.name
-                progress.update(bars[name], advance=count, description=f"{name} {cell.method} {cell.debias}")
-                progress.advance(total, count)
+                def advance(task: Any, cell: Any, count: int) -> None:
+                    name = task.benchmark.name
+                    progress.update(bars[name], advance=count, description=f"{name} {cell.method} {cell.debias}")
+                    progress.advance(total, count)
 
-            results = run_grid(tasks, setting, backend, advance=advance)
-    except KeyboardInterrupt:
-        console.print(f"Interrupted. All answers up to here are in {out}; give the same command again to go on.")
-        return INTERRUPTED
-    return _show(results, out)
+                rows = run_grid(tasks, data, out, backend, settings.setting, options=options, advance=advance)
+    except (KeyboardInterrupt, Terminated) as end:
+        word, status = (
+            ("Interrupted", INTERRUPTED) if isinstance(end, KeyboardInterrupt) else ("Terminated", TERMINATED)
+        )
+        console.print(f"{word}. All answers up to here are in {out}; give the same command again to go on.")
+        return status
+    return _show(rows, out)
 
 
-def _show(results: list[dict[str, Any]], out: Path) -> int:
+class Terminated(BaseException):
+    """The process was asked to end (SIGTERM), as batch systems do when a job's time is over."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that files are closed and it is said what is kept."""
+
+    def end(number: int, frame: Any) -> None:
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _show(rows: list[Any], out: Path) -> int:
     """Print the tables and everything that went wrong; returns the exit status."""
-    from evengaze.evaluate.results import Row, tables
+    from evengaze.evaluate.results import FLIPPED
+    from evengaze.evaluate.results import tables as compared
 
     screen = terminal.Screen()
-    for table in tables([Row(result) for result in results]):
-        view = RichTable(title=f"{table.title} {table.split}: {table.metric}")
-        for name in ("method", "tokens", "FLOPs", "score", "debias - plain", "against dense"):
-            view.add_column(name, justify="left" if name == "method" else "right")
+    for table in compared(rows):
+        columns = [
+            tables.name("method"),
+            *map(tables.Column, ("tokens", "FLOPs", "score", "n")),
+            *(tables.Column(head, text=True) for head in ("debias - plain", "against dense")),
+            tables.Column("as dense"),
+        ]
+        lines = [_line(row) for row in table.rows]
+        terminal.echo(tables.table(columns, lines, title=f"{table.title} {table.split}: {table.metric}") + "\n")
         for row in table.rows:
-            flops = (row.result.get("tokens") or {}).get("relative_flops")
-            view.add_row(
-                row.title,
-                "-" if row.average is None else f"{row.average:.1f}",
-                "-" if flops is None else f"{flops:.1%}",
-                "-" if row.value is None else f"{row.value:.2f}",
-                _difference(row.against_plain),
-                _difference(row.against_dense),
-            )
-        screen.print(view)
+            row.save_flips()
     lost = False
-    if any(result["waiting"] for result in results):
+    if any(row.result.waiting for row in rows):
         screen.print("Some answers are still with other processes; the last one to finish scores.")
-    for result in results:
-        name = f"{result['benchmark']['name']} {result['cell']['method']} {result['cell']['debias']}"
-        if result["problem"] and (result["failed"] or not result["waiting"]):
-            screen.print(f"{name}: {result['problem']}")
+    for row in rows:
+        result = row.result
+        name = f"{result.benchmark.name} {result.cell.method} {result.cell.debias}"
+        if result.problem and (result.failed or not result.waiting):
+            screen.print(f"{name}: {result.problem}")
             lost = True
-        if result["errors"]:
-            first = next(iter(result["errors"].values()))
-            screen.print(
-                f"{name}: {len(result['errors'])} record(s) could not be read (listed in errors.jsonl), e.g. {first}",
-            )
+        if result.errors:
+            first = next(iter(result.errors.values()))
+            count = f"{len(result.errors)} record(s) could not be read or answered"
+            screen.print(f"{name}: {count} (listed in errors.jsonl), e.g. {first}")
             lost = True
-        for note in [*result["notes"], *(result["score"] or {}).get("warnings", [])]:
+        score = result.summary
+        for note in [*result.notes, *(score.warnings if score is not None else [])]:
             screen.print(f"Warning: {name}: {note}", style="yellow")
+    if any(row.agreement is not None and row.agreement.flips for row in rows):
+        screen.print(f"Answers that are not the dense model's: {FLIPPED} in each method's folder.")
     screen.print(f"Results in {out}; `evengaze report {out} -o report` makes tables and figures.")
     return RECORDS_LOST if lost else 0
+
+
+def _line(row: Any) -> list[str]:
+    """A row of the table."""
+    flops, score = row.result.tokens.get("relative_flops"), row.result.summary
+    return [
+        row.title,
+        "-" if row.average is None else f"{row.average:.1f}",
+        "-" if flops is None else f"{flops:.1%}",
+        "-" if row.value is None else f"{row.value:.2f}",
+        str(row.result.answered if score is None else score.n_scored),
+        _difference(row.against_plain),
+        _difference(row.against_dense),
+        "" if row.agreement is None else f"{row.agreement.share:.1%}",
+    ]
 
 
 def _difference(paired: Any) -> str:
     """Points with interval and p-value."""
     if paired is None:
         return ""
-    return f"{100 * paired.delta:+.1f} [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}] p={paired.p_value:.2g}"
+    interval = tables.together(f"[{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]")
+    return f"{100 * paired.delta:+.1f} {interval} p={paired.p_value:.2g}"
 
 
 def report(

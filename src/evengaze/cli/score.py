@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from evengaze.evaluate.benchmarks import Score
     from evengaze.evaluate.judge import Judge
 
+INCOMPLETE = 3
+"""Exit status where answers are missing, unknown, malformed or not judged; as of `evaluate`."""
 _SHOWN = 5
 
 
@@ -38,7 +40,10 @@ def score(
     out: Annotated[Path | None, typer.Option(help="Also write the result as JSON to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")] = False,
 ) -> None:
-    """Score a predictions file, whichever program wrote it."""
+    """Score a predictions file, whichever program wrote it.
+
+    Exit status: 0; 2 for an error; 3 if there is a number, but answers are missing, unknown, malformed or not judged.
+    """
     from evengaze.evaluate.benchmarks import ScoreOptions
     from evengaze.evaluate.scoring import score_file
     from evengaze.files import write_whole
@@ -61,16 +66,19 @@ def score(
         terminal.echo(text)
     else:
         _show_score(result, terminal.Screen())
+    if any((result.problems.missing, result.problems.unknown, result.problems.malformed, result.problems.errors)):
+        raise typer.Exit(INCOMPLETE)
 
 
 def list_benchmarks(
+    names: Annotated[list[str] | None, typer.Argument(help="Only these.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder to look for the datasets in.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """List benchmarks: split, metric, the files they need, which are missing and where to get them."""
     from evengaze.evaluate import scoring
 
-    items = scoring.list_benchmarks(data)
+    items = scoring.list_benchmarks(data, names or ())
     if as_json:
         terminal.echo(terminal.as_json(items))
         return

@@ -9,7 +9,6 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,11 @@ import torch
 import transformers
 
 from evengaze.demo.experiment import EARLY, KEEPS, LAYER, Cell, Outcome, Result
-from evengaze.evaluate.metrics.paired import Paired, compare
+from evengaze.evaluate.metrics.paired import Paired, compare, wilson
 from evengaze.version import __version__
 from evengaze.viz.accuracy import Point, plot_accuracy
 from evengaze.viz.bias import plot_trend
 from evengaze.viz.patches import Canvas, Panel, draw_panels
-
-_Z = 1.959964
 
 
 @dataclass(frozen=True)
@@ -65,13 +62,6 @@ def _row(result: Result, cell: Cell | None, outcome: Outcome, dense: Paired | No
     accuracy = outcome.accuracy(result.questions)
     tokens = sum(outcome.average_tokens) / len(outcome.average_tokens)
     return Row(cell, accuracy, wilson(accuracy, len(result.questions)), dense, plain, tokens, outcome.seconds)
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson's score interval, which holds near 0 and 1 as well)."""
-    middle = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
-    half = _Z / (1 + _Z**2 / count) * sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def to_dict(result: Result, seconds: float) -> dict[str, Any]:

@@ -6,46 +6,53 @@ from collections.abc import Sequence
 from math import pi
 from typing import Any
 
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from evengaze.evaluate.metrics.paired import wilson
 from evengaze.evaluate.results import Row, Table, short
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart; a family keeps its colour everywhere.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C6D00", "#4C3A9E", "#56B4E9", "#7A3B2E")
 _GREY = {"random": "#9a9a9a", "uniform": "#6b6b6b"}
 _STYLES = ("-", "-.", (0, (3, 1, 1, 1, 1, 1)))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_MARKERS = ("s", "^", "D", "v", "P", "X", "*")
+"""Of kinds of debiasing; plain is a circle."""
+
+Series = dict[tuple[str, str, str], list[Row]]
+"""Rows by family, debiasing and role."""
 
 
-def curves(tables: Sequence[Table]) -> Figure:
-    """Score against average tokens, one panel a benchmark: plain dashed, debiased solid, baselines grey."""
+def curves(tables: Sequence[Table]) -> Figure | None:
+    """Score against average tokens, one panel a benchmark; bars where everything was run at one budget.
+
+    Plain methods are hollow, pale and dashed, debiased ones filled, in full colour and solid; baselines are grey. Bars
+    are 95 % intervals where the score is a mean over questions. None if nothing was scored.
+    """
     shown = [table for table in tables if any(row.value is not None for row in table.rows)]
-    colours, styles = _colours(shown), _styles(shown)
-    columns = min(3, max(1, len(shown)))
-    lines = -(-max(1, len(shown)) // columns)
+    if not shown:
+        return None
+    looks = _Looks(shown)
+    columns = min(3, len(shown))
+    lines = -(-len(shown) // columns)
     figure = Figure(
         figsize=(4.6 * columns + 0.4, 3.6 * lines + 0.9), layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1)
     )
     axes = figure.subplots(lines, columns, squeeze=False)
     handles: dict[str, Any] = {}
     for axis, table in zip(axes.flat, shown, strict=False):
-        for (family, debias, role), rows in _series(table).items():
-            points = sorted((row.average, row.value) for row in rows)
-            label = family if role == "baseline" else f"{family}, {short(debias)}"
-            (handle,) = axis.plot(
-                *zip(*points, strict=True), label=label, **_look(family, debias, role, colours, styles)
-            )
-            handles.setdefault(label, handle)
+        series = _series(table)
+        one_budget = len(series) > 1 and all(len(rows) == 1 for rows in series.values())
+        (_bars if one_budget else _lines)(axis, series, looks, handles)
         dense = table.dense
         if dense is not None and dense.value is not None:
             handle = axis.axhline(dense.value, color="black", lw=1, ls=":", label="dense")
             handles.setdefault("dense", handle)
         axis.set_title(f"{table.title} {table.split}", fontsize=10)
-        axis.set_xlabel("average visual tokens a layer", fontsize=9)
         axis.set_ylabel(table.metric, fontsize=9)
         axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25, lw=0.6)
+        axis.grid(alpha=0.25, lw=0.6, axis="y" if one_budget else "both")
         axis.spines[["top", "right"]].set_visible(False)
     for axis in list(axes.flat)[len(shown) :]:
         axis.set_visible(False)
@@ -61,16 +68,62 @@ def curves(tables: Sequence[Table]) -> Figure:
     return figure
 
 
+def _lines(axis: Any, series: Series, looks: _Looks, handles: dict[str, Any]) -> None:
+    """A line a method over its budgets, with intervals."""
+    for key, rows in series.items():
+        points = sorted((row.average, row.value, *_interval(row)) for row in rows)
+        x, y, low, high = zip(*points, strict=True)
+        below, above = ([abs(b - a) for a, b in zip(y, ends, strict=True)] for ends in (low, high))
+        handle = axis.errorbar(x, y, yerr=[below, above], capsize=2, elinewidth=0.8, **looks.of(*key))
+        handles.setdefault(looks.label(*key), handle)
+    axis.set_xlabel("average visual tokens a layer", fontsize=9)
+
+
+def _bars(axis: Any, series: Series, looks: _Looks, handles: dict[str, Any]) -> None:
+    """A bar a method, with its interval; from the lowest value on, as differences matter."""
+    lowest = min(_interval(rows[0])[0] for rows in series.values())
+    for at, (key, (row, *_)) in enumerate(series.items()):
+        look, value = looks.of(*key), float(row.value or 0.0)
+        low, high = _interval(row)
+        filled = look["markerfacecolor"] != "white"
+        handle = axis.bar(
+            at,
+            value,
+            0.7,
+            yerr=[[value - low], [high - value]],
+            capsize=3,
+            facecolor=look["color"] if filled else "white",
+            edgecolor=look["color"],
+            hatch=None if filled else "///",
+            error_kw={"elinewidth": 0.9, "ecolor": "#333333"},
+        )
+        handles.setdefault(looks.label(*key), handle)
+        axis.annotate(
+            f"{row.average:.0f} tokens", (at, high), (0, 3), textcoords="offset points", ha="center", fontsize=6
+        )
+    axis.set_ylim(bottom=max(0.0, lowest - 0.15 * max(lowest, 1.0)))
+    axis.set_xticks([])
+
+
+def _interval(row: Row) -> tuple[float, float]:
+    """95 % interval of a score that is the mean over questions; else the score itself."""
+    value, credits = float(row.value or 0.0), row.credits
+    if not credits or abs(100 * sum(credits.values()) / len(credits) - value) > 1e-6:
+        return value, value
+    low, high = wilson(value / 100, len(credits))
+    return 100 * low, 100 * high
+
+
 def radar(tables: Sequence[Table]) -> Figure | None:
     """Percent of the dense model's score, one panel a method, one spoke a benchmark; None with fewer than three.
 
     Where a method was run at several budgets, the smallest one is shown.
     """
     usable = [t for t in tables if t.dense is not None and t.dense.value]
-    families = list(_colours(usable))
+    looks = _Looks(usable)
+    families = list(looks.families)
     if len(usable) < 3 or not families:
         return None
-    colours, styles = _colours(usable), _styles(usable)
     angles = [2 * pi * i / len(usable) for i in range(len(usable))]
     columns = min(3, len(families))
     lines = -(-len(families) // columns)
@@ -81,13 +134,13 @@ def radar(tables: Sequence[Table]) -> Figure | None:
     lowest = 100.0
     for axis, family in zip(axes.flat, families, strict=False):
         smallest = _smallest(usable, family)
-        labels = dict.fromkeys(row.cell["debias"] for rows in smallest for row in rows)
+        labels = dict.fromkeys(row.cell.debias for rows in smallest for row in rows)
         for debias in labels:
             values = [_share(table, rows, debias) for table, rows in zip(usable, smallest, strict=True)]
             if any(value is None for value in values):
                 continue
             lowest = min(lowest, *[value for value in values if value is not None])
-            look = _look(family, debias, "method", colours, styles)
+            look = looks.of(family, debias, "method")
             axis.plot([*angles, angles[0]], [*values, values[0]], label=short(debias), **look)
             if debias != "none":
                 axis.fill([*angles, angles[0]], [*values, values[0]], color=look["color"], alpha=0.08)
@@ -104,48 +157,61 @@ def radar(tables: Sequence[Table]) -> Figure | None:
     return figure
 
 
-def _series(table: Table) -> dict[tuple[str, str, str], list[Row]]:
-    found: dict[tuple[str, str, str], list[Row]] = {}
+def _series(table: Table) -> Series:
+    found: Series = {}
     for row in table.rows:
         cell = row.cell
-        if cell["role"] == "dense" or row.value is None or row.average is None:
+        if cell.role == "dense" or row.value is None or row.average is None:
             continue
-        found.setdefault((cell["family"], cell["debias"], cell["role"]), []).append(row)
+        found.setdefault((row.prefix + cell.family, cell.debias, cell.role), []).append(row)
     return found
 
 
-def _colours(tables: Sequence[Table]) -> dict[str, str]:
-    families = dict.fromkeys(
-        row.cell["family"] for table in tables for row in table.rows if row.cell["role"] == "method"
-    )
-    return {family: _GREY.get(family, _COLOURS[i % len(_COLOURS)]) for i, family in enumerate(families)}
+class _Looks:
+    """A method family keeps its colour everywhere; plain and debiased differ in shade, filling, marker and line."""
 
+    def __init__(self, tables: Sequence[Table]) -> None:
+        rows = [row for table in tables for row in table.rows]
+        families = dict.fromkeys(row.prefix + row.cell.family for row in rows if row.cell.role == "method")
+        labels = dict.fromkeys(row.cell.debias for row in rows if row.cell.debias != "none")
+        self.families = {name: _GREY.get(name, _COLOURS[i % len(_COLOURS)]) for i, name in enumerate(families)}
+        self._labels = list(labels)
 
-def _styles(tables: Sequence[Table]) -> dict[str, Any]:
-    """Plain is dashed; each kind of debiasing has a line style of its own."""
-    labels = dict.fromkeys(row.cell["debias"] for table in tables for row in table.rows if row.cell["debias"] != "none")
-    return {"none": "--"} | {label: _STYLES[i % len(_STYLES)] for i, label in enumerate(labels)}
+    def label(self, family: str, debias: str, role: str) -> str:
+        return family if role == "baseline" else f"{family}, {short(debias)}"
 
-
-def _look(family: str, debias: str, role: str, colours: dict[str, str], styles: dict[str, Any]) -> dict[str, Any]:
-    if role == "baseline":
-        marker = "x" if family == "random" else "+"
-        return {"color": _GREY.get(family, "#808080"), "ls": ":", "marker": marker, "ms": 5, "lw": 1}
-    marker = _MARKERS[list(colours).index(family) % len(_MARKERS)]
-    return {"color": colours[family], "ls": styles[debias], "marker": marker, "ms": 4, "lw": 1.6}
+    def of(self, family: str, debias: str, role: str) -> dict[str, Any]:
+        if role == "baseline":
+            name = family.rpartition(": ")[2]
+            grey = _GREY.get(name, "#808080")
+            marker = "x" if name == "random" else "+"
+            return {"color": grey, "ls": ":", "marker": marker, "ms": 5, "lw": 1, "markerfacecolor": grey}
+        colour = self.families[family]
+        if debias == "none":
+            pale = tuple(0.55 * part + 0.45 for part in to_rgb(colour))
+            return {"color": pale, "ls": "--", "marker": "o", "ms": 5, "lw": 1.4, "markerfacecolor": "white"}
+        place = self._labels.index(debias)
+        return {
+            "color": colour,
+            "ls": _STYLES[place % len(_STYLES)],
+            "marker": _MARKERS[place % len(_MARKERS)],
+            "ms": 5,
+            "lw": 1.8,
+            "markerfacecolor": colour,
+        }
 
 
 def _smallest(tables: Sequence[Table], family: str) -> list[list[Row]]:
     """The family's rows at its smallest budget, for each benchmark."""
     found = []
     for table in tables:
-        rows = [row for row in table.rows if row.cell["family"] == family and row.cell["role"] == "method"]
-        least = min((row.cell["average_planned"] for row in rows), default=0.0)
-        found.append([row for row in rows if row.cell["average_planned"] == least])
+        rows = [row for row in table.rows if row.prefix + row.cell.family == family and row.cell.role == "method"]
+        least = min((row.cell.average_planned for row in rows), default=0.0)
+        found.append([row for row in rows if row.cell.average_planned == least])
     return found
 
 
 def _share(table: Table, rows: Sequence[Row], debias: str) -> float | None:
     dense = table.dense
-    value = next((row.value for row in rows if row.cell["debias"] == debias), None)
+    value = next((row.value for row in rows if row.cell.debias == debias), None)
     return None if value is None or dense is None or not dense.value else 100 * value / dense.value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,36 @@ def describe_pruner(pruner: Pruner) -> dict[str, Any]:
     values = json.loads(json.dumps(pruner.to_dict()))
     if values.get("debias") is not None:
         values["debias_hash"] = digest(values["debias"])
-    return dict(values)
+    own = method_source(type(pruner))
+    return dict(values) | ({} if own is None else {"source": own})
+
+
+def method_source(method: type) -> str | None:
+    """What tells a method from outside this package from its earlier and later states; None for one of its own.
+
+    Its `version` if it has one, else a digest of the files that it and its bases are written in, or, where there are
+    none, of their compiled functions.
+    """
+    outside = [
+        c for c in method.__mro__ if c.__module__.partition(".")[0] not in ("evengaze", "builtins", "abc", "typing")
+    ]
+    if not outside:
+        return None
+    version = getattr(method, "version", None)
+    if isinstance(version, (str, int)):
+        return f"version {version}"
+    total = hashlib.sha256()
+    for owner in outside:
+        try:
+            total.update(Path(inspect.getfile(owner)).read_bytes())
+        except (OSError, TypeError):
+            total.update(repr(sorted((k, _code(v)) for k, v in vars(owner).items() if callable(v))).encode())
+    return total.hexdigest()[:16]
+
+
+def _code(function: Any) -> tuple[Any, ...]:
+    code = getattr(function, "__code__", None)
+    return () if code is None else (code.co_code.hex(), [c for c in code.co_consts if isinstance(c, (int, float, str))])
 
 
 def describe_records(records: Sequence[Record], root: Path) -> dict[str, Any]:

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 from evengaze import methods
 from evengaze.debias import CurveWarning, Debias
-from evengaze.errors import CurveError
+from evengaze.errors import ConfigError, CurveError
 from evengaze.evaluate.benchmarks import Benchmark, Record, ScoreOptions
 from evengaze.evaluate.fingerprint import describe_pruner, digest
-from evengaze.evaluate.runner import Backend, Job, Outcome, overlap_notes, picture_notes, run_jobs
-from evengaze.files import write_whole
+from evengaze.evaluate.results import About, CellInfo, CellResult, Role, Row
+from evengaze.evaluate.runner import Backend, Job, Outcome, limit_notes, overlap_notes, picture_notes, run_jobs
+from evengaze.evaluate.setting import DEFAULT, Setting
 from evengaze.methods import Pruner
+from evengaze.parameters import coerce
 from evengaze.schedule import Schedule, solve_for_budget
 
-RESULT = "result.json"
-SCHEMA = 1
 BASELINES = ("random", "uniform")
 _PRESETS = "llava-1.5-7b"
-
-Role = Literal["dense", "method", "baseline"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +38,17 @@ class Plan:
 
     methods: tuple[str, ...] = ("none",)
     debias: tuple[str, ...] = ("none",)
-    budgets: tuple[float, ...] = ()
+    budgets: tuple[float, ...] = field(default=(), metadata={"expected": "numbers of tokens"})
     baselines: tuple[str, ...] = BASELINES
+
+    def __post_init__(self) -> None:
+        coerce(self, "evaluation")
+        if any(not 0 < budget < float("inf") for budget in self.budgets):
+            raise ConfigError(f"budgets must be numbers of tokens, not {list(self.budgets)}")
+        if self.budgets and not any(text not in ("none", "dense") for text in self.methods):
+            raise ConfigError(
+                f"budgets {list(self.budgets)} have no method to bring to them: name at least one, such as fastv"
+            )
 
 
 @dataclass(frozen=True)
@@ -78,18 +83,18 @@ class Cell:
         words = "+".join(re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-") for part in parts)
         return f"{words[:80]}.{digest(describe_pruner(self.pruner))[:8]}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {
-            "name": self.name,
-            "role": self.role,
-            "method": self.method,
-            "family": self.pruner.name,
-            "debias": self.debias,
-            "average_planned": self.average,
-            "budget": self.budget,
-            "baselines": list(self.baselines),
-        }
+    def described(self) -> CellInfo:
+        """What its result says of it."""
+        return CellInfo(
+            name=self.name,
+            role=self.role,
+            method=self.method,
+            family=self.pruner.name,
+            debias=self.debias,
+            average_planned=self.average,
+            budget=self.budget,
+            baselines=list(self.baselines),
+        )
 
 
 def cells(plan: Plan, benchmark: str, layers: int, visual: int, notes: list[str] | None = None) -> list[Cell]:
@@ -119,7 +124,10 @@ def cells(plan: Plan, benchmark: str, layers: int, visual: int, notes: list[str]
         given = methods.parse(text)
         for budget in plan.budgets or (None,):
             pruner = given if budget is None else solve_for_budget(given, budget, layers=layers, visual=visual)
-            average = Schedule.of(pruner, layers, visual).average
+            schedule = Schedule.of(pruner, layers, visual)
+            average = schedule.average
+            if budget is None and (said := _says(text, pruner, schedule)) is not None:
+                notes.append(said)
             others = baselines(pruner, plan.baselines, layers, visual)
             names = tuple(other.name for other in others if other.method != methods.spec(pruner))
             if pruner.debias is not None:
@@ -139,6 +147,17 @@ def cells(plan: Plan, benchmark: str, layers: int, visual: int, notes: list[str]
             for other in others:
                 add(other)
     return list(found.values())
+
+
+def _says(text: str, pruner: Pruner, schedule: Schedule) -> str | None:
+    """What a method's string does not say by itself: that it drops nothing, or what is left after each cut."""
+    entering = schedule.entering
+    if min(entering) == schedule.visual and pruner.name != "dense":
+        return f"{text}: all {schedule.visual} visual tokens of the first picture stay; nothing is pruned"
+    steps = [(layer, n) for layer, n in enumerate(entering) if layer and n != entering[layer - 1]]
+    if len(steps) < 2 or methods.spec(pruner) == text:
+        return None
+    return f"{text}: {', '.join(f'{tokens} tokens from layer {layer}' for layer, tokens in steps)}"
 
 
 def baselines(pruner: Pruner, names: Sequence[str], layers: int, visual: int) -> list[Cell]:
@@ -172,19 +191,6 @@ def resolve(label: str, pruner: Pruner, benchmark: str) -> Debias | None:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What all cells of a grid share; see `Job`."""
-
-    data: Path
-    out: Path
-    limit: int | None = None
-    shuffle_seed: int | None = None
-    batch_size: int = 8
-    max_new_tokens: int | None = None
-    options: ScoreOptions | None = None
-
-
-@dataclass(frozen=True)
 class Task:
     """A benchmark with its records and cells, ready to run.
 
@@ -202,12 +208,8 @@ class Task:
     cells: list[Cell]
     notes: list[str]
 
-    def count(self, limit: int | None) -> int:
-        """Questions to answer in each cell."""
-        return min(len(self.records), limit or len(self.records))
 
-
-def prepare(plan: Plan, benchmarks: Sequence[Benchmark], setting: Setting, backend: Backend) -> list[Task]:
+def prepare(plan: Plan, benchmarks: Sequence[Benchmark], data: Path, backend: Backend) -> list[Task]:
     """Read all benchmarks and lay out all cells, so that whatever is wrong is found before the first answer.
 
     Raises:
@@ -216,8 +218,8 @@ def prepare(plan: Plan, benchmarks: Sequence[Benchmark], setting: Setting, backe
     """
     tasks = []
     for benchmark in benchmarks:
-        notes = [f"{benchmark.name}: {note}" for note in benchmark.check(setting.data)]
-        records = list(benchmark.records(setting.data))
+        notes = [f"{benchmark.name}: {note}" for note in benchmark.check(data)]
+        records = list(benchmark.records(data))
         layers, visual = backend.geometry(records, benchmark.template)
         tasks.append(Task(benchmark, records, layers, cells(plan, benchmark.name, layers, visual, notes), notes))
     return tasks
@@ -225,55 +227,51 @@ def prepare(plan: Plan, benchmarks: Sequence[Benchmark], setting: Setting, backe
 
 def run_grid(
     tasks: Sequence[Task],
-    setting: Setting,
+    data: Path,
+    out: Path,
     backend: Backend,
+    setting: Setting = DEFAULT,
     *,
+    options: ScoreOptions | None = None,
     advance: Callable[[Task, Cell, int], None] = lambda task, cell, count: None,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Run all cells of all benchmarks; a cell that the model cannot do is noted, and the others go on.
 
     Args:
         tasks: from `prepare`.
-        setting: what all cells share.
+        data: where the benchmarks' files are.
+        out: gets a folder for each benchmark, with one for each cell.
         backend: who answers.
+        setting: how is asked.
+        options: for the scorers.
         advance: told how many more records of which cell are done.
 
     Returns:
-        The content of every cell's ``result.json``, in the grid's order.
+        What is in every cell's ``result.json``, and where that is, in the grid's order.
 
     Raises:
         DataError: disk full, a folder in use, answers of another setting.
     """
     places = [(task, cell) for task in tasks for cell in task.cells]
-    jobs = [(_job(task, cell, setting), task.records) for task, cell in places]
-    results: dict[int, dict[str, Any]] = {}
+    jobs = [
+        (Job(task.benchmark, data, cell.pruner, out / task.benchmark.name / cell.name, setting), task.records)
+        for task, cell in places
+    ]
+    rows: dict[int, Row] = {}
     for index, outcome in run_jobs(
-        jobs, backend, options=setting.options, advance=lambda job, count: advance(*places[job], count)
+        jobs, backend, options=options, advance=lambda job, count: advance(*places[job], count)
     ):
         task, cell = places[index]
-        results[index] = _result(cell, outcome, _notes(cell, task, outcome))
+        rows[index] = Row(_result(cell, outcome, _notes(cell, task, outcome)), outcome.job.folder)
         if not outcome.failed and not outcome.waiting:
-            write_whole(outcome.job.folder / RESULT, json.dumps(results[index], indent=1) + "\n")
-    return [results[index] for index in sorted(results)]
-
-
-def _job(task: Task, cell: Cell, setting: Setting) -> Job:
-    return Job(
-        task.benchmark,
-        setting.data,
-        cell.pruner,
-        setting.out / task.benchmark.name / cell.name,
-        setting.limit,
-        setting.shuffle_seed,
-        setting.batch_size,
-        setting.max_new_tokens,
-    )
+            rows[index].save()
+    return [rows[index] for index in sorted(rows)]
 
 
 def _notes(cell: Cell, task: Task, outcome: Outcome) -> list[str]:
     """A debias curve of something else, or one that knows the pictures; pictures that were converted otherwise."""
     if cell.pruner.debiasing is None:
-        return picture_notes(outcome)
+        return limit_notes(outcome) + picture_notes(outcome)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CurveWarning)  # said in the result instead
         foreign = cell.pruner.debiasing.check(
@@ -282,28 +280,22 @@ def _notes(cell: Cell, task: Task, outcome: Outcome) -> list[str]:
             layer=cell.pruner.ranked_layer(task.layers),
         )
     notes = [f"The debias curve was calibrated elsewhere: it is used for {'; '.join(foreign)}."] if foreign else []
-    return notes + overlap_notes(outcome) + picture_notes(outcome)
+    return notes + limit_notes(outcome) + overlap_notes(outcome) + picture_notes(outcome)
 
 
-def _result(cell: Cell, outcome: Outcome, notes: list[str]) -> dict[str, Any]:
+def _result(cell: Cell, outcome: Outcome, notes: list[str]) -> CellResult:
     benchmark = outcome.job.benchmark
-    return {
-        "evengaze_result": SCHEMA,
-        "benchmark": {
-            "name": benchmark.name,
-            "title": benchmark.title,
-            "split": benchmark.split,
-            "metric": benchmark.metric,
-        },
-        "cell": cell.to_dict(),
-        "fingerprint": outcome.fingerprint,
-        "tokens": outcome.means(),
-        "answered": len(outcome.answers),
-        "errors": {key: line["error"] for key, line in outcome.errors.items()},
-        "overlap": outcome.overlap,
-        "waiting": outcome.waiting,
-        "failed": outcome.failed,
-        "score": None if outcome.score is None else outcome.score.to_dict(),
-        "problem": outcome.problem,
-        "notes": notes,
-    }
+    return CellResult(
+        benchmark=About(benchmark.name, benchmark.title, benchmark.split, benchmark.metric),
+        cell=cell.described(),
+        fingerprint=outcome.fingerprint,
+        tokens=outcome.means(),
+        answered=len(outcome.answers),
+        errors={key: line["error"] for key, line in outcome.errors.items()},
+        overlap=outcome.overlap,
+        waiting=outcome.waiting,
+        failed=outcome.failed,
+        score=None if outcome.score is None else outcome.score.to_dict(),
+        problem=outcome.problem,
+        notes=notes,
+    )

@@ -25,7 +25,7 @@ from evengaze.evaluate.benchmarks.types import Record
 from evengaze.evaluate.conversation import Style, render
 from evengaze.evaluate.media import as_rgb, open_media
 from evengaze.evaluate.predictor import ModelSpec, Predictor
-from evengaze.evaluate.runner import place
+from evengaze.evaluate.runner import rank_and_world
 from evengaze.methods import Pruner, parse
 
 _PASSED_ON = ("max_new_tokens", "num_beams", "temperature", "top_p", "top_k", "do_sample")
@@ -95,7 +95,7 @@ class Evengaze(lmms):  # type: ignore[misc]
         self.batch_size = int(batch_size)
         spec = ModelSpec(pretrained, revision, dtype, device or "auto", attn_implementation, prompt, allow_missing)
         self.predictor = Predictor.load(spec)
-        self._rank, self._world_size = place()
+        self._rank, self._world_size = rank_and_world()
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answer requests in their order; an error ends the run instead of becoming an empty answer."""

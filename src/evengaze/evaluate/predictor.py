@@ -24,6 +24,7 @@ from evengaze.evaluate.media import open_media as open_media
 from evengaze.methods import Pruner, parse
 from evengaze.models import adapter_for
 from evengaze.models.loading import load_adapter, load_model, load_processor, quantization
+from evengaze.parameters import coerce
 from evengaze.schedule import DecoderShape
 from evengaze.trace import Trace
 
@@ -34,6 +35,8 @@ CALIBRATED_ON = "calibrated_on"
 _ABOUT_MEDIA = re.compile(r"image|img|video|vision|audio|frame", re.IGNORECASE)
 _TRIES = 8
 """Records that are tried for the number of visual tokens, if the model raises on the first ones."""
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+"""What errors of allocators say that are no `torch.OutOfMemoryError`: the CPU's, cuBLAS's, cuDNN's."""
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -54,7 +57,7 @@ class ModelSpec:
         quantize: quantise the weights while they are loaded: "8bit" or "4bit"; None leaves them as they are.
     """
 
-    source: str
+    source: str = ""
     revision: str | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -63,6 +66,9 @@ class ModelSpec:
     allow_missing: bool = False
     adapter: str | None = None
     quantize: str | None = None
+
+    def __post_init__(self) -> None:
+        coerce(self, "model")
 
     @property
     def official(self) -> bool:
@@ -76,6 +82,10 @@ class ModelSpec:
         if parts[-1].startswith("checkpoint-") and len(parts) > 1:
             return f"{parts[-2]}_{parts[-1]}"
         return parts[-1]
+
+
+class OutOfMemory(EvengazeError, RuntimeError):
+    """The batch does not fit; half of it may."""
 
 
 @dataclass(frozen=True)
@@ -316,16 +326,17 @@ class Predictor:
             The new text, stripped, and what a `Prediction` says of the trace, for each prompt.
 
         Raises:
-            ConfigError: memory ran out.
+            OutOfMemory: memory ran out.
         """
         try:
             inputs = self.inputs(texts, media)
             answers, trace = self.complete(inputs, pruner, **generation)
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                f"out of memory with {len(texts)} questions at a time ({error}). Give a smaller --batch-size; answers "
-                "that are on disk are kept."
-            ) from error
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise OutOfMemory(f"out of memory with {len(texts)} questions at a time ({error})") from error
+        except RuntimeError as error:
+            if not any(sign in str(error).lower() for sign in _NO_MEMORY):
+                raise
+            raise OutOfMemory(f"out of memory with {len(texts)} questions at a time ({error})") from error
         real = inputs["attention_mask"].sum(1).tolist()
         return [(answers[row], self.figures(trace, row, real[row])) for row in range(len(texts))]
 

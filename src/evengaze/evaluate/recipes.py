@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,16 @@ from typing import Any
 import yaml
 
 from evengaze.errors import ConfigError
-from evengaze.evaluate.conversation import Style
-from evengaze.evaluate.grid import BASELINES, Plan
+from evengaze.evaluate.grid import Plan
 from evengaze.evaluate.predictor import ModelSpec
+from evengaze.evaluate.setting import DEFAULT, Setting
+from evengaze.files import read_text
 from evengaze.methods import split
+from evengaze.parameters import coerce
 
 _FOLDER = files("evengaze.recipes")
 _PUBLISHED = "published"
+_FLAT = {"source": "model"}
 _LISTS = ("benchmarks", "methods", "debias", "budgets", "baselines")
 
 
@@ -29,35 +32,26 @@ def names() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `evengaze evaluate` is asked to do; the fields are its options.
+    """What `evengaze evaluate` is asked to do.
+
+    In YAML and on the command line the fields of its parts stand side by side.
 
     Attributes:
-        description: one line for people.
-        model: see `ModelSpec.source`; the next eight fields as there.
+        model: what to load; `model` in YAML is its `source`.
+        plan: what the grid contains.
+        setting: how is asked.
         benchmarks: names.
-        methods: see `Plan`; the next three fields as there.
-        limit: see `Job`; the rest as there.
+        description: one line for people.
     """
 
-    description: str = ""
-    model: str = ""
-    revision: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    attention: str | None = None
-    prompt: Style = "auto"
-    allow_missing: bool = False
-    adapter: str | None = None
-    quantize: str | None = None
+    model: ModelSpec = field(default_factory=ModelSpec)
+    plan: Plan = field(default_factory=Plan)
+    setting: Setting = DEFAULT
     benchmarks: tuple[str, ...] = ()
-    methods: tuple[str, ...] = ("none",)
-    debias: tuple[str, ...] = ("none",)
-    budgets: tuple[float, ...] = ()
-    baselines: tuple[str, ...] = BASELINES
-    limit: int | None = None
-    shuffle_seed: int | None = None
-    batch_size: int = 8
-    max_new_tokens: int | None = None
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        coerce(self, "recipe")
 
     @classmethod
     def load(cls, name: str) -> Recipe:
@@ -70,14 +64,14 @@ class Recipe:
         if path.suffix in (".yaml", ".yml"):
             if not path.is_file():
                 raise ConfigError(f"--recipe {name} does not exist. Shipped ones: {', '.join(names())}")
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path)
         elif name in names():
             text = (_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
         else:
             raise ConfigError(f"--recipe {name}: give a .yaml file or one of {', '.join(names())}")
         try:
             values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
             raise ConfigError(f"--recipe {name} is no valid YAML: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"--recipe {name} must hold options such as 'model: demo'")
@@ -92,34 +86,24 @@ class Recipe:
         Raises:
             ConfigError: an unknown field, or a value of the wrong kind.
         """
-        known = {f.name for f in fields(self)}
-        unknown = [key for key in values if key not in known]
+        parts: dict[str, Any] = {"model": self.model, "plan": self.plan, "setting": self.setting}
+        home = {_FLAT.get(f.name, f.name): (part, f.name) for part, held in parts.items() for f in fields(held)}
+        home |= {name: ("", name) for name in ("benchmarks", "description")}
+        unknown = [str(key) for key in values if key not in home]
         if unknown:
-            raise ConfigError(f"unknown option {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-        changed = dict(values)
-        for key in _LISTS:
-            if key in changed:
-                if not isinstance(changed[key], (list, tuple)):
-                    raise ConfigError(f"{key} must be a list, not {changed[key]!r}")
-                changed[key] = tuple(changed[key])
-        if "methods" in changed:
-            changed["methods"] = split(changed["methods"])
-        if "budgets" in changed and not all(isinstance(b, (int, float)) and b > 0 for b in changed["budgets"]):
-            raise ConfigError(f"budgets must be numbers of tokens, not {list(changed['budgets'])}")
-        if changed.get("prompt") not in (None, "auto", "official", "chat"):
-            raise ConfigError(f"prompt must be auto, official or chat, not {changed['prompt']!r}")
-        return replace(self, **changed)
-
-    @property
-    def plan(self) -> Plan:
-        """What the grid contains."""
-        return Plan(self.methods, self.debias or ("none",), self.budgets, self.baselines)
-
-    @property
-    def model_spec(self) -> ModelSpec:
-        """What to load."""
-        names = [f.name for f in fields(ModelSpec) if f.name != "source"]
-        return ModelSpec(self.model, **{name: getattr(self, name) for name in names})
+            raise ConfigError(f"unknown option {', '.join(unknown)}; there are {', '.join(sorted(home))}")
+        changed: dict[str, dict[str, Any]] = {"": {}, **{part: {} for part in parts}}
+        for key, value in values.items():
+            part, name = home[key]
+            if key in _LISTS and not isinstance(value, (list, tuple)):
+                raise ConfigError(f"{key} must be a list, not {value!r:.200}")
+            if key in ("methods", "debias", "benchmarks", "baselines") and not all(isinstance(v, str) for v in value):
+                raise ConfigError(f"{key} must be a list of strings, not {list(value)!r:.200}")
+            changed[part][name] = split(value) if key == "methods" else value
+        if changed["plan"].get("debias") in ((), []):
+            changed["plan"]["debias"] = ("none",)
+        made: dict[str, Any] = {part: replace(held, **changed[part]) for part, held in parts.items()}
+        return replace(self, **made, **changed[""])
 
 
 def published() -> dict[str, Any]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from evengaze.errors import DataError
+from evengaze.evaluate.agreement import Agreement
 from evengaze.evaluate.metrics.paired import Paired
 from evengaze.evaluate.recipes import published
-from evengaze.evaluate.results import Row, Table, load, tables
+from evengaze.evaluate.results import FLIPPED, Row, Table, load, tables
 from evengaze.extras import require
 from evengaze.files import write_whole
 from evengaze.version import __version__
@@ -24,6 +26,9 @@ _READING = (
     "McNemar (sign) test. For metrics that are no mean over questions (F1, points, circular accuracy) it can differ "
     "from the difference of the scores. Many comparisons are shown: one p-value near 0.05 among them proves little."
 )
+_FLIPS = 30
+"""Changed answers a method that the report shows; its file has all."""
+_LONGEST = 120
 
 
 def write_report(root: Path, out: Path, *, published: bool = True) -> list[Path]:
@@ -47,8 +52,8 @@ def write_report(root: Path, out: Path, *, published: bool = True) -> list[Path]
     from evengaze.evaluate import figures, markdown
 
     found = tables(load(root))
-    if not any(row.value is not None for table in found for row in table.rows):
-        reasons = {str(row.result["problem"]) for table in found for row in table.rows}
+    if not any(row.value is not None or row.agreement is not None for table in found for row in table.rows):
+        reasons = {str(row.result.problem) for table in found for row in table.rows}
         raise DataError(f"{root} holds no scored result ({'; '.join(sorted(reasons))[:300]}). Score the answers first.")
     context = _context(found, published)
     written = []
@@ -82,10 +87,8 @@ def write_report(root: Path, out: Path, *, published: bool = True) -> list[Path]
 
 def _context(found: Sequence[Table], with_published: bool) -> dict[str, Any]:
     rows = [row for table in found for row in table.rows]
-    models = list(
-        dict.fromkeys(row.result["fingerprint"]["model"]["name"] for row in rows if "fingerprint" in row.result)
-    )
-    architectures = {row.result["fingerprint"]["model"]["architecture"] for row in rows if "fingerprint" in row.result}
+    models = list(dict.fromkeys(row.model_name for row in rows if row.model_name))
+    architectures = {row.architecture for row in rows if row.architecture}
     baselines = list(dict.fromkeys(name for row in rows for name in row.against_baselines))
     return {
         "models": models,
@@ -114,34 +117,85 @@ def _overview(found: Sequence[Table]) -> dict[str, Any]:
                 shares.append(100 * row.value / dense.value)
         complete = len(shares) == len(found)
         share = f"{sum(shares) / len(shares):.1f} %" if complete else ""
-        look = {"role": cell["role"], "debiased": cell["debias"] != "none"}
+        look = {"role": cell.role, "debiased": cell.debias != "none"}
         lines.append({"name": name, "values": values, "share": share, **look})
     return {"titles": [f"{table.title} ({table.metric})" for table in found], "lines": lines}
 
 
 def _label(row: Row) -> str:
-    return row.title + (f" @ {row.cell['budget']:g}" if row.cell["budget"] and row.cell["role"] == "method" else "")
+    return row.title + (f" @ {row.cell.budget:g}" if row.cell.budget and row.cell.role == "method" else "")
 
 
 def _table(table: Table, baselines: Sequence[str]) -> dict[str, Any]:
     lines = []
     for row in table.rows:
-        score, tokens = row.result["score"], row.result.get("tokens") or {}
+        score, tokens = row.result.summary, row.result.tokens
         lines.append(
             {
                 "name": row.title,
-                "role": row.cell["role"],
-                "debiased": row.cell["debias"] != "none",
+                "role": row.cell.role,
+                "debiased": row.cell.debias != "none",
                 "average": _number(row.average, 1),
                 "flops": "" if "relative_flops" not in tokens else f"{tokens['relative_flops']:.1%}",
                 "value": _number(row.value, 2),
                 "plain": _difference(row.against_plain),
                 "dense": _difference(row.against_dense),
+                "agreement": None if row.agreement is None else _agreement(row.agreement),
                 "baselines": [_difference(row.against_baselines.get(name)) for name in baselines],
-                "n": "" if score is None else f"{score['n_scored']} of {score['n_records']}",
+                "n": f"{row.result.answered} answered" if score is None else f"{score.n_scored} of {score.n_records}",
             }
         )
-    return {"title": f"{table.title} {table.split}", "metric": table.metric, "lines": lines}
+    return {
+        "title": f"{table.title} {table.split}",
+        "metric": table.metric,
+        "lines": lines,
+        "parts": _parts(table),
+        "flips": [_flips(row) for row in table.rows if row.agreement is not None and row.agreement.flips],
+    }
+
+
+def _agreement(found: Agreement) -> dict[str, str]:
+    known = found.won or found.lost
+    return {
+        "share": f"{found.share:.1%}",
+        "flips": f"{found.won} won, {found.lost} lost" if known else f"{len(found.flips)} differ",
+    }
+
+
+def _parts(table: Table) -> dict[str, Any] | None:
+    """Scores by category, methods down; None where the benchmark has no categories."""
+    scores = [(row.title, row.result.summary) for row in table.rows]
+    names = list(dict.fromkeys(name for _, score in scores if score is not None for name in score.breakdown))
+    if not names:
+        return None
+    lines = [
+        {"name": title, "values": [_number(score.breakdown.get(name), 1) for name in names]}
+        for title, score in scores
+        if score is not None
+    ]
+    return {"names": names, "lines": lines}
+
+
+def _flips(row: Row) -> dict[str, Any]:
+    """The questions that a method answers otherwise than the dense model; those that it lost first."""
+    assert row.agreement is not None
+    flips = sorted(row.agreement.flips, key=lambda flip: flip.change)
+    lines = [
+        {
+            "key": flip.key,
+            "prompt": _cut(flip.prompt),
+            "dense": _cut(flip.dense),
+            "answer": _cut(flip.answer),
+            "change": "won" if flip.change > 0 else "lost" if flip.change < 0 else "",
+        }
+        for flip in flips[:_FLIPS]
+    ]
+    return {"name": row.title, "lines": lines, "count": len(flips), "file": str((row.folder or Path()) / FLIPPED)}
+
+
+def _cut(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
 
 
 def _difference(paired: Paired | None) -> dict[str, str] | None:
@@ -159,15 +213,15 @@ def _difference(paired: Paired | None) -> dict[str, str] | None:
 def _problems(rows: Sequence[Row]) -> list[str]:
     found = []
     for row in rows:
-        name = f"{row.result['benchmark']['title']}, {row.title}"
-        if row.result["problem"]:
-            found.append(f"{name}: {row.result['problem']}")
-        if row.result.get("errors"):
-            first = next(iter(row.result["errors"].values()))
-            found.append(f"{name}: {len(row.result['errors'])} record(s) could not be read, e.g. {first}")
-        found += [f"{name}: {note}" for note in row.result.get("notes", [])]
-        for kind in ("warnings", "notes"):
-            found += [f"{name}: {note}" for note in (row.result["score"] or {}).get(kind, [])]
+        name = f"{row.result.benchmark.title}, {row.title}"
+        result = row.result
+        if result.problem:
+            found.append(f"{name}: {result.problem}")
+        if result.errors:
+            first = next(iter(result.errors.values()))
+            found.append(f"{name}: {len(result.errors)} record(s) could not be read or answered, e.g. {first}")
+        score = [] if result.summary is None else [*result.summary.warnings, *result.summary.notes]
+        found += [f"{name}: {note}" for note in (*row.notes, *result.notes, *score)]
     return found
 
 
@@ -200,7 +254,7 @@ def _published(found: Sequence[Table], architectures: set[str]) -> dict[str, Any
         {"name": row.title, "tokens": _number(row.average, 1), "table": table.name, "value": _number(row.value, 2)}
         for table in found
         for row in table.rows
-        if row.cell["role"] != "baseline"
+        if row.cell.role != "baseline"
     ]
     beside = []
     for key in dict.fromkeys((m["name"], m["tokens"]) for m in measured):
@@ -222,10 +276,16 @@ def _cell(value: Any, disputed: str | None) -> str:
 
 
 def _provenance(row: Row) -> dict[str, str]:
-    shown = {key: row.result[key] for key in ("fingerprint", "cell", "tokens", "answered") if key in row.result}
-    judge = (row.result["score"] or {}).get("judge")
+    result = row.result
+    shown = {
+        "fingerprint": result.fingerprint,
+        "cell": asdict(result.cell),
+        "tokens": result.tokens,
+        "answered": result.answered,
+    }
+    judge = None if result.summary is None else result.summary.judge
     return {
-        "name": f"{row.result['benchmark']['title']}: {row.title}",
+        "name": f"{row.result.benchmark.title}: {row.title}",
         "folder": str(row.folder),
         "text": json.dumps(shown | ({"judge": judge} if judge else {}), indent=1),
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,13 +15,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from evengaze.debias import CurveWarning
 from evengaze.errors import ConfigError, DataError, EvengazeError, LayoutError
 from evengaze.evaluate.benchmarks import Benchmark, Record, Score, ScoreOptions
 from evengaze.evaluate.fingerprint import describe_pruner, describe_records, digest, stamp, versions
 from evengaze.evaluate.jsonl import Answer
 from evengaze.evaluate.media import OFFICIAL_PICTURE, media_digest
-from evengaze.evaluate.predictor import CALIBRATED_ON, Prediction, Predictor
+from evengaze.evaluate.predictor import CALIBRATED_ON, OutOfMemory, Prediction, Predictor
+from evengaze.evaluate.setting import DEFAULT, Setting
 from evengaze.evaluate.shards import ANSWERS, ERRORS, locked, merge, read_shards, shard
 from evengaze.methods import Pruner
 
@@ -94,19 +96,21 @@ class LocalBackend:
 def answer_work(predictor: Predictor, work: Work) -> Answered:
     """Answer one batch; that the method does not fit the model is an answer, too.
 
-    Whatever else the model or its processor raises is the fault of a record: the batch is halved until it is found, and
-    the others are answered.
+    Whatever else the model or its processor raises is the fault of a record, or of a batch that memory does not hold:
+    the batch is halved until the record is found, or until the parts fit, and the others are answered.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CurveWarning)  # each result says it, once
             return predictor.answer(work.batch, work.pruner, template=work.template, max_new_tokens=work.max_new_tokens)
     except Exception as error:
-        if isinstance(error, EvengazeError) and not isinstance(error, LayoutError):
+        if isinstance(error, EvengazeError) and not isinstance(error, (LayoutError, OutOfMemory)):
             return str(error)
         if len(work.batch) == 1:
             reason = f"the model raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             return [Prediction(work.batch[0], None, {}, reason, raised=True)]
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the traceback, and with it what the batch took, is gone by now
     middle = len(work.batch) // 2
     halves = [answer_work(predictor, replace(work, batch=part)) for part in (work.batch[:middle], work.batch[middle:])]
     unfit = next((half for half in halves if isinstance(half, str)), None)
@@ -122,31 +126,23 @@ class Job:
         data: where its files are.
         pruner: the method, debiasing included.
         folder: where answers go.
-        limit: answer only this many records.
-        shuffle_seed: draw the limited records at random; None takes the first ones.
-        batch_size: records a generate call.
-        max_new_tokens: None takes the benchmark's official number.
+        setting: how it is asked.
     """
 
     benchmark: Benchmark
     data: Path
     pruner: Pruner
     folder: Path
-    limit: int | None = None
-    shuffle_seed: int | None = None
-    batch_size: int = 8
-    max_new_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "batch_size", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, not {value}")
+    setting: Setting = DEFAULT
 
     @property
-    def tokens(self) -> int:
+    def max_new_tokens(self) -> int:
         """Longest answer in tokens."""
-        return self.max_new_tokens or self.benchmark.max_new_tokens
+        return self.setting.max_new_tokens or self.benchmark.max_new_tokens
+
+    def batches(self, records: Sequence[Record]) -> list[list[Record]]:
+        """Cut the records into batches, which depend on nothing but them and the job."""
+        return self.setting.batches(records)
 
 
 @dataclass
@@ -190,7 +186,7 @@ class Outcome:
         return {name: sum(row[name] for row in rows) / len(rows) for name in names} if rows else {}
 
 
-def place() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """Rank and world size as torchrun and accelerate launch set them; 0 and 1 in a process of its own.
 
     Raises:
@@ -208,15 +204,6 @@ def place() -> tuple[int, int]:
     return rank, world
 
 
-def batches_of(records: Sequence[Record], job: Job) -> list[list[Record]]:
-    """Cut the records of a job into its batches, which depend on nothing but the job."""
-    order = list(records)
-    if job.shuffle_seed is not None:
-        random.Random(job.shuffle_seed).shuffle(order)
-    order = order[: job.limit]
-    return [order[start : start + job.batch_size] for start in range(0, len(order), job.batch_size)]
-
-
 def fingerprint_of(job: Job, records: Sequence[Record], backend: Backend) -> dict[str, Any]:
     """Everything that an answer depends on. Limit and shuffling are not part: they only choose records."""
     about = describe_records(records, job.benchmark.root(job.data))
@@ -224,7 +211,7 @@ def fingerprint_of(job: Job, records: Sequence[Record], backend: Backend) -> dic
         "benchmark": {"name": job.benchmark.name, "split": job.benchmark.split, **about},
         "model": backend.describe(job.benchmark.template),
         "pruner": describe_pruner(job.pruner),
-        "generation": {"batch_size": job.batch_size, "max_new_tokens": job.tokens, "do_sample": False},
+        "generation": {"batch_size": job.setting.batch_size, "max_new_tokens": job.max_new_tokens, "do_sample": False},
         "versions": versions(),
     }
 
@@ -251,7 +238,7 @@ class _Session:
         except BaseException:
             self._stack.close()
             raise
-        mine = batches_of(records, job)[rank::world]
+        mine = job.batches(records)[rank::world]
         self.todo = [batch for batch in mine if any(record.key not in self._done for record in batch)]
         self.earlier = sum(map(len, mine)) - sum(map(len, self.todo))
         self.left = len(self.todo)
@@ -278,7 +265,7 @@ class _Session:
         """Merge; score if no other rank is at work any more."""
         self.close()
         answers, errors = merge(self.job.folder, [record.key for record in self.records])
-        wanted = {record.key for batch in batches_of(self.records, self.job) for record in batch}
+        wanted = {record.key for batch in self.job.batches(self.records) for record in batch}
         outcome = Outcome(self.job, self.fingerprint, answers, errors, len(wanted - {*answers, *errors}))
         if self.failed is not None:
             outcome.failed, outcome.problem = True, self.failed
@@ -321,7 +308,7 @@ def run_jobs(
     Raises:
         DataError: a folder is in use or holds answers of another setting, the disk is full.
     """
-    rank, world = place()
+    rank, world = rank_and_world()
     with ExitStack() as stack:
         sessions = []
         for job, records in jobs:
@@ -346,7 +333,7 @@ def _works(sessions: Sequence[_Session]) -> Iterator[Work]:
         job = session.job
         for batch in session.todo:
             if session.failed is None:
-                yield Work(index, job.pruner, job.benchmark.template, job.tokens, tuple(batch))
+                yield Work(index, job.pruner, job.benchmark.template, job.max_new_tokens, tuple(batch))
 
 
 def run(job: Job, backend: Backend) -> Outcome:
@@ -369,6 +356,17 @@ def overlap_notes(outcome: Outcome) -> list[str]:
     return [
         f"{outcome.overlap} of {len(outcome.answers)} answers are about pictures that the debias curve was calibrated "
         "on: the score is too kind. Calibrate on other pictures."
+    ]
+
+
+def limit_notes(outcome: Outcome) -> list[str]:
+    """What to say if more was answered earlier than is asked for now."""
+    limit = outcome.job.setting.limit
+    if limit is None or len(outcome.answers) <= limit:
+        return []
+    return [
+        f"{len(outcome.answers)} answers are there from earlier runs, and all of them count, not only the {limit} that "
+        "were asked for now. Give another --out for a score of those."
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +40,24 @@ def score_file(
     return score
 
 
-def list_benchmarks(data: Path | str | None = None) -> list[dict[str, Any]]:
+def list_benchmarks(data: Path | str | None = None, names: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Describe every benchmark: name, split, metric, what files it needs, and which are missing.
 
     Args:
         data: Folder to look in; None lists what is needed without looking.
+        names: Only these; all by default.
 
     Returns:
         Per benchmark ``name``, ``title``, ``split``, ``metric``, ``server``, ``layout`` (where its files belong),
         ``files`` (path, kind, needed, source, present), and with ``data`` ``can_run``, ``can_score``, ``missing`` and
         ``missing_media`` (how many images or videos that questions ask about are absent, or what keeps them from being
         counted).
+
+    Raises:
+        ConfigError: No benchmark of that name.
     """
-    return [_describe(item, None if data is None else Path(data)) for item in BENCHMARKS.values()]
+    chosen = [get_benchmark(name) for name in names] or list(BENCHMARKS.values())
+    return [_describe(item, None if data is None else Path(data)) for item in chosen]
 
 
 def _describe(benchmark: Benchmark, data: Path | None) -> dict[str, Any]:

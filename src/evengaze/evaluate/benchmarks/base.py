@@ -220,7 +220,9 @@ class Benchmark(ABC):
         if mode not in ("default", "official"):
             raise ConfigError(f"mode must be default or official, not {mode!r}.")
         try:
-            return self._score_file(answers, data, mode, options or ScoreOptions())
+            score = self._score_file(answers, data, mode, options or ScoreOptions())
+            score.breakdown = self.breakdown(score.metrics)
+            return score
         except EvengazeError:
             raise
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
@@ -231,6 +233,7 @@ class Benchmark(ABC):
 
     def _score_file(self, answers: Path, data: Path, mode: Mode, options: ScoreOptions) -> Score:
         lines = self.read_answers(answers)
+        self._refuse_questions(lines, data)
         if mode == "official":
             score = self.score_official(lines, data, options)
             self._check_forms(score, lines, data, options)
@@ -241,6 +244,32 @@ class Benchmark(ABC):
             score.notes.append(f"{self.name} has {score.n_records} records here, {self.size} as published.")
         self._compare(score, lambda: self.score_official(lines, data, options))
         return score
+
+    def _refuse_questions(self, answers: Lines, data: Path) -> None:
+        """Refuse a question file that was given as predictions; it has the same fields.
+
+        Raises:
+            DataError: More than half of the lines name a picture and repeat a question, or have no mark of an answer.
+        """
+        marks = ("prompt", "answer_id", "model_id", "pred", "prediction")
+        bare = [a for a in answers.records if "image" in a and not any(mark in a for mark in marks)]
+        if not bare or len(bare) * 2 <= len(answers.records):
+            return
+        try:
+            asked = {str(record.question_id): record.prompt.strip() for record in self.records(data)}
+        except DataError:  # scoring does not need the questions
+            asked = {}
+        known = [a for a in bare if str(a["question_id"]) in asked]
+        if known and not any(str(a["text"]).strip() == asked[str(a["question_id"])] for a in known):
+            return
+        raise DataError(
+            f"{answers.path} holds questions, not answers (its lines have image and text, but neither prompt nor "
+            "answer_id). Give the file that the model's answers were written to."
+        )
+
+    def breakdown(self, metrics: dict[str, Any]) -> dict[str, float]:
+        """The headline number by category, for tables; empty where there are none."""
+        return {}
 
     def in_form(self, text: str) -> bool:
         """Whether an answer is what the benchmark asks for, right or wrong."""

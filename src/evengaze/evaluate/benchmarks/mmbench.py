@@ -242,6 +242,11 @@ class MMBench(Benchmark):
         found = (path for root in LLAVA_ROOTS for folder in self.folders for path in _uploads(data / root / folder))
         return next((path for path in found if path.parent.name == Path(self.table).stem), None)
 
+    def breakdown(self, metrics: dict[str, Any]) -> dict[str, float]:
+        """See `Benchmark.breakdown`."""
+        found = metrics["by_l2_category"][metrics["rule"]]
+        return {ABBREVIATIONS.get(name, name): 100 * share for name, share in found.items() if name}
+
     def score_default(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
         """Score the questions whose every rotation has a prediction."""
         rows = self._truth(answers, data)

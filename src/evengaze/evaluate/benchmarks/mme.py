@@ -120,6 +120,10 @@ class MME(Benchmark):
             return super().read_answers(answers)
         return Lines(answers, ())
 
+    def breakdown(self, metrics: dict[str, Any]) -> dict[str, float]:
+        """See `Benchmark.breakdown`."""
+        return {name: part["score"] for name, part in metrics["subtasks"].items()}
+
     def score_default(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
         """Score by image and question, whatever the order of the answers."""
         if answers.path.is_dir():

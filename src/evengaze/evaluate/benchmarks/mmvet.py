@@ -72,6 +72,10 @@ class MMVet(JudgedBenchmark):
                 )
         return {name.removeprefix("v1_"): row for name, row in rows.items()}
 
+    def breakdown(self, metrics: dict[str, Any]) -> dict[str, float]:
+        """See `Benchmark.breakdown`."""
+        return dict(metrics.get("capabilities", {}))
+
     def score_default(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
         """Grade the questions that have a prediction."""
         items = self._items(data)

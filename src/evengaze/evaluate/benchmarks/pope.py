@@ -107,6 +107,10 @@ class POPE(Benchmark):
                 labels[name[len("coco_pope_") : -len(".json")]] = require_clean(lines)
         return labels
 
+    def breakdown(self, metrics: dict[str, Any]) -> dict[str, float]:
+        """See `Benchmark.breakdown`."""
+        return {name: 100 * part["f1"] for name, part in metrics["categories"].items()}
+
     def score_default(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
         """Join answers by question id and labels by image and question."""
         questions, labels = self._questions(data, answers), self._labels(data)

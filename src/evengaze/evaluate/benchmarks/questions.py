@@ -75,6 +75,11 @@ class Questions(Benchmark):
                 )
         return found
 
+    def breakdown(self, metrics: dict[str, Any]) -> dict[str, float]:
+        """See `Benchmark.breakdown`."""
+        found = metrics["categories"]
+        return {name: 100 * part["accuracy"] for name, part in found.items()} if len(found) > 1 else {}
+
     def score_default(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
         """Score every question that has a prediction."""
         truth = self._truth(data)

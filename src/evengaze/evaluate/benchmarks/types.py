@@ -125,6 +125,7 @@ class Score:
         warnings: Why the number should not be trusted.
         unexpected: Keys of answers in none of the forms that the benchmark asks for; the scorer has read something into
             them all the same.
+        breakdown: The headline number, or what it is made of, by category.
         official: In default mode: what the official code makes of the same file (``value`` or ``error``, ``differs``).
     """
 
@@ -143,6 +144,7 @@ class Score:
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    breakdown: dict[str, float] = field(default_factory=dict)
     official: dict[str, Any] | None = None
 
     @property
