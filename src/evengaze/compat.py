@@ -62,6 +62,14 @@ def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
     return {"cache" if "cache" in parameters else "past_key_values": cache}
 
 
+def by_name(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A decoder layer's arguments with all but the states by name (Gemma 3n and 4 pass tables by position)."""
+    if len(args) < 2:
+        return args, kwargs
+    names = list(inspect.signature(layer.forward).parameters)
+    return args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
+
+
 def is_mask(name: str, value: Any) -> bool:
     """Whether an argument of a decoder layer says which keys its queries may see.
 

@@ -51,7 +51,7 @@ def test_default_layers_move_to_where_the_decoder_attends(method: str, changes: 
 
 def test_too_few_layers_that_attend_are_an_error() -> None:
     model, _ = tiny("qwen3_5", layer_types=["linear_attention"] * 5 + ["full_attention"])
-    with pytest.raises(ConfigError, match="only 5 attend"):
+    with pytest.raises(ConfigError, match="only 5 can rank"):
         get("pyramiddrop")(keep=0.5)(model)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,8 @@ class Call:
         decoding: whether the decoder runs.
         nested: whether another call's decoder runs below this one.
         run: the prefill, None if the call holds no visual tokens.
+        size: rows and tokens that enter the decoder.
+        lent: what layers received whose keys later layers attend to; None where nothing was changed.
         rotary: the calls of the decoder's rotary modules.
         steps: fits what layers receive to their caches, in calls without a prefill.
         frozen: prefills without a cache, newest first; of a `generate`.
@@ -81,6 +84,7 @@ class Call:
         "ids",
         "ignored",
         "labels",
+        "lent",
         "mask",
         "nested",
         "outer",
@@ -89,6 +93,7 @@ class Call:
         "request",
         "rotary",
         "run",
+        "size",
         "steps",
     )
 
@@ -106,6 +111,8 @@ class Call:
         self.decoding = False
         self.nested: bool = outer is not None and (outer.decoding or outer.nested)
         self.run: Prefill | None = None
+        self.size = (0, 0)
+        self.lent: dict[int, dict[str, Any] | None] = {}
         self.steps: Steps | None = None
         self.rotary: Rotary | None = None
         self.frozen: list[Frozen] = []
@@ -127,6 +134,7 @@ class Call:
     def end(self) -> Prefill | None:
         """The decoder has been left; returns the prefill, which the call keeps no longer."""
         run, self.run, self.steps, self.rotary, self.decoding = self.run, None, None, None, False
+        self.lent.clear()
         return run
 
     def freeze(self, frozen: Frozen) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
@@ -60,6 +60,17 @@ def _check_attends(pruner: Method, stage: Stage, layers: Sequence[nn.Module]) ->
         f"convolution or Mamba). The nearest layer that works is {near}; attention is in layers "
         f"{', '.join(map(str, able))}."
     )
+
+
+def check_lending(pruner: Method, stages: Sequence[Stage], lending: Collection[int]) -> None:
+    """Raise a ConfigError if tokens would leave behind a layer whose keys later layers attend to."""
+    late = [stage.layer for stage in stages if lending and stage.layer > min(lending)]
+    if late:
+        raise ConfigError(
+            f"{pruner.name}: tokens cannot leave at layer {late[0]}: later layers attend to the keys "
+            f"of layers {', '.join(map(str, sorted(lending)))}, which still hold them. The last layer that works is "
+            f"{min(lending)}."
+        )
 
 
 def warn_blind(model: nn.Module, pruner: Method) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evengaze.compat import cache_in
+from evengaze.compat import by_name, cache_in
 from evengaze.engine import cache as kv
 from evengaze.engine import checks, guard
 from evengaze.engine.attention import attending, hidden_attention
@@ -31,6 +31,7 @@ from evengaze.engine.intercept import Mark, before_forward, behind_forward, inte
 from evengaze.engine.masks import padded_rows, real_tokens
 from evengaze.engine.prefill import Prefill
 from evengaze.engine.rotary import Rotary, Served
+from evengaze.engine.sharing import Fold, borrowed, lenders
 from evengaze.engine.tap import Taps, probe
 from evengaze.errors import LayoutError, UnsupportedModelError
 from evengaze.layout import VisualLayout
@@ -86,14 +87,19 @@ class Handle:
         held: Mark | None = decoder.__dict__.get(_MARK)
         checks.refuse_second(model, None if held is None else held.value.pruner)
         able = attending(self._layers)
+        self._lenders = lenders(self._layers, decoder.config)
+        self._lending = frozenset(self._lenders.values())
+        if self._lending:  # behind the first of them tokens must stay
+            able = tuple(i for i in able if i < min(self._lending))
         if len(able) < len(self._layers) and hasattr(pruner, "fitted"):
             self.pruner = pruner = pruner.fitted(len(self._layers), able)
         stages = list(pruner.stages(len(self._layers)))
         checks.check_stages(pruner, stages, self._layers)
+        checks.check_lending(pruner, stages, self._lending)
         self._stages = {stage.layer: (number, stage) for number, stage in enumerate(stages)}
         self._previous = {s.layer - 1 for s in stages if s.attention == "previous"}
         self._own = {s.layer for s in stages if s.attention == "own"}
-        self._recurrent = frozenset(range(len(self._layers))) - frozenset(able)
+        self._recurrent = frozenset(range(len(self._layers))) - frozenset(attending(self._layers))
         self._calls = Calls()
         self._taps = Taps(self._calls.alive)
         self._served: Served = {}
@@ -236,11 +242,13 @@ class Handle:
         if call.frame is None or call.decoding:  # the decoder itself was called
             call = self._calls.enter(module_frame(), inherit=True)
         call.decoding, call.run = True, None
+        call.lent.clear()
         call.rotary = Rotary(self._served)
         call.steps = Steps(self._implementation, call.rotary)
         states = kwargs.get("inputs_embeds")
         if states is None:
             states = kwargs.get("input_ids", args[0] if args else None)
+        call.size = (0, 0) if states is None else (states.shape[0], states.shape[1])
         if states is not None and states.shape[1] > 1:  # one token is a decoding step
             call.run = self._begin(call, states, kwargs.get("attention_mask"), cache_in(args, kwargs))
 
@@ -314,6 +322,30 @@ class Handle:
         call = self._calls.top
         if call.nested or call.run is not None:
             call = self._calls.alive()  # a call inside this one may have ended in a way that hooks do not see
+        args, kwargs = by_name(layer, args, kwargs)
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        slots = None if call.run is None else call.run.slots
+        fold = Fold(hidden.shape, call.size[0], call.size[1] if slots is None else slots.shape[1])
+        flat = (args, kwargs) if hidden.dim() == 3 else fold.arguments(args, kwargs, fold.flat(hidden))
+        borrows = i in self._lenders
+        new = self._borrow(call, i, *flat) if borrows else self._arguments(call, i, layer, *flat, fold)
+        if i in self._lending:
+            call.lent[i] = None if new is None else new[1]
+        if new is None or hidden.dim() == 3:
+            return new
+        return fold.arguments(*new, fold.back(new[0][0] if new[0] else new[1]["hidden_states"]))
+
+    def _borrow(self, call: Call, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        """The arguments of a layer without keys of its own."""
+        if call.run is not None:
+            call.run.entering.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+        lent = call.lent.get(self._lenders[i])
+        return None if lent is None else borrowed(call.run, i, args, kwargs, lent)
+
+    def _arguments(
+        self, call: Call, i: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fold: Fold
+    ) -> Arguments | None:
+        """What a layer is to receive, from (B, M, d) states; None if nothing changes."""
         whole = cache_in(args, kwargs)
         cache = kv.layer_of(whole, i)
         run, steps = call.run, call.steps or self._plain
@@ -325,7 +357,7 @@ class Handle:
         if i in self._stages:
             number, stage = self._stages[i]
             if run.replay is None:
-                self._read(run, steps, i, stage, layer, args, kwargs, cache)
+                self._read(run, steps, i, stage, layer, args, kwargs, cache, fold)
             hidden = run.prune(self.pruner, number, stage, hidden)
         if i in self._previous and run.replay is None:
             self._taps.on(layer).arm(functools.partial(setattr, run, "states"), past=kv.stored(cache))
@@ -347,6 +379,7 @@ class Handle:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         cache: Any,
+        fold: Fold,
     ) -> None:
         """See to it that `run.states` is the attention that a stage ranks by."""
         if stage.attention == "previous":
@@ -360,6 +393,7 @@ class Handle:
                 args, kwargs = run.arguments(i, hidden, args, kwargs, cache)
             else:
                 args, kwargs = steps.arguments(i, args, kwargs, cache) or (args, kwargs)
+            args, kwargs = fold.arguments(args, kwargs, fold.back(hidden))
             with torch.no_grad():
                 states = probe(self._taps.on(layer), layer, args, kwargs)
             past = kv.stored(cache)

@@ -52,14 +52,15 @@ def _defaulted(method: Any) -> str | None:
 def _moved(method: Any, stages: Sequence[Stage], depth: int, able: Sequence[int]) -> list[int]:
     """The nearest layers, in ascending order, at which the stages can rank."""
     moved: list[int] = []
-    for stage in stages:
+    for left, stage in zip(reversed(range(len(stages))), stages, strict=True):
         behind = 0 if stage.attended is None else stage.layer - stage.attended
         at = range(depth) if stage.attended is None else [i + behind for i in able]
         free = [i for i in at if i < depth and (not moved or i > moved[-1])]
+        free = free[: max(0, len(free) - left)]  # later stages need places, too
         if not free:
             raise ConfigError(
                 f"{method.name} has {len(stages)} stages, but of this decoder's {depth} layers only "
-                f"{', '.join(map(str, able)) or 'none'} attend. Give layers= (and a keep that fits them)."
+                f"{', '.join(map(str, able)) or 'none'} can rank. Give layers= (and a keep that fits them)."
             )
         moved.append(min(free, key=lambda i: (abs(i - stage.layer), -i)))
     return moved

@@ -74,7 +74,7 @@ def tiny(
     config._attn_implementation = attention
     # Tied weights would make a random model repeat its last token, whatever it saw.
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-    model = kind.model()(config)
+    model = kind.model(config)
     _seed_weights(model, seed)
     counts = [images] * batch if isinstance(images, int) else list(images)
     generator = torch.Generator().manual_seed(seed + 1)

@@ -120,6 +120,7 @@ class _State:
     def __init__(self, decoder: Any, plan: dict[int, list[_Step]], real: Tensor, renumber: bool, trim: bool) -> None:
         self.decoder, self.plan, self.real, self.length = decoder, plan, real, real.shape[1]
         self.renumber, self.trim = renumber, trim
+        self.total = self.length
         self.whole: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def gone(self, layer: int, total: int) -> Tensor | None:
@@ -135,24 +136,29 @@ class _State:
 
         def enter(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             states: Tensor = args[0] if args else kwargs["hidden_states"]
-            kwargs = dict(kwargs)
+            parameters = list(inspect.signature(layer.forward).parameters)
+            kwargs = {**dict(zip(parameters[1:], args[1:], strict=False)), **kwargs}
+            args = args[:1]
+            if i == 0:
+                self.total = states.shape[-2]
             if not attends(layer):
                 return self.shortened(i, states, args, kwargs)
-            mask = additive_mask(kwargs["attention_mask"], states)
-            total = states.shape[1]
+            total, rows = self.total, states.shape[-2]  # the last layers may compute the last token only
+            mask = additive_mask(kwargs["attention_mask"], states, total)
             if i in self.plan:
                 states = self.edit(states, self.plan[i])
             gone = self.gone(i, total)
             if gone is not None:
                 if self.renumber:
                     moved = self.positions(i, states, gone, kwargs["position_ids"])
+                    moved = {k: _last(v, rows) for k, v in moved.items()}
                     kwargs.update({k: v for k, v in moved.items() if kwargs.get(k) is not None})  # layers may have none
                 mask = hide(mask, gone)
             elif self.trim and self.sees_all(i):
                 # The caches below the stage lose the dropped tokens once the prompt has been read; those of sliding
                 # windows, which forget by themselves, do not.
                 last = torch.stack([step.gone for step in self.plan[max(self.plan)]])
-                late = torch.arange(total) >= self.length
+                late = torch.arange(total)[-rows:] >= self.length
                 columns = torch.nn.functional.pad(last, (0, total - self.length))
                 mask = mask.masked_fill(late[None, None, :, None] & columns[:, None, None], torch.finfo(mask.dtype).min)
             kwargs["attention_mask"] = mask
@@ -200,7 +206,9 @@ class _State:
 
     @staticmethod
     def edit(states: Tensor, rows: list[_Step]) -> Tensor:
-        """Move and merge states at a stage."""
+        """Move and merge states at a stage: (B, L, d), or several states of each token, (n, B, L, d)."""
+        if states.dim() == 4:
+            return torch.stack([_State.edit(part, rows) for part in states])
         out = states.clone()
         for b, step in enumerate(rows):
             out[b, step.target] = states[b, step.source]
@@ -214,8 +222,8 @@ class _State:
 
     def positions(self, i: int, states: Tensor, gone: Tensor, old: Tensor) -> dict[str, Any]:
         """Positions without gaps from each row's first real token, and the rotary tables that belong to them."""
-        seen = torch.nn.functional.pad(self.real, (0, states.shape[1] - self.length), value=True)
-        first = old.expand(states.shape[0], -1).gather(1, seen.int().argmax(1, keepdim=True))
+        seen = torch.nn.functional.pad(self.real, (0, self.total - self.length), value=True)
+        first = old.expand(len(seen), -1).gather(1, seen.int().argmax(1, keepdim=True))
         new = ((seen & ~gone).long().cumsum(1) - 1).clamp(min=0) + first
         rotary = self.decoder.rotary_emb
         typed = "layer_type" in inspect.signature(rotary.forward).parameters
@@ -240,17 +248,25 @@ def _left_padded(alive: Tensor) -> tuple[Tensor, Tensor]:
     return index, real
 
 
-def additive_mask(mask: Tensor | None, states: Tensor) -> Tensor:
-    """(B, 1, L, L) additive mask, also where the model made none."""
-    batch, length = states.shape[:2]
+def additive_mask(mask: Tensor | None, states: Tensor, total: int | None = None) -> Tensor:
+    """(B, 1, L, total) additive mask of the last L queries, also where the model made none."""
+    batch, length = states.shape[-3:-1]
+    total = length if total is None else total
     if mask is None:
         lowest = torch.finfo(states.dtype).min
-        future = torch.ones(length, length, dtype=torch.bool).triu(1)
-        mask = torch.zeros(1, 1, length, length, dtype=states.dtype).masked_fill(future, lowest)
+        future = torch.ones(total, total, dtype=torch.bool).triu(1)[-length:]
+        mask = torch.zeros(1, 1, length, total, dtype=states.dtype).masked_fill(future, lowest)
     return mask.expand(batch, -1, -1, -1)
+
+
+def _last(value: Any, rows: int) -> Any:
+    """The last rows of positions (B, L) or tables (B, L, d)."""
+    if isinstance(value, tuple):
+        return tuple(_last(v, rows) for v in value)
+    return value[:, -rows:]
 
 
 def hide(mask: Tensor, gone: Tensor) -> Tensor:
     """Mask the columns of slots that are gone. Their own rows mean nothing, but must not be empty."""
-    itself = torch.eye(gone.shape[1], dtype=torch.bool)
+    itself = torch.eye(gone.shape[1], dtype=torch.bool)[-mask.shape[2] :]
     return mask.masked_fill(gone[:, None, None] & ~itself, torch.finfo(mask.dtype).min)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evengaze.testing.prompts import BOS, END, IMAGE, PAD, START, VIDEO, VOCABULARY
 
@@ -29,6 +31,7 @@ class Family:
         types: name of an input that marks token types, and how it follows from the ids.
         by_row: pixels are (rows, most tiles of a row, ...) with zeros where a row has fewer.
         implementations: attention implementations that the model has, of those that are tested.
+        tower: a module that stands in for a vision tower of timm, which need not be installed; from its config.
         broken: a release of transformers in which the unpruned model fails, and how.
     """
 
@@ -39,13 +42,27 @@ class Family:
     types: tuple[str, Callable[[Tensor], Tensor]] | None = None
     by_row: bool = False
     implementations: tuple[str, ...] = ("sdpa", "eager")
+    tower: Callable[[Any], nn.Module] | None = None
     broken: tuple[str, str] | None = None
 
-    def model(self) -> Any:
-        """The model class."""
+    def model(self, config: Any) -> Any:
+        """The model of a config."""
         import transformers
 
-        return getattr(transformers, self.architecture)
+        cls = getattr(transformers, self.architecture)
+        if self.tower is None:
+            return cls(config)
+        module, tower = sys.modules[cls.__module__], self.tower
+        original: Any = module.__dict__["AutoModel"]
+
+        class WithStandIn:
+            @staticmethod
+            def from_config(config: Any, **options: Any) -> Any:
+                timm = "vision" in config.model_type or "timm" in config.model_type
+                return tower(config) if timm else original.from_config(config, **options)
+
+        with mock.patch.object(module, "AutoModel", WithStandIn):
+            return cls(config)
 
     @property
     def runs(self) -> bool:

@@ -3,6 +3,7 @@
 from evengaze.testing.generic.hybrid import HYBRID
 from evengaze.testing.generic.more import MORE
 from evengaze.testing.generic.plain import PLAIN
+from evengaze.testing.generic.shared import SHARED
 from evengaze.testing.recipes import Family
 
-GENERIC: dict[str, Family] = {**PLAIN, **MORE, **HYBRID}
+GENERIC: dict[str, Family] = {**PLAIN, **MORE, **HYBRID, **SHARED}

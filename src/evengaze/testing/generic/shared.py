@@ -1,0 +1,130 @@
+"""Families whose last layers attend to the keys of earlier ones, and towers of timm that stand-ins replace."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from evengaze.testing.generic.parts import (
+    AUDIO,
+    AUDIO_END,
+    AUDIO_START,
+    IDS,
+    MARKS,
+    PLAIN_VISION,
+    config,
+    packed,
+    squares,
+)
+from evengaze.testing.prompts import END, IMAGE, START
+from evengaze.testing.recipes import Family, noise, vision_of, vlm
+
+SHARING = {
+    "num_hidden_layers": 12,
+    "layer_types": ["sliding_attention", "full_attention"] * 6,
+    "num_kv_shared_layers": 5,  # layers 7 to 11 attend to the keys of 5 and 6
+    "sliding_window": 12,
+    "hidden_size_per_layer_input": 16,
+}
+
+
+class Tower(nn.Module):
+    """Convolution for a tower: (n, 3, H, W) to (n, width, rows, columns), or to a sequence."""
+
+    def __init__(self, config: Any, *, width: int, patch: int, flat: bool = False) -> None:
+        super().__init__()
+        self.config, self.flat = config, flat
+        self.proj = nn.Conv2d(3, width, patch, patch)
+
+    def forward(self, pixel_values: Tensor, *args: Any, **options: Any) -> Any:
+        """As transformers' wrapper of timm models."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        states = self.proj(pixel_values)
+        return BaseModelOutputWithPooling(last_hidden_state=states.flatten(2).transpose(1, 2) if self.flat else states)
+
+
+SHARED: dict[str, Family] = {
+    "gemma4_e": Family(
+        "Gemma4ForConditionalGeneration",
+        config(
+            "Gemma4Config",
+            {
+                **PLAIN_VISION,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "patch_size": 16,
+                "position_embedding_size": 64,
+                "pooling_kernel_size": 3,
+            },
+            {**SHARING, "vocab_size_per_layer_input": 300},
+            audio_config=None,
+            boi_token_id=START,
+            eoi_token_id=END,
+            audio_token_id=AUDIO,
+            boa_token_id=AUDIO_START,
+            eoa_token_index=AUDIO_END,
+            **IDS,
+        ),
+        packed(((6, 9), (9, 6), (6, 6)), 3, 16, "image_position_ids"),
+        types=MARKS,
+    ),
+    "gemma3n": Family(
+        "Gemma3nForConditionalGeneration",
+        config(
+            "Gemma3nConfig",
+            {"hidden_size": 32, "vocab_size": 12, "vocab_offset": 280},
+            {
+                **SHARING,
+                "vocab_size_per_layer_input": 280,
+                "laurel_rank": 8,
+                "activation_sparsity_pattern": None,
+                "hidden_activation": "gelu_pytorch_tanh",
+            },
+            audio_config={
+                "hidden_size": 32,
+                "vocab_size": 8,
+                "vocab_offset": 292,
+                "conf_num_hidden_layers": 1,
+                "conf_num_attention_heads": 2,
+                "sscp_conv_channel_size": [8, 8],
+            },
+            image_token_id=IMAGE,
+            audio_token_id=295,
+            boi_token_id=START,
+            eoi_token_id=END,
+            vision_soft_tokens_per_image=9,
+        ),
+        squares(9, 84),
+        tower=partial(Tower, width=32, patch=28),
+    ),
+    "fast_vlm": Family(
+        "FastVlmForConditionalGeneration",
+        vlm(
+            "FastVlmConfig",
+            partial(vision_of, "CLIPVisionConfig", projection_dim=32),
+            "Qwen2Config",
+            image_token_id=IMAGE,
+        ),
+        squares(16, 56),
+        tower=partial(Tower, width=32, patch=14),
+    ),
+    "perception_lm": Family(
+        "PerceptionLMForConditionalGeneration",
+        config(
+            "PerceptionLMConfig",
+            {
+                "model_type": "timm_wrapper",
+                "model_args": {"embed_dim": 32},
+                "architecture": "vit_pe_core_large_patch14_336",
+            },
+            {"model_type": "llama"},
+            image_token_id=IMAGE,
+            vision_use_cls_token=False,
+        ),
+        lambda n, g: (squares(16, 56)(n, g)[0], {"pixel_values": noise(g, n, 1, 3, 56, 56)} if n else {}),
+        tower=partial(Tower, width=32, patch=14, flat=True),
+    ),
+}
