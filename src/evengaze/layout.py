@@ -279,6 +279,11 @@ class Start:
         """Some of the rows."""
         return Start(tuple(self.tables[b] for b in rows), self.device)
 
+    def part(self, start: int, stop: int) -> Start:
+        """Some of each row's tokens."""
+        index = torch.arange(start, stop)
+        return Start(tuple(table.take(index) for table in self.tables), self.device)
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -350,6 +355,11 @@ class Candidates:
         """The tokens at `index` (rows, m)."""
         origin = index if self.origin is None else self.origin.gather(1, index)
         return Candidates(self.position.gather(1, index), self.start, origin)
+
+    def part(self, here: slice, start: Start, first: int) -> Candidates:
+        """Some of the tokens, with a table of their own, `start`, which begins at token `first` of the tables."""
+        origin = None if self.origin is None else self.origin[:, here] - first
+        return Candidates(self.position[:, here], start, origin)
 
     def select(self, rows: Sequence[int]) -> Candidates:
         """Some of the rows."""

@@ -177,8 +177,8 @@ class Words:
     """Where in the current sequence the text is that asks about the pictures; found out when it is asked for.
 
     Args:
-        last: gives the (rows, 1) indices of each row's last real token.
-        text: gives the real tokens behind each row's last visual token.
+        last: gives the (rows, 1) indices of the last token of each row's prompt.
+        text: gives the prompt's tokens behind each row's last visual token.
     """
 
     def __init__(self, last: Callable[[], Tensor], text: Callable[[], Picked]) -> None:
@@ -186,12 +186,12 @@ class Words:
 
     @cached_property
     def last(self) -> Tensor:
-        """(rows, 1) index of each row's last real token."""
+        """(rows, 1) index of the last token of each row's prompt."""
         return self._last()
 
     @cached_property
     def text(self) -> Picked:
-        """The real tokens behind each row's last visual token."""
+        """The prompt's tokens behind each row's last visual token."""
         return self._text()
 
     def select(self, rows: Rows) -> Words:
@@ -306,6 +306,8 @@ class View:
         stage: index of the stage among the method's stages.
         tokens: the candidates: the visual tokens that are still there, all columns (rows, n).
         original: number of visual tokens that each row had at the start.
+        pinned: 1 if the prompt ends in the picture: its last token, whose logits are read, is no candidate and stays,
+            as one of those that a budget is for; else 0.
         hidden: (rows, L, d) hidden states that are about to enter the stage's layer.
         embeddings: (rows, L0, d) states that entered the decoder, before any drop.
         words: where the text is.
@@ -327,6 +329,7 @@ class View:
     words: Words
     sources: Sequence[Source]
     rows: tuple[int, ...] = (0,)
+    pinned: int = 0
     states: Attention | None = None
     memory: Memory = field(default_factory=Memory)
     whole: Candidates | None = None
@@ -347,15 +350,16 @@ class View:
 
     @property
     def last(self) -> Tensor:
-        """(rows, 1) index of the last real token: at prefill the last token of the prompt."""
+        """(rows, 1) index of the last token of the prompt, whose logits decide the answer."""
         return self.words.last
 
     @property
     def text(self) -> Picked:
-        """The real tokens behind the last visual token: the ones that can attend to all visual tokens.
+        """The prompt's tokens behind the last visual token: the ones that can attend to all visual tokens.
 
-        The last visual token itself if nothing follows it. Once every visual token behind a piece of text has been
-        dropped, later stages find that text here, too; counted from the end, indices stay the same.
+        Where prompt and answer are one call, no token of the answer is among them. The last visual token itself if
+        nothing follows it. Once every visual token behind a piece of text has been dropped, later stages find that text
+        here, too; counted from the end, indices stay the same.
         """
         return self.words.text
 

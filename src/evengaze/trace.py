@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -67,18 +67,22 @@ class Decided:
         before: the candidates.
         selection: of them.
         after: what went on.
+        pins: visual tokens that were no candidates: prompts that end in the picture keep their last token.
+        places: (rows, pins) their indices in the sequence that went on.
     """
 
     rows: tuple[int, ...]
     before: Candidates
     selection: Selection
     after: Candidates
+    pins: tuple[int, ...] = ()
+    places: Tensor | None = None
 
     def row(self, index: int) -> RowTrace:
         """The trace of one of the rows, counted within these."""
         chosen = self.selection
         origin = self._origin(self.before, index)
-        return RowTrace(
+        found = RowTrace(
             candidates=origin,
             kept=origin[chosen.keep[index]],
             recycled=None if chosen.recycled is None else origin[chosen.recycled[index]],
@@ -87,6 +91,26 @@ class Decided:
             scores=None if chosen.scores is None else chosen.scores[index],
             tokens=self._origin(self.after, index),
             place=self.after.position[index],
+        )
+        return found if self.places is None else self._with_pins(found, self.places[index])
+
+    def _with_pins(self, found: RowTrace, places: Tensor) -> RowTrace:
+        """The pinned tokens behind the candidates, with the best of their scores."""
+        pins = torch.tensor(self.pins, device=found.kept.device)
+
+        def scored(values: Tensor | None) -> Tensor | None:
+            return None if values is None else torch.cat([values, values.max().expand(len(pins))])
+
+        assert found.tokens is not None and found.place is not None
+        place, order = torch.cat([found.place, places]).sort()
+        return replace(
+            found,
+            candidates=torch.cat([found.candidates, pins]),
+            kept=torch.cat([found.kept, pins]).sort().values,
+            raw=scored(found.raw),
+            scores=scored(found.scores),
+            tokens=torch.cat([found.tokens, pins])[order],
+            place=place,
         )
 
     @staticmethod

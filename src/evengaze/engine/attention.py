@@ -37,6 +37,7 @@ class AttentionStates:
         past: cached entries in front of query 0.
         causal: whether a missing mask means causal attention (False in vision towers).
         batch: (B,) which of the call's rows these are, for masks that are functions of it; None: all, in order.
+        samples: (B, Q) which sample of a packed row each token belongs to, where no mask says so; tokens see their own.
     """
 
     query: Tensor
@@ -49,6 +50,7 @@ class AttentionStates:
     past: int = 0
     causal: bool = True
     batch: Tensor | None = None
+    samples: Tensor | None = None
 
     def select(self, rows: Rows) -> AttentionStates:
         """The same of some rows."""
@@ -58,7 +60,8 @@ class AttentionStates:
             batch = batch[rows]
         elif isinstance(mask, Tensor) and len(mask) == len(self.query):
             mask = mask[rows]
-        return replace(self, query=self.query[rows], key=self.key[rows], mask=mask, batch=batch)
+        samples = None if self.samples is None else self.samples[rows]
+        return replace(self, query=self.query[rows], key=self.key[rows], mask=mask, batch=batch, samples=samples)
 
     def rows(self, queries: Tensor) -> Tensor:
         """Softmax rows of chosen queries.
@@ -145,6 +148,9 @@ class AttentionStates:
             seen = columns <= position
             if self.window is not None:
                 seen = seen & (columns > position - self.window)
+            if self.samples is not None:
+                samples = self.samples.to(device)
+                seen = seen & (samples.gather(1, queries)[:, :, None] == samples[:, None])
         if isinstance(mask, Tensor):
             real = mask[:, None, :keys].bool()
             seen = real if seen is None else seen & real

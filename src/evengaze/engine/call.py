@@ -62,6 +62,7 @@ class Call:
         pictured: whether it is given pictures: placeholder ids are text in a call that is not.
         labels: (B, L) its labels, which the loss reads behind the decoder.
         ignored: the label that the loss skips.
+        keep: its `logits_to_keep`.
         decoding: whether the decoder runs.
         nested: whether another call's decoder runs below this one.
         run: the prefill, None if the call holds no visual tokens.
@@ -83,6 +84,7 @@ class Call:
         "generating",
         "ids",
         "ignored",
+        "keep",
         "labels",
         "lent",
         "mask",
@@ -108,6 +110,7 @@ class Call:
         self.ignored = -100
         self.pictured = False
         self.request: Request | None = None
+        self.keep: Any = None
         self.decoding = False
         self.nested: bool = outer is not None and (outer.decoding or outer.nested)
         self.run: Prefill | None = None

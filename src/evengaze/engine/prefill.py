@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,14 +16,29 @@ from torch import Tensor
 from evengaze.compat import is_mask
 from evengaze.engine import cache as kv
 from evengaze.engine import layers
+from evengaze.engine.asked import select_asked
 from evengaze.engine.attention import AttentionStates
 from evengaze.engine.kept import Kept, Pictures, entries, missing
 from evengaze.engine.masks import take
+from evengaze.engine.question import Questions
 from evengaze.engine.rotary import Rotary
-from evengaze.engine.rows import Decision, Group, Text, cut, decided, groups, split
+from evengaze.engine.rows import Decision, Group, cut, decided, groups, split
+from evengaze.engine.text import Text
 from evengaze.errors import ConfigError
-from evengaze.layout import VisualLayout
-from evengaze.protocol import Merge, Method, Pending, Selection, Shared, Source, Stage, Store, View, merge_states
+from evengaze.layout import Candidates, VisualLayout
+from evengaze.protocol import (
+    Merge,
+    Method,
+    Pending,
+    Selection,
+    Shared,
+    Source,
+    Stage,
+    Store,
+    View,
+    Words,
+    merge_states,
+)
 from evengaze.trace import Decided, RowTraces, StageTrace, Trace
 
 Selections = list[Decision]
@@ -44,8 +59,9 @@ class Prefill:
         shared: what methods keep for the attachment.
         notes: what they noted while the call's pictures were encoded.
         replay: selections of an earlier call to repeat instead of asking the method.
-        candidates: how many of the last tokens are a draft's, behind the prompt: they do not rank.
         padded: `real` on the host; None if no row is padded.
+        asked: who ranks what; None if every row is one prompt that ends with the row, in text.
+        samples: (B, L) number of the sample that each token of a packed row belongs to; None without packed rows.
         slots: (B, M) slot of each token of the current sequence; None while all are there.
         filled: (B, M) bool, False for fillers of rows that kept fewer tokens than others; None without fillers.
         groups: what is left of the rows, by number of visual tokens.
@@ -67,8 +83,9 @@ class Prefill:
     shared: Shared = field(default_factory=Shared)
     notes: Store = field(default_factory=Store)
     replay: list[Selections] | None = None
-    candidates: int = 0
     padded: Tensor | None = None
+    asked: Questions | None = None
+    samples: Tensor | None = None
     slots: Tensor | None = None
     filled: Tensor | None = None
     groups: list[Group] = field(default_factory=list)
@@ -85,11 +102,7 @@ class Prefill:
     _memo: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        visible = self.padded
-        if self.candidates:
-            ahead = torch.arange(self.length) < self.length - self.candidates
-            visible = ahead.expand(self.batch, -1) if visible is None else visible & ahead
-        self._text = Text(self.layout, visible, self.length)
+        self._text = Text(self.layout, self.padded, self.length, self.asked)
 
     @property
     def length(self) -> int:
@@ -128,7 +141,7 @@ class Prefill:
         self.sources.append(stage.attention)
         device = hidden.device
         if not self.groups:
-            self.groups = groups(self.layout, self.padded, self.length, device)
+            self.groups = groups(self.layout, self.padded, self.length, device, self.asked)
         self.groups = [group.to(device) for group in self.groups]
         if self.replay is not None:
             chosen = self.replay[number]
@@ -143,7 +156,7 @@ class Prefill:
         if not all(s is None or (s.merge is None and s.survivors == len(g.tokens)) for g, s in parts):
             hidden = self._cut(stage, hidden, parts)
         rows = [
-            Decided(group.rows, group.tokens, selection, after.tokens)
+            Decided(group.rows, group.tokens, selection, after.tokens, group.pins, after.pin_places)
             for (group, selection), after in zip(parts, self.groups, strict=True)
             if selection is not None
         ]
@@ -173,9 +186,13 @@ class Prefill:
         return out
 
     def _ask(self, pruner: Method, number: int, hidden: Tensor) -> Selections:
-        chosen = []
+        chosen, paid = [], self.states
+        if paid is not None and self.samples is not None and paid.mask is None:
+            paid = replace(paid, samples=self._samples(paid.query.device))
         for group in self.groups:
             if not len(group.tokens):
+                if group.pins:  # nothing to choose from, but visual tokens all the same
+                    chosen.append(Decision(group.rows, Selection(group.tokens.position)))
                 continue
             at = group.at(hidden.device)
             view = View(
@@ -184,18 +201,28 @@ class Prefill:
                 original=group.original,
                 hidden=hidden[at],
                 embeddings=self.inputs.detach()[group.at(self.inputs.device)],
-                words=self._text.words(group, self.slots, hidden.shape[1]),
+                words=self._text.words(group, self.slots, hidden.shape[1], group.tokens),
                 sources=tuple(self.sources),
                 rows=group.rows,
-                states=None if self.states is None else self.states.select(group.at(self.states.query.device)),
+                pinned=len(group.pins),
+                states=None if paid is None else paid.select(group.at(paid.query.device)),
                 memory=group.memory,
                 layout=self.layout,
                 notes=self.notes,
                 shared=self.shared,
             )
-            chosen += decided(group, pruner.select(view))
+            if group.asked:
+                words = functools.partial(self._words, group, hidden.shape[1])
+                selection, pending = select_asked(view, group, words, pruner.select)
+                chosen.append(Decision(group.rows, selection))
+                self.pending += pending
+            else:
+                chosen += decided(group, pruner.select(view))
         self.pending += [d.selection.pending for d in chosen if d.selection.pending is not None]
         return chosen
+
+    def _words(self, group: Group, current: int, question: int, tokens: Candidates) -> Words:
+        return self._text.words(group, self.slots, current, tokens, question)
 
     # -- what later layers receive ------------------------------------------------------------------------------------
     def arguments(
@@ -218,6 +245,8 @@ class Prefill:
             elif is_mask(name, value):
                 key += (type(cache), getattr(cache, "max_cache_len", None), kv.stored(cache))
                 make = functools.partial(self._mask, before, value, cache, hidden)
+            elif self.samples is not None and name.startswith(("cu_seq_lens_", "max_length_")):
+                make = functools.partial(self._lengths, name, value, hidden.device)
             elif isinstance(value, (Tensor, tuple, list, dict)):
                 make = functools.partial(self._positions, before, name, value, hidden)
                 if self.rotary is not None:
@@ -254,10 +283,29 @@ class Prefill:
 
     def _renumbered(self, rotary: Rotary, before: Kept | None, device: torch.device) -> Tensor:
         """(B, M) positions without gaps, counted from each row's first token."""
+        there = self._there(device).long()
+        if self.samples is not None:  # each sample begins anew
+            held, ahead = self._samples(device), there.cumsum(1) - there
+            begins = torch.searchsorted(self.samples.to(device).contiguous(), held)
+            first = rotary.positions(self.batch, device).gather(1, begins)
+            start = torch.full_like(self.samples.to(device), self.length).scatter_reduce(1, held, ahead, "amin")
+            return ahead - start.gather(1, held) + first
         start = rotary.first_position(self.real.to(device))
         if before is not None and before.shift is not None:
             start = start - before.shift.to(device)
-        return (self._there(device).long().cumsum(1) - 1).clamp(min=0) + start
+        return (there.cumsum(1) - 1).clamp(min=0) + start
+
+    def _samples(self, device: torch.device) -> Tensor:
+        """(B, M) the sample of each token of the current sequence."""
+        assert self.samples is not None
+        return self.samples.to(device).gather(1, self.on(device)[0])
+
+    def _lengths(self, name: str, value: Any, device: torch.device) -> Any:
+        """What flash attention is told about packed samples, as they are now."""
+        counts = torch.bincount(self._samples(device)[0][self._there(device)[0]])
+        if name.startswith("max_length_"):
+            return type(value)(int(counts.max()))
+        return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(value)
 
     def _there(self, device: torch.device) -> Tensor:
         """(B, M) bool: neither batch padding nor a filler."""

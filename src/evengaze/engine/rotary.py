@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -59,9 +60,13 @@ class Rotary:
         """Whether the running forward has one-dimensional positions."""
         return bool(self._calls) and all(call.positions.dim() == 2 for _, call in self._calls)
 
+    def positions(self, batch: int, device: torch.device) -> Tensor:
+        """(B, L) positions of the running forward's tokens."""
+        return self._calls[0][1].positions.to(device).expand(batch, -1)
+
     def first_position(self, real: Tensor) -> Tensor:
         """(B, 1) position of each row's first real token; `real` is (B, L) bool."""
-        positions = self._calls[0][1].positions.to(real.device).expand(real.shape[0], -1)
+        positions = self.positions(real.shape[0], real.device)
         return positions.gather(1, real.int().argmax(1, keepdim=True))
 
     def serve(self, layer: int, name: str, table: Any) -> None:

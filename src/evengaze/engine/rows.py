@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from evengaze.engine.question import Question, Questions
 from evengaze.errors import ConfigError
 from evengaze.layout import Candidates, Rows, VisualLayout, device_rows, upload
-from evengaze.protocol import Memory, Picked, Selection, Words
+from evengaze.protocol import Memory, Selection
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Group:
         spare: number of batch paddings among it.
         original: number of visual tokens at the start.
         memory: what the method remembers of these rows.
+        asked: the questions of the only row, if it has several; their visual tokens have budgets of their own.
+        pins: visual tokens that are no candidates, as the prompt's last token is never dropped: they are among `rest`.
+        pinned: (rows, pins) where they are there.
     """
 
     rows: tuple[int, ...]
@@ -38,6 +42,9 @@ class Group:
     spare: tuple[int, ...]
     original: int
     memory: Memory = field(default_factory=Memory)
+    asked: tuple[Question, ...] = ()
+    pins: tuple[int, ...] = ()
+    pinned: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -64,6 +71,9 @@ class Group:
             spare=tuple(self.spare[b] for b in rows),
             original=self.original,
             memory=self.memory.select(rows, self.device),
+            asked=self.asked,
+            pins=self.pins,
+            pinned=None if self.pinned is None else self.pinned[device_rows(rows, self.device)],
         )
 
     def to(self, device: torch.device) -> Group:
@@ -73,7 +83,13 @@ class Group:
         start = replace(self.tokens.start, device=device, _columns={})
         origin = None if self.tokens.origin is None else self.tokens.origin.to(device)
         tokens = Candidates(self.tokens.position.to(device), start, origin)
-        return replace(self, tokens=tokens, rest=self.rest.to(device))
+        pinned = None if self.pinned is None else self.pinned.to(device)
+        return replace(self, tokens=tokens, rest=self.rest.to(device), pinned=pinned)
+
+    @property
+    def pin_places(self) -> Tensor | None:
+        """(rows, pins) indices of the pinned tokens in the current sequence."""
+        return None if self.pinned is None else self.rest.gather(1, self.pinned)
 
 
 _FAR = 1 << 40
@@ -88,7 +104,9 @@ class Decision:
     selection: Selection
 
 
-def groups(layout: VisualLayout, real: Tensor | None, length: int, device: torch.device) -> list[Group]:
+def groups(
+    layout: VisualLayout, real: Tensor | None, length: int, device: torch.device, asked: Questions | None = None
+) -> list[Group]:
     """The rows of a batch before anything was dropped.
 
     Args:
@@ -96,18 +114,34 @@ def groups(layout: VisualLayout, real: Tensor | None, length: int, device: torch
         real: (B, L) bool on the host, False for batch padding; None without padding.
         length: L.
         device: where the indices are wanted.
+        asked: who ranks what; None if every row is one prompt that ends with the row, in text.
     """
-    members: dict[int, list[int]] = {}
+    members: dict[tuple[int, tuple[int, ...], int], list[int]] = {}
     for b, table in enumerate(layout.rows):
-        members.setdefault(len(table), []).append(b)
-    return [_group(count, rows, layout, real, length, device) for count, rows in members.items()]
+        questions = () if asked is None else asked[b]
+        pins = tuple(q.stop - 1 for q in questions if q.pinned)
+        members.setdefault((len(table), pins, b if len(questions) > 1 else -1), []).append(b)
+    found = []
+    for (count, pins, several), rows in members.items():
+        group = _group(count, pins, rows, layout, real, length, device)
+        found.append(group if asked is None or several < 0 else replace(group, asked=asked[several]))
+    return found
 
 
 def _group(
-    count: int, rows: list[int], layout: VisualLayout, real: Tensor | None, length: int, device: torch.device
+    total: int,
+    pins: tuple[int, ...],
+    rows: list[int],
+    layout: VisualLayout,
+    real: Tensor | None,
+    length: int,
+    device: torch.device,
 ) -> Group:
     others = torch.ones(len(rows), length, dtype=torch.bool)
     position = torch.stack([layout.rows[b].position for b in rows])
+    kept, count = position[:, list(pins)], total - len(pins)
+    free = torch.tensor([k for k in range(total) if k not in pins], dtype=torch.long)
+    position = position[:, free]
     if count:
         others.scatter_(1, position, False)
     rest = others.nonzero()[:, 1].view(len(rows), length - count)
@@ -119,7 +153,12 @@ def _group(
     whole = upload(torch.cat([position, rest], 1), device)  # one copy for both
     tokens = Candidates.of([layout.rows[b] for b in rows], device)
     tokens = replace(tokens, position=whole[:, :count])
-    return Group(tuple(rows), tokens, whole[:, count:], tuple(here), tuple(spare), count)
+    group = Group(tuple(rows), tokens, whole[:, count:], tuple(here), tuple(spare), total)
+    if not pins:
+        return group
+    tokens = replace(tokens, origin=upload(free, device).expand(len(rows), -1))
+    pinned = (rest[:, None] == kept[:, :, None]).int().argmax(2)
+    return replace(group, tokens=tokens, pins=pins, pinned=upload(pinned, device))
 
 
 def decided(group: Group, found: Selection | Sequence[Selection]) -> list[Decision]:
@@ -287,95 +326,3 @@ def _moved(
             rest=here[:, :count],
             spare=tuple(min(s, count - r) for r, s in zip(group.real, group.spare, strict=True)),
         )
-
-
-class Text:
-    """Where the text of a call is. What is text is known on the host, where it stands after a cut on the device.
-
-    Args:
-        layout: on the host, one table a row.
-        real: (B, L) bool on the host; None without padding.
-        length: L.
-    """
-
-    def __init__(self, layout: VisualLayout, real: Tensor | None, length: int) -> None:
-        self._layout, self._real, self._length = layout, real, length
-        self._found: tuple[Tensor, Tensor | None, bool] | None = None
-
-    def words(self, group: Group, slots: Tensor | None, current: int) -> Words:
-        """Where they are in a group's rows.
-
-        Args:
-            group: the rows.
-            slots: (B, M) index into the call of each token of the current sequence; None while all are there.
-            current: M.
-        """
-
-        def place(index: Tensor) -> Tensor:
-            moved = upload(index, group.device)
-            if slots is None:
-                return moved
-            held = slots.to(group.device)[group.at(group.device)]
-            here = torch.zeros(len(held), self._length, dtype=torch.long, device=group.device)
-            here.scatter_(1, held, torch.arange(current, device=group.device).expand_as(held))
-            return here.gather(1, moved)
-
-        def last() -> Tensor:
-            index = self._last(group.rows)
-            if bool((index == self._length - 1).all()):
-                return torch.full((len(group.rows), 1), current - 1, device=group.device)
-            return place(index)
-
-        def text() -> Picked:
-            index, real, mixed = self._behind(group.rows)
-            at = place(index)
-            flags = None if real is None else upload(real, group.device)
-            if mixed:
-                # Some text stands between visual tokens: it counts once all of these behind it are gone.
-                behind = at > group.tokens.position[:, -1:]
-                flags = behind if flags is None else flags & behind
-                none = ~flags.any(1, keepdim=True)
-                at, flags = torch.cat([at, last()], 1), torch.cat([flags, none], 1)
-            return Picked(at, flags)
-
-        return Words(last, text)
-
-    def _last(self, rows: Sequence[int]) -> Tensor:
-        """(rows, 1) index into the call of each row's last real token."""
-        if self._real is None:
-            return torch.full((len(rows), 1), self._length - 1)
-        place = torch.arange(self._length)
-        return torch.where(self._real[list(rows)], place, -1).amax(1, keepdim=True)
-
-    def _behind(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None, bool]:
-        """Real tokens that are or may come behind all visual ones, which entries are no fillers, whether some may."""
-        if self._found is None:
-            self._found = self._search()
-        index, real, mixed = self._found
-        return index[list(rows)], None if real is None else real[list(rows)], mixed
-
-    def _search(self) -> tuple[Tensor, Tensor | None, bool]:
-        """The same for all rows: they have the same number of entries, however they are divided into groups later."""
-        found, mixed = [], False
-        for b, table in enumerate(self._layout.rows):
-            other = torch.ones(self._length, dtype=torch.bool) if self._real is None else self._real[b].clone()
-            if len(table):
-                first, end = int(table.position[0]), int(table.position[-1])
-                mixed |= end - first + 1 > len(table)
-                other[:first] = False
-                other[table.position] = False
-            else:
-                other[:] = False
-            found.append(other.nonzero()[:, 0])
-        if not mixed:
-            last = self._last(range(len(found)))
-            found = [index if len(index) else last[b] for b, index in enumerate(found)]
-        count = max(map(len, found))
-        if all(len(index) == count for index in found):
-            return torch.stack(found), None, mixed
-        index = torch.full((len(found), count), self._length - 1)
-        real = torch.zeros(len(found), count, dtype=torch.bool)
-        for b, entry in enumerate(found):  # rows end together, as the text that is asked does
-            index[b, count - len(entry) :] = entry
-            real[b, count - len(entry) :] = True
-        return index, real, mixed

@@ -30,6 +30,7 @@ from evengaze.engine.generation import Request, brings_pictures, refuse_packing
 from evengaze.engine.intercept import Mark, before_forward, behind_forward, intercept, put
 from evengaze.engine.masks import padded_rows, real_tokens
 from evengaze.engine.prefill import Prefill
+from evengaze.engine.question import Said, check_said, clues, questions, said_of
 from evengaze.engine.rotary import Rotary, Served
 from evengaze.engine.sharing import Fold, borrowed, lenders
 from evengaze.engine.tap import Taps, probe
@@ -54,6 +55,7 @@ class Handle:
         model: a transformers model.
         pruner: the method.
         layout: where the visual tokens are; found by the family's adapter if left out.
+        question: where prompts end, if not at the end of their calls; see `Pruner.__call__`.
         freeze: without a cache, every token of a generation repeats the prefill; repeat the first one's selection then
             (as a cache would), or rank anew each time.
 
@@ -67,7 +69,13 @@ class Handle:
     """
 
     def __init__(
-        self, model: nn.Module, pruner: Method, layout: VisualLayout | None = None, *, freeze: bool = True
+        self,
+        model: nn.Module,
+        pruner: Method,
+        layout: VisualLayout | None = None,
+        *,
+        question: Said = None,
+        freeze: bool = True,
     ) -> None:
         unwrap = getattr(model, "get_base_model", None)  # adapters such as LoRA wrap the model whose forward runs
         model = unwrap() if callable(unwrap) else model
@@ -75,6 +83,7 @@ class Handle:
         self.trace: Trace | None = None
         self.traces: deque[Trace] = deque(maxlen=_TRACES)
         self._layout, self._freeze = layout, freeze
+        self.question = question
         self._adapter: Adapter | None = None if layout is not None else adapter_for(model)
         if isinstance(self._adapter, BareDecoder):
             raise UnsupportedModelError(
@@ -153,6 +162,16 @@ class Handle:
     def _implementation(self) -> str:
         return self._decoder.config._attn_implementation or "eager"
 
+    @property
+    def question(self) -> Said:
+        """Where prompts end, as it was given to `Pruner.__call__`; may be set anew for each call."""
+        return self._question
+
+    @question.setter
+    def question(self, said: Said) -> None:
+        check_said(said)
+        self._question = said
+
     # -- setting up ---------------------------------------------------------------------------------------------------
     def _install(self, base: nn.Module) -> None:
         keep = self._undo.append
@@ -221,6 +240,8 @@ class Handle:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             call.mask = mask
         call.pictured |= brings_pictures(kwargs)
+        if module is self.model:
+            call.keep = kwargs.get("logits_to_keep")
         labels = kwargs.get("labels")
         if module is not self.model or not isinstance(labels, Tensor) or labels.dim() != 2:
             return None
@@ -250,10 +271,10 @@ class Handle:
             states = kwargs.get("input_ids", args[0] if args else None)
         call.size = (0, 0) if states is None else (states.shape[0], states.shape[1])
         if states is not None and states.shape[1] > 1:  # one token is a decoding step
-            call.run = self._begin(call, states, kwargs.get("attention_mask"), cache_in(args, kwargs))
+            call.run = self._begin(call, states, kwargs, cache_in(args, kwargs))
 
-    def _begin(self, call: Call, states: Tensor, mask: Any, cache: Any) -> Prefill | None:
-        ids, given = call.ids, call.mask if call.mask is not None else mask
+    def _begin(self, call: Call, states: Tensor, kwargs: dict[str, Any], cache: Any) -> Prefill | None:
+        ids, given = call.ids, call.mask if call.mask is not None else kwargs.get("attention_mask")
         call.ids = call.mask = None
         encoded, placed = tuple(call.encoded.calls), tuple(call.encoded.placed)
         notes = call.encoded.notes.copy()
@@ -281,9 +302,15 @@ class Handle:
             reads = [s.attended for _, s in self._stages.values() if s.attended is not None]
             self._adapter.check_windows(self.model, reads, past + length)
         rows = tuple(row.to("cpu") for row in layout.expand(states.shape[0]).rows)
+        padded = None if given is None else padded_rows(real)
+        known = clues(
+            kwargs, call, length=length, masked=given is not None, past=past, said=said_of(self.question, ids, past)
+        )
         return Prefill(
             layout=VisualLayout(rows),
-            padded=None if given is None else padded_rows(real),
+            padded=padded,
+            asked=None if frozen is not None else questions(VisualLayout(rows), padded, length, known),
+            samples=known.samples_of(states),
             real=real,
             inputs=states,
             past=past,
@@ -292,7 +319,6 @@ class Handle:
             shared=self._shared,
             notes=notes,
             replay=None if frozen is None else frozen.selections,
-            candidates=call.candidates(length),
             recurrent=self._recurrent,
         )
 

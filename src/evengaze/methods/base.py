@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from evengaze.debias import Debias
 from evengaze.engine import selfcheck
+from evengaze.engine.question import Said
 from evengaze.engine.session import Handle
 from evengaze.errors import ConfigError, ScoreError
 from evengaze.layout import VisualLayout
@@ -155,7 +156,7 @@ class Pruner(ABC):
 
     def _select(self, view: View) -> Sequence[Selection]:
         """All candidates if the budget allows it (the dense model, padding included), else what `choose` says."""
-        count = self.budget(view.stage, len(view), view.original)
+        count = self.count(view)
         if count >= len(view) and self.mode == "corrected":
             return [Selection.everything(view)]
         ranking = self.ranked(view)
@@ -163,6 +164,12 @@ class Pruner(ABC):
         for b, (kept, valid) in enumerate(zip(self.kept(view, ranking, count), ranking.valid, strict=True)):
             alike.setdefault((kept, valid if self.counts_rest else 0), []).append(b)
         return [self._chosen(view, ranking, rows, kept) for (kept, _), rows in alike.items()]
+
+    def count(self, view: View) -> int:
+        """How many candidates of each row survive: the budget, of which a prompt that ends in the picture spends one on
+        its last token."""
+        count = self.budget(view.stage, len(view) + view.pinned, view.original)
+        return max(1, count - view.pinned)
 
     def _chosen(self, view: View, ranking: Ranking, rows: list[int], count: int) -> Selection:
         ranking = ranking.select(rows)
@@ -225,10 +232,19 @@ class Pruner(ABC):
         return debiased(debias, raw, view, official=self.mode == "official")
 
     # -- use ----------------------------------------------------------------------------------------------------
-    def __call__(self, model: nn.Module, *, layout: VisualLayout | None = None) -> Handle:
-        """Attach to a model; use the result as a context manager, or call its `remove()`."""
+    def __call__(self, model: nn.Module, *, layout: VisualLayout | None = None, question: Said = None) -> Handle:
+        """Attach to a model; use the result as a context manager, or call its `remove()`.
+
+        Args:
+            model: a transformers model.
+            layout: where the visual tokens are; found by the family's adapter if left out.
+            question: where prompts end, if prompt and answer are one call and no `labels` or `logits_to_keep` say it:
+                the number of tokens of the prompt (one for all rows or one for each, batch padding in front counted
+                in), a (B, L) bool mask of the tokens that ask, or a function of the (B, L) token ids that gives either
+                for each call. `handle.question` may be set anew between calls. See docs/training.md.
+        """
         selfcheck.ensure()
-        handle = Handle(model, self, layout)
+        handle = Handle(model, self, layout, question=question)
         method: Any = handle.pruner  # this one, or the same at layers that attend
         if self.debiasing is not None and method.stages(handle.depth):
             layer = method.ranked_layer(handle.depth)
@@ -269,7 +285,7 @@ def _one_of(cls: type, name: str, allowed: Sequence[Any]) -> None:
         raise ConfigError(f"{cls.__qualname__}: {name} must be one of {known}, not {value!r}")
 
 
-def attach(model: nn.Module, pruner: Pruner, *, layout: VisualLayout | None = None) -> Handle:
+def attach(model: nn.Module, pruner: Pruner, *, layout: VisualLayout | None = None, question: Said = None) -> Handle:
     """Prune a model's visual tokens from now on, until the returned handle is removed.
 
     Args:
@@ -277,6 +293,7 @@ def attach(model: nn.Module, pruner: Pruner, *, layout: VisualLayout | None = No
         pruner: the method.
         layout: where the visual tokens are, for a bare decoder or an unknown family; found by the family's adapter if
             left out.
+        question: where prompts end, if not at the end of their calls; see `Pruner.__call__`.
 
     Raises:
         AttachError: the model is attached already, or its attention cannot be read.
@@ -284,4 +301,4 @@ def attach(model: nn.Module, pruner: Pruner, *, layout: VisualLayout | None = No
         ConfigError: the method's stages do not fit the model.
         IncompatibleReleaseError: pruning does not work with the installed transformers.
     """
-    return pruner(model, layout=layout)
+    return pruner(model, layout=layout, question=question)

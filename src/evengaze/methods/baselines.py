@@ -93,7 +93,7 @@ class Uniform(OneStage):
 
     def score(self, view: View) -> Tensor:
         """1 for the lattice, 0 for the rest."""
-        count = self.budget(view.stage, len(view), view.original)
+        count = self.count(view)
 
         def chosen(table: VisualTokens) -> Tensor:
             return torch.zeros(len(table)).index_fill(0, lattice(table, count)[1], 1.0)

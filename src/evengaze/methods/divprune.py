@@ -42,7 +42,7 @@ class DivPrune(OneStage):
 
     def score(self, view: View) -> Tensor:
         """Picked tokens by order of picking, the first highest; 0 for the others."""
-        count = min(len(view), self.budget(view.stage, len(view), view.original))
+        count = min(len(view), self.count(view))
         picks = farthest(normalize(view.features.float(), dim=-1), count)
         rank = torch.arange(count, 0, -1, dtype=torch.float32, device=picks.device).expand_as(picks)
         return torch.zeros(len(picks), len(view), device=picks.device).scatter_(1, picks, rank)

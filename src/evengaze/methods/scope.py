@@ -58,8 +58,9 @@ def select_parts(view: View, scope: Literal["image", "frame"], select: Select) -
         was scored, they are left out.
     """
     if view.memory.get(_Parts) is None:
-        sizes = tuple(_sizes(table, scope) for table in view.initial.start.tables)
-        view.memory.put(_Parts(None, sizes, sizes, (), view.hidden.device))
+        originals = tuple(_sizes(table, scope) for table in view.initial.start.tables)
+        sizes = tuple((*row[:-1], row[-1] - view.pinned) for row in originals)
+        view.memory.put(_Parts(None, sizes, originals, (), view.hidden.device))
     parts = view.memory.get(_Parts)
     assert parts is not None
     alike: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
@@ -97,6 +98,7 @@ def _divided(view: View, select: Select) -> list[Selection]:
                     ),
                     whole=view.initial,
                     original=original,
+                    pinned=view.pinned if k == len(parts.sizes[0]) - 1 else 0,
                     memory=memory,
                 )
             )

@@ -72,7 +72,7 @@ class Grouping(OneStage):
         return torch.zeros(len(view.rows), len(view), device=view.hidden.device)
 
     def _select(self, view: View) -> Sequence[Selection]:
-        count = self.budget(view.stage, len(view), view.original)
+        count = self.count(view)
         if count >= len(view) and self.mode == "corrected":
             return [Selection.everything(view)]
         found = self.group(view, count)

@@ -79,7 +79,7 @@ def check(family: str, method: str, attention: str = "sdpa", batch: int = 1, **i
         inputs_: further arguments of `tiny`, such as `images=2` or `video=True`.
     """
     model, inputs = tiny(family, batch, attention, **inputs_)
-    layout = {"layout": layout_of(inputs)} if family == "llama" else {}
+    layout: dict[str, Any] = {"layout": layout_of(inputs)} if family == "llama" else {}
     everything, pruner = get(method)(**_ALL[method]), get(method)(**METHODS[method])
     _, dense = greedy(model, inputs)
     with everything(model, **layout):

@@ -40,7 +40,9 @@ class _Step:
 
 
 @contextmanager
-def replayed(model: Any, pruner: Pruner, trace: Trace, attention_mask: Tensor) -> Iterator[None]:
+def replayed(
+    model: Any, pruner: Pruner, trace: Trace, attention_mask: Tensor, *, ends_in_picture: bool = False
+) -> Iterator[None]:
     """Make a dense eager model compute what a pruned one should have computed.
 
     Args:
@@ -48,10 +50,11 @@ def replayed(model: Any, pruner: Pruner, trace: Trace, attention_mask: Tensor) -
         pruner: the method of the run.
         trace: of the run. It must be the trace of a whole prompt, without a cache in front of it.
         attention_mask: (B, L) of the prompt.
+        ends_in_picture: whether every prompt's last token is a visual one, behind which nothing moves.
     """
     decoder = decoder_of(model)
     renumber = pruner.positions == "renumbered" and not _multimodal_rope(decoder.config)
-    plan = {s.layer: rows for s, rows in zip(trace.stages, _plan(trace, renumber), strict=True)}
+    plan = {s.layer: rows for s, rows in zip(trace.stages, _plan(trace, renumber, ends_in_picture), strict=True)}
     trim = any(stage.trims_below for stage in pruner.stages(len(decoder.layers)))
     state = _State(decoder, plan, attention_mask.bool(), renumber, trim)
     handles = [
@@ -76,7 +79,7 @@ def _multimodal_rope(config: Any) -> bool:
     return any("mrope_section" in kind for kind in kinds)
 
 
-def _plan(trace: Trace, move: bool) -> Iterator[list[_Step]]:
+def _plan(trace: Trace, move: bool, ends: bool) -> Iterator[list[_Step]]:
     """One step for each stage and row. `move`: recycled tokens go behind the kept ones of their picture."""
     place = [{k: int(p) for k, p in enumerate(row.position)} for row in trace.layout.rows]
     gone = torch.zeros(len(place), trace.length, dtype=torch.bool)
@@ -88,7 +91,7 @@ def _plan(trace: Trace, move: bool) -> Iterator[list[_Step]]:
             merge = _parts(row.merge, old)
             survivors = row.kept.tolist() + ([] if row.recycled is None else row.recycled.tolist())
             if move:  # a picture's recycled tokens stand behind its kept ones
-                survivors = _by_picture(survivors, trace.layout.rows[b])
+                survivors = _by_picture(survivors, trace.layout.rows[b], ends)
             source = [place[b][s] for s in survivors]
             target = sorted(source) if move else source
             gone[b, old] = True
@@ -102,8 +105,9 @@ def _plan(trace: Trace, move: bool) -> Iterator[list[_Step]]:
         yield steps
 
 
-def _by_picture(survivors: list[int], table: VisualTokens) -> list[int]:
-    pictures = list(zip(table.image.tolist(), table.frame.tolist(), strict=True))
+def _by_picture(survivors: list[int], table: VisualTokens, ends: bool) -> list[int]:
+    last = [ends and token == len(table) - 1 for token in range(len(table))]
+    pictures = list(zip(last, table.image.tolist(), table.frame.tolist(), strict=True))
     return sorted(survivors, key=lambda token: pictures[token])  # stable: within a picture the order stays
 
 

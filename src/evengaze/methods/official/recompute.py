@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from evengaze.engine.question import Said
 from evengaze.engine.session import Handle
 from evengaze.layout import VisualLayout
 from evengaze.methods.base import Pruner
@@ -24,9 +25,9 @@ from evengaze.protocol import Mode
 class _Recompute(Pruner):
     mode: Mode = field(default="official", kw_only=True)
 
-    def __call__(self, model: nn.Module, *, layout: VisualLayout | None = None) -> Handle:
+    def __call__(self, model: nn.Module, *, layout: VisualLayout | None = None, question: Said = None) -> Handle:
         """Attach to a model, to rank anew in each call of a generation."""
-        return Handle(model, self, layout, freeze=False)
+        return Handle(model, self, layout, question=question, freeze=False)
 
 
 @register

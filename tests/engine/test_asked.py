@@ -1,0 +1,359 @@
+"""What ranks where prompt and answer, or several samples, are one call: each prompt its own pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import evengaze as eg
+from evengaze.compat import cache_argument, cache_of
+from evengaze.errors import ConfigError, LayoutError
+from evengaze.methods import get
+from evengaze.methods.base import Pruner
+from evengaze.testing import tiny
+from evengaze.testing.matrix import METHODS, greedy
+from evengaze.testing.oracle import replayed
+
+STEPS = 5
+OTHERS: dict[str, dict[str, Any]] = {
+    "random": {"keep": 5},
+    "uniform": {"keep": 5},
+    "pool": {"keep": 5},
+    "tome": {"keep": 5},
+    "visionzip": {"keep": 5},
+}
+
+
+def pruner_of(name: str, **more: Any) -> Pruner:
+    return get(name)(**{**(METHODS | OTHERS)[name], **more})
+
+
+def kept(run: Any) -> list[list[int]]:
+    return [run.trace.kept(b).tolist() for b in range(len(run.trace.layout))]
+
+
+def answered(model: Any, inputs: dict[str, Any], run: Any) -> tuple[dict[str, Any], torch.Tensor, list[list[int]]]:
+    """The prompt with its own greedy answer behind it, the logits that gave it, and what the prompt kept."""
+    out = model.generate(
+        **inputs, max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    ids = out.sequences
+    longer = ids.shape[1] - inputs["input_ids"].shape[1]
+    whole = {**inputs, "input_ids": ids}
+    for name, fill in (("attention_mask", 1), ("token_type_ids", 0), ("mm_token_type_ids", 0)):
+        if name in inputs:
+            whole[name] = torch.nn.functional.pad(inputs[name], (0, longer), value=fill)
+    return whole, torch.stack(out.logits, 1), kept(run)
+
+
+def labels_of(whole: dict[str, Any], prompt: int) -> torch.Tensor:
+    labels = whole["input_ids"].clone()
+    labels[:, :prompt] = -100
+    return labels
+
+
+# -- labels ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl", "gemma3"])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_answer_does_not_rank(family: str, name: str) -> None:
+    """With labels, the same tokens are kept and the same logits come out as where the answer was generated."""
+    model, inputs = tiny(family, batch=2)
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad(), pruner_of(name)(model) as run:
+        whole, logits, rollout = answered(model, inputs, run)
+        labels = labels_of(whole, length)
+        forced = model(**whole, labels=labels, use_cache=False).logits[:, length - 1 : -1]
+        assert kept(run) == rollout
+        whole["input_ids"][:, length + 1 :] = 7  # another answer behind the same first token
+        model(**whole, labels=labels, use_cache=False)
+        assert kept(run) == rollout
+    if name != "tokencarve":  # its lower layers, which have run, showed the answer all of the picture
+        assert torch.allclose(forced, logits, atol=1e-4)
+
+
+def test_without_a_word_the_whole_call_ranks() -> None:
+    """So that what is said above is not true of itself."""
+    model, inputs = tiny("llava", batch=2)
+    with torch.no_grad(), pruner_of("fastv")(model) as run:
+        whole, _, rollout = answered(model, inputs, run)
+        model(**whole, use_cache=False)
+        assert kept(run) != rollout
+
+
+def test_labels_reach_a_loss_whose_gradient_is_that_of_the_generated_ranking() -> None:
+    model, inputs = tiny("llava", batch=2)
+    length = inputs["input_ids"].shape[1]
+    with pruner_of("fastv")(model) as run:
+        whole, _, rollout = answered(model, inputs, run)
+        model.train()
+        loss = model(**whole, labels=labels_of(whole, length), use_cache=False).loss
+        loss.backward()
+        assert kept(run) == rollout
+    assert torch.isfinite(loss) and model.lm_head.weight.grad.abs().sum() > 0
+
+
+def test_each_turn_of_a_labelled_conversation_ranks_its_own_pictures() -> None:
+    model, inputs = tiny("llava", batch=1, images=2)
+    ids, pixels = inputs["input_ids"][0], inputs["pixel_values"]
+    second = int((ids == model.config.image_token_id).nonzero()[16])
+    turns = [torch.cat([ids[:second], ids[-3:]])[None], torch.cat([torch.tensor([5, 6]), ids[second:]])[None]]
+    answer = torch.tensor([[11, 12, 13]])
+    whole = torch.cat([turns[0], answer, turns[1], answer], 1)
+    labels = torch.full_like(whole, -100)
+    start = turns[0].shape[1]
+    labels[:, start : start + 3], labels[:, -3:] = answer, answer
+    for name in ("fastv", "himap", "sparsevlm", "pyramiddrop"):
+        with torch.no_grad(), pruner_of(name)(model) as run:
+            out = model(input_ids=turns[0], pixel_values=pixels[:1], use_cache=True)
+            first = run.trace.kept().tolist()
+            held = cache_argument(model, cache_of(out))
+            for token in answer[0]:
+                model(input_ids=token.view(1, 1), use_cache=True, **held)
+            model(input_ids=turns[1], pixel_values=pixels[1:], use_cache=True, **held)
+            later = run.trace.kept().tolist()
+            model(input_ids=whole, pixel_values=pixels, labels=labels, use_cache=False)
+            assert run.trace.kept().tolist() == first + [16 + k for k in later]
+
+
+# -- what is read, and what the caller says ---------------------------------------------------------------------------
+def test_the_first_logits_that_are_read_end_the_prompt_if_the_caller_says_so() -> None:
+    model, inputs = tiny("llava", batch=2)
+    with torch.no_grad(), pruner_of("fastv")(model, question="logits_to_keep") as run:
+        whole, logits, rollout = answered(model, inputs, run)
+        read = model(**whole, logits_to_keep=STEPS + 1, use_cache=False).logits
+        assert kept(run) == rollout
+        assert torch.allclose(read[:, :-1], logits, atol=1e-4)
+        run.question = None  # how many logits are asked for changes nothing of its own accord
+        model(**whole, logits_to_keep=STEPS + 1, use_cache=False)
+        assert kept(run) != rollout
+
+
+@pytest.mark.parametrize("name", ["fastv", "sparsevlm", "himap", "random"])
+def test_the_caller_says_where_the_question_ends(name: str) -> None:
+    model, inputs = tiny("llava", batch=2, side="left")
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad(), pruner_of(name)(model) as run:
+        whole, logits, rollout = answered(model, inputs, run)
+    asks = torch.zeros_like(whole["input_ids"], dtype=torch.bool)
+    asks[:, :length] = True
+    seen = []
+
+    def callback(ids: Any) -> int:
+        seen.append(ids.shape)
+        return length
+
+    for question in (length, [length, length], torch.tensor([length] * 2), asks, callback):
+        with torch.no_grad(), pruner_of(name)(model, question=question) as run:
+            forced = model(**whole, use_cache=False).logits[:, length - 1 : -1]
+            assert kept(run) == rollout
+            assert torch.allclose(forced, logits, atol=1e-4)
+    assert seen == [whole["input_ids"].shape]
+
+
+def test_a_question_may_be_set_between_calls_and_serves_generate() -> None:
+    model, inputs = tiny("llava", batch=1)
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad(), pruner_of("fastv")(model) as run:
+        whole, _, rollout = answered(model, inputs, run)
+        run.question = length
+        model(**whole, use_cache=False)
+        assert kept(run) == rollout
+        model.generate(**inputs, max_new_tokens=2, num_beams=2)
+        assert kept(run)[0] == rollout[0]
+        with pytest.raises(ConfigError, match="question must be"):
+            run.question = "what colour is it?"
+        run.question = length + STEPS + 1
+        with pytest.raises(LayoutError, match=f"1 to {length + STEPS} tokens"):
+            model(**whole, use_cache=False)
+        run.question = 3
+        with pytest.raises(LayoutError, match="stands behind it"):
+            model(**whole, use_cache=False)
+        run.question = lambda ids: lambda: 3
+        with pytest.raises(ConfigError, match="the function has to give"):
+            model(**whole, use_cache=False)
+        run.question = None
+        model.generate(**inputs, max_new_tokens=2)
+        assert kept(run) == rollout
+
+
+# -- packed rows -----------------------------------------------------------------------------------------------------
+def packed(lengths_of: str = "positions") -> tuple[Any, dict[str, Any], list[dict[str, Any]]]:
+    """Four samples in one row: with a picture, without one, with two, and one that ends in its picture."""
+    model, inputs = tiny("llava", batch=4, side="right", images=[1, 0, 2, 1])
+    real = inputs["attention_mask"].bool()
+    rows = [inputs["input_ids"][b][real[b]] for b in range(4)]
+    visual = rows[3] == model.config.image_token_id
+    rows[3] = torch.cat([rows[3][~visual], rows[3][visual]])
+    pixels = inputs["pixel_values"]
+    pictures = [pixels[:1], None, pixels[1:3], pixels[3:]]
+    single = [
+        {"input_ids": row[None], "use_cache": False, **({} if picture is None else {"pixel_values": picture})}
+        for row, picture in zip(rows, pictures, strict=True)
+    ]
+    whole = {"input_ids": torch.cat(rows)[None], "pixel_values": pixels, "use_cache": False}
+    whole["position_ids"] = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    return model, whole, single
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", [*METHODS, *OTHERS])
+def test_packed_samples_are_pruned_as_if_each_were_alone(name: str, attention: str) -> None:
+    model, whole, single = packed()
+    model.set_attn_implementation(attention)
+    with torch.no_grad(), pruner_of(name)(model) as run:
+        alone, expected, before = [], [], 0
+        for sample in single:
+            logits = model(**sample).logits[0]
+            alone.append(logits)
+            if "pixel_values" in sample:
+                expected += [before + k for k in run.trace.kept().tolist()]
+                before += len(run.trace.layout.rows[0])
+        together = model(**whole).logits[0]
+        assert run.trace.kept().tolist() == expected
+        columns = run.trace.columns(5)
+        assert int((columns >= 0).sum()) == run.trace.visual_tokens()[5]
+    ends = torch.tensor([len(sample["input_ids"][0]) for sample in single]).cumsum(0) - 1
+    for end, logits in zip(ends, alone, strict=True):
+        assert torch.allclose(together[end], logits[-1], atol=2e-4)
+    assert float(together[ends].abs().amin(1).max()) > 0
+
+
+def test_packed_samples_with_labels_and_scopes() -> None:
+    model, whole, single = packed()
+    labels = torch.full_like(whole["input_ids"], -100)
+    ends = torch.tensor([len(sample["input_ids"][0]) for sample in single]).cumsum(0)
+    labels[0, ends[0] - 2 : ends[0]] = 9
+    labels[0, ends[2] - 1] = 9
+    with torch.no_grad(), pruner_of("fastv", scope="image", keep=4)(model) as run:
+        expected, before = [], 0
+        for sample, answer in zip(single, (2, 0, 1, 0), strict=True):
+            if "pixel_values" not in sample:
+                continue
+            own = torch.full_like(sample["input_ids"], -100)
+            if answer:
+                own[0, -answer:] = 9
+            model(**sample, labels=own)
+            expected += [before + k for k in run.trace.kept().tolist()]
+            before += len(run.trace.layout.rows[0])
+        model(**whole, labels=labels)
+        assert run.trace.kept().tolist() == expected
+        assert len(expected) == 4 * 4
+
+
+def test_packed_rows_are_known_by_the_lengths_that_flash_attention_gets() -> None:
+    """And the kernel is told how long the samples are after the cut."""
+    from transformers.modeling_utils import AttentionInterface
+
+    heard: dict[int, Any] = {}
+
+    def told_lengths(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        """Sees no mask, only lengths, as a kernel for packed rows does."""
+        assert mask is None
+        heard[module.layer_idx] = (kwargs["cu_seq_lens_q"].tolist(), kwargs["max_length_q"])
+        edges = kwargs["cu_seq_lens_q"].long()
+        number = torch.searchsorted(edges[1:].contiguous(), torch.arange(query.shape[2]), right=True)
+        seen = (number[:, None] == number) & torch.ones(len(number), len(number)).bool().tril()
+        repeat = query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(repeat, 1) for t in (key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen, scale=kwargs.get("scaling"))
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("told_lengths", told_lengths)
+    model, whole, single = packed()
+    lengths = torch.tensor([len(sample["input_ids"][0]) for sample in single])
+    edges = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    told = {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": int(lengths.max())}
+    with torch.no_grad(), pruner_of("fastv")(model) as run:
+        expected = model(**whole).logits[0, edges[1:].long() - 1]
+        keep = kept(run)
+    model.model.language_model.set_attn_implementation("told_lengths")
+    with torch.no_grad(), pruner_of("fastv")(model) as run:
+        found = model(**whole, **told).logits[0, edges[1:].long() - 1]
+        assert kept(run) == keep
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert heard[0] == (edges.tolist(), int(lengths.max()))
+    kept_of = [5, 0, 5, 5]
+    short = [int(n) - 16 * p + k for n, p, k in zip(lengths, (1, 0, 2, 1), kept_of, strict=True)]
+    assert heard[5] == ([0, *torch.tensor(short).cumsum(0).tolist()], max(short))
+
+
+# -- prompts that end in the picture ----------------------------------------------------------------------------------
+def ends_in_picture(batch: int = 1) -> tuple[Any, dict[str, Any]]:
+    model, inputs = tiny("llava", batch=batch, side="left")
+    ids = inputs["input_ids"].clone()
+    for row in ids:
+        visual = row == model.config.image_token_id
+        row[:] = torch.cat([row[~visual], row[visual]])
+    return model, {**inputs, "input_ids": ids}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", [*METHODS, *OTHERS, "fastv-masked", "fastv-recompute"])
+def test_the_token_whose_logits_are_read_always_stays(name: str, batch: int) -> None:
+    model, inputs = ends_in_picture(batch)
+    pruner = get(name)(keep=5) if name.startswith("fastv-") else pruner_of(name)
+    with torch.no_grad(), pruner(model) as run:
+        logits = model(**inputs).logits[:, -1]
+        for b in range(batch):
+            decision = run.trace.stages[-1].rows[b]
+            assert 15 in decision.kept.tolist()
+            assert len(decision.kept) == len(decision.kept.unique())
+            assert decision.raw is None or decision.raw.shape == decision.candidates.shape
+            last = run.trace.columns(5, b)[-1]
+            assert int(last) == 15  # also where recycled tokens move
+        tokens, steps = greedy(model, inputs)
+        assert torch.allclose(steps[:, 0], logits, atol=1e-4)
+        trace = run.trace
+    assert float(logits.abs().sum()) > 0
+    if name not in ("fastv-masked", "fastv-recompute"):
+        oracle, _ = tiny("llava", batch=batch, side="left", attention="eager")
+        with replayed(oracle, pruner, trace, inputs["attention_mask"], ends_in_picture=True):
+            expected, _ = greedy(oracle, inputs, use_cache=False)
+        assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "sparsevlm"])
+def test_the_last_token_is_part_of_the_budget(name: str) -> None:
+    model, inputs = ends_in_picture()
+    everyday, usual = tiny("llava")
+    with torch.no_grad(), pruner_of(name)(model) as run:
+        model(**inputs)
+        counts = run.trace.visual_tokens()
+    with torch.no_grad(), pruner_of(name)(everyday) as run:
+        everyday(**usual)
+        assert counts == run.trace.visual_tokens()
+
+
+def test_keeping_everything_is_the_dense_model_there_too() -> None:
+    model, inputs = ends_in_picture(2)
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        for name in METHODS:
+            keep = pruner_of(name).keep
+            with pruner_of(name, keep=tuple(99 for _ in keep) if isinstance(keep, tuple) else 99)(model):
+                assert torch.equal(model(**inputs).logits, dense)
+
+
+def test_a_single_visual_token_at_the_end() -> None:
+    model, inputs = ends_in_picture()
+    layout = eg.VisualLayout.from_spans([(inputs["input_ids"].shape[1] - 1, inputs["input_ids"].shape[1])], (1, 1))
+    with torch.no_grad(), eg.FastV(keep=1, layer=2)(model, layout=layout) as run:
+        model(**inputs)
+        assert run.trace.kept().tolist() == [0]
+
+
+def test_debiasing_and_scopes_where_the_prompt_ends_in_the_picture() -> None:
+    model, inputs = tiny("llava", batch=1, images=2)
+    ids = inputs["input_ids"].clone()
+    visual = ids[0] == model.config.image_token_id
+    ids[0] = torch.cat([ids[0][~visual], ids[0][visual]])
+    for scope, name in (("image", "fastv"), ("frame", "sparsevlm"), ("image", "uniform")):
+        pruner = pruner_of(name, scope=scope, debias="padding")
+        with torch.no_grad(), pruner(model) as run:
+            model(**{**inputs, "input_ids": ids})
+            found = run.trace.kept()
+            assert 31 in found.tolist()
+            keep = pruner.keep[-1] if isinstance(pruner.keep, tuple) else pruner.keep
+            assert int((found < 16).sum()) == int((found >= 16).sum()) == keep
