@@ -237,3 +237,44 @@ def test_bad_input_is_an_error_that_names_the_fix(pictures: Path) -> None:
     with pytest.raises(CurveError, match="Nearest"):
         invoke("curves", "show", "llava-1.5-7b/fastw")
     assert issubclass(CurveWarning, UserWarning)
+
+
+def test_pictures_that_cannot_be_read_are_left_out_and_listed(
+    pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    invoke("calibrate", "--model", "m", "--images", pictures / "list.jsonl", "-o", "whole.json")
+    (pictures / "2.png").write_bytes((pictures / "2.png").read_bytes()[:40])
+    out = invoke("calibrate", "--model", "m", "--images", pictures / "list.jsonl", "-o", "part.json", code=3)
+    assert "1 pictures could not be read" in out and "2.png" in out
+    assert (Curve.load("whole.json").origin.samples, Curve.load("part.json").origin.samples) == (6, 5)
+    given = ("--model", "m", "--images", pictures / "list.jsonl")
+    with pytest.warns(CurveWarning):
+        out = invoke("bias", *given, "--layers", "1", "-o", "b", "--debias", "part.json", "--json", code=3)
+    assert "2.png" in json.loads(Path("b/bias.json").read_text())["skipped"][0]
+    out = invoke("curves", "validate", "part.json", *given, "-m", "fastv:keep=4", code=3)
+    assert "2.png" in out and "validating on 6 samples" in out
+    for i in range(6):
+        (pictures / f"{i}.png").write_bytes(b"no picture")
+    with pytest.raises(CurveError, match="were there pictures at all"):
+        invoke("bias", *given, "--layers", "1")
+
+
+def test_a_curve_prints_on_one_line(pictures: Path) -> None:
+    invoke("calibrate", "--model", "m", "--images", pictures / "list.jsonl", "--layers", "all", "-o", "c.json")
+    curve = Curve.load("c.json")
+    for text in (str(curve), repr(curve)):
+        assert len(text) < 300 and "\n" not in text and "layer 1 on m; 6 samples" in text
+    assert curve.fingerprint in repr(curve)
+    assert str(Curve(curve.trend)).startswith(f"{curve.trend.family} trend; f(1)/f(0) = ")
+
+
+def test_bias_concludes_and_says_what_to_type(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from evengaze.calibration import conclude
+
+    monkeypatch.setattr(conclude, "verdict", lambda measures, margin=0: "to the bottom")
+    monkeypatch.setattr(conclude, "STRONG", -1.0)
+    out = invoke("bias", "--model", "m", "--images", pictures / "list.jsonl", "--layers", "1,3", "-o", "b")
+    assert "Layers 1, 3: biased towards the bottom" in out
+    given = f"--model m --images {pictures / 'list.jsonl'}"
+    assert f"  evengaze calibrate {given} -m fastv:keep=0.25,layer=2 --layers 1,3 -o curve.json" in out
+    assert json.loads(Path("b/bias.json").read_text())["conclusion"]["bottom"] == [1, 3]
