@@ -118,12 +118,8 @@ def test_json_has_the_promised_keys(result):
 def test_the_page_is_self_contained(result, tmp_path):
     page = write(result, tmp_path / "out", 12.0)
     text = page.read_text(encoding="utf-8")
-    assert {p.name for p in page.parent.iterdir()} == {
-        "report.html",
-        "results.json",
-        "kept.png",
-        "trend.png",
-        "accuracy.png",
+    assert {p.name for p in page.parent.iterdir()} == {"report.html", "results.json"} | {
+        f"{name}.{ending}" for name in ("kept", "trend", "accuracy") for ending in ("png", "pdf", "svg")
     }
     assert text.count("data:image/png;base64,") == 3
     assert not re.search(r'(src|href)="(?!data:)', text)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evengaze.cli import terminal
+from evengaze.cli import output, terminal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +26,9 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report.html and the pictures.")] = Path(
         "evengaze-demo"
     ),
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures to this file; '-' prints them.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help=f"Ask so many questions (default {_QUESTIONS}).")] = None,
     full: Annotated[bool, typer.Option("--full", help="Ask all questions of the evaluation set.")] = False,
     dtype: Annotated[
@@ -51,14 +53,14 @@ def demo(
 
     if full and limit is not None:
         raise ConfigError("--full asks all questions; give it or --limit, not both")
-    check_output(json_file)
+    check_output(None if str(json_file) == "-" else json_file)
     check_folder(out)
     start = perf_counter()
     from evengaze.demo import load, make_dataset, report
     from evengaze.demo.experiment import calibrate, run, settings
     from evengaze.demo.model import choose_dtype, dtype_of
 
-    console = terminal.Screen()
+    console = terminal.Screen(quiet=output.voice.quiet, stderr=str(json_file) == "-")
     model, processor = load(choose_dtype(dtype))
     pictures = make_dataset("eval")
     number = sum(len(p.questions) for p in pictures)
@@ -80,11 +82,15 @@ def demo(
     console.print(_table(result))
     seconds = perf_counter() - start
     page = report.write(result, out, seconds)
-    if json_file is not None:
-        json_file.write_text(json.dumps(report.to_dict(result, seconds), indent=1) + "\n", encoding="utf-8")
+    figures = json.dumps(report.to_dict(result, seconds), indent=1)
+    if str(json_file) == "-":
+        terminal.echo(figures)
+    elif json_file is not None:
+        json_file.write_text(figures + "\n", encoding="utf-8")
     console.print(report.headline(result))
     console.print(f"{perf_counter() - start:.0f} s in all.")
-    terminal.echo(f"Report: {page}")
+    if str(json_file) != "-":
+        terminal.echo(f"Report: {page}")
 
 
 def _table(result: Result) -> Table:

@@ -21,6 +21,7 @@ from evengaze.version import __version__
 from evengaze.viz.accuracy import Point, plot_accuracy
 from evengaze.viz.bias import plot_trend
 from evengaze.viz.patches import Canvas, Panel, draw_panels
+from evengaze.viz.style import save
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ def figures(result: Result) -> dict[str, tuple[str, Any]]:
     if result.examples:
         caption = (
             f"Kept tokens at {share}, for the first question of the first pictures (none chosen). Bright and outlined "
-            "in yellow: kept. Hatched: padding; outlined in red: padding that was kept."
+            "in yellow: kept. Hatched: padding; outlined in red: padding that was kept. Ticks and crosses: right and "
+            "wrong answers."
         )
         made["kept.png"] = (caption, _kept(result))
     caption = (
@@ -168,13 +170,14 @@ def _kept(result: Result) -> Any:
         panels.append(Panel(canvas, example.question.text, f"all tokens: {result.dense.answers[number]}"))
         for name, trace, answer in (("plain", example.plain, plain), ("both steps", example.both, both)):
             kept = trace.kept(example.row)
-            panels.append(Panel(canvas, f"{name}: {answer[number]}", canvas.describe(kept), kept))
+            right = answer[number] == example.question.answer
+            panels.append(Panel(canvas, f"{name}: {answer[number]}", canvas.describe(kept), kept, right=right))
     panels += [None] * (-len(panels) % 6)
     return draw_panels([panels[i : i + 6] for i in range(0, len(panels), 6)], height=2.4)
 
 
 def write(result: Result, out: Path, seconds: float) -> Path:
-    """Write the pictures and the page.
+    """Write the pictures (PNG, PDF and SVG) and the page.
 
     Args:
         result: the experiment.
@@ -190,6 +193,7 @@ def write(result: Result, out: Path, seconds: float) -> Path:
         buffer = BytesIO()
         figure.savefig(buffer, format="png")
         (out / name).write_bytes(buffer.getvalue())
+        save(figure, out / name, ("pdf", "svg"))
         pictures[name] = (caption, base64.b64encode(buffer.getvalue()).decode())
     (out / "results.json").write_text(json.dumps(to_dict(result, seconds), indent=1) + "\n", encoding="utf-8")
     page = out / "report.html"
