@@ -64,6 +64,7 @@ class Call:
         ignored: the label that the loss skips.
         keep: its `logits_to_keep`.
         decoding: whether the decoder runs.
+        entered: whether the decoder has run, or runs.
         nested: whether another call's decoder runs below this one.
         run: the prefill, None if the call holds no visual tokens.
         size: rows and tokens that enter the decoder.
@@ -78,6 +79,7 @@ class Call:
     __slots__ = (
         "decoding",
         "encoded",
+        "entered",
         "frame",
         "frozen",
         "generate",
@@ -111,7 +113,7 @@ class Call:
         self.pictured = False
         self.request: Request | None = None
         self.keep: Any = None
-        self.decoding = False
+        self.decoding = self.entered = False
         self.nested: bool = outer is not None and (outer.decoding or outer.nested)
         self.run: Prefill | None = None
         self.size = (0, 0)
@@ -227,7 +229,7 @@ def module_frame() -> FrameType:
 def _by_generation(frame: FrameType) -> bool:
     """Whether transformers' own generation makes a module call."""
     at: FrameType | None = frame
-    while at is not None and at.f_globals.get("__name__", "").startswith("torch."):
+    while at is not None and at.f_globals.get("__name__", "").startswith(("torch.", "evengaze.engine.")):
         at = at.f_back
     return at is not None and at.f_globals.get("__name__", "").startswith("transformers.generation.")
 

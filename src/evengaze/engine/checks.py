@@ -95,8 +95,9 @@ def refuse_missed(pruner: Method, stages: Sequence[int], entered: int, layers: i
     """
     if stages:
         raise NothingPrunedError(
-            f"{pruner.name} never got to prune at layers {list(stages)}: the model's forward does not call them. Check "
-            "that the adapter's decoder() is the module whose layers really run."
+            f"{pruner.name} never got to prune at layers {list(stages)}: the model's forward does not call them. They "
+            "were replaced or compiled after the pruner was attached (then attach it afterwards), or the adapter's "
+            "decoder() is not the module whose layers really run."
         )
     if entered < layers:
         raise NothingPrunedError(

@@ -93,6 +93,8 @@ def put(owner: Any, name: str, value: Any) -> Callable[[], None]:
     owner.__dict__[name] = value
 
     def undo() -> None:
+        if owner.__dict__.get(name) is not value:  # somebody has put something else there since
+            return
         if there:
             owner.__dict__[name] = own
         else:

@@ -420,3 +420,11 @@ def _tree(value: Any, slots: Tensor | None, length: int, dim: int) -> Any:
     if value.shape[dim] != length or value.shape[dim - 1] not in (1, slots.shape[0]):
         return value
     return take(value, slots, dim)
+
+
+def restored(out: Any, run: Prefill) -> Any:
+    """A decoder's output with a state for each token of the call again, as callers other than `generate` expect."""
+    if isinstance(out, tuple):
+        return (run.restored(out[0]), *out[1:])
+    out.last_hidden_state = run.restored(out.last_hidden_state)
+    return out

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from evengaze.compat import by_name, cache_in
 from evengaze.engine import cache as kv
-from evengaze.engine import checks, guard
+from evengaze.engine import checks, compiled, guard
 from evengaze.engine.attention import attending, hidden_attention
 from evengaze.engine.call import Call, Calls, Frozen, module_frame
 from evengaze.engine.decode import Steps
@@ -29,7 +29,7 @@ from evengaze.engine.encoded import Encoded, watch
 from evengaze.engine.generation import Request, brings_pictures, refuse_packing
 from evengaze.engine.intercept import Mark, before_forward, behind_forward, intercept, put
 from evengaze.engine.masks import padded_rows, real_tokens
-from evengaze.engine.prefill import Prefill
+from evengaze.engine.prefill import Prefill, restored
 from evengaze.engine.question import Said, check_said, clues, questions, said_of
 from evengaze.engine.rotary import Rotary, Served
 from evengaze.engine.sharing import Fold, borrowed, lenders
@@ -39,7 +39,7 @@ from evengaze.layout import VisualLayout
 from evengaze.models import BareDecoder, adapter_for, find_decoder
 from evengaze.models.base import Adapter
 from evengaze.models.base import Call as Prompt
-from evengaze.protocol import Method, Shared, Stage, Store
+from evengaze.protocol import Method, Shared, Stage
 from evengaze.trace import Trace
 
 _MARK = "_evengaze_handle"
@@ -77,8 +77,9 @@ class Handle:
         question: Said = None,
         freeze: bool = True,
     ) -> None:
+        wrapper, model = model, compiled.inner(model)
         unwrap = getattr(model, "get_base_model", None)  # adapters such as LoRA wrap the model whose forward runs
-        model = unwrap() if callable(unwrap) else model
+        model = compiled.inner(unwrap()) if callable(unwrap) else model
         self.model, self.pruner = model, pruner
         self.trace: Trace | None = None
         self.traces: deque[Trace] = deque(maxlen=_TRACES)
@@ -91,8 +92,9 @@ class Handle:
                 "where they are: pruner(model, layout=VisualLayout.from_spans(spans, grid))."
             )
         decoder = find_decoder(model) if self._adapter is None else self._adapter.decoder(model)
+        decoder = compiled.inner(decoder)
         self._decoder: Any = decoder
-        self._layers: list[nn.Module] = list(decoder.get_submodule("layers").children())
+        self._layers: list[nn.Module] = list(map(compiled.inner, decoder.get_submodule("layers").children()))
         held: Mark | None = decoder.__dict__.get(_MARK)
         checks.refuse_second(model, None if held is None else held.value.pruner)
         able = attending(self._layers)
@@ -113,14 +115,15 @@ class Handle:
         self._taps = Taps(self._calls.alive)
         self._served: Served = {}
         self._plain = Steps(self._implementation, Rotary(self._served), remember=False)
+        self._traced = compiled.Traced(model, self._adapter, self._calls, prunes=bool(stages))
         self._warned = False
-        self._shared = Shared(self._notes, lambda: self._calls.alive().own)
+        self._shared = Shared(lambda: self._encoded().notes, lambda: self._calls.alive().own)
         self._undo: list[Callable[[], Any]] = []
         base: nn.Module = getattr(model, "base_model", model)
         self._outer = list({id(m): m for m in (model, base) if m is not decoder}.values())
         guard.refuse_running([*self._outer, decoder])
         try:
-            self._install(base)
+            self._install(base, wrapper)
         except BaseException:
             self._uninstall()
             raise
@@ -173,7 +176,7 @@ class Handle:
         self._question = said
 
     # -- setting up ---------------------------------------------------------------------------------------------------
-    def _install(self, base: nn.Module) -> None:
+    def _install(self, base: nn.Module, wrapper: nn.Module) -> None:
         keep = self._undo.append
         keep(put(self._decoder, _MARK, Mark(self)))
         for outer in self._outer:
@@ -200,6 +203,9 @@ class Handle:
                 keep(undo)
             keep(self._adapter.prepare(self.model, self._surviving))
         keep(self.pruner.prepare(self.model, self._adapter, self._shared))
+        wrappers = () if wrapper is self.model else tuple(wrapper.modules())
+        for undo in compiled.step_aside(self.model, self._decoder, lambda: self._calls.top.run is not None, wrappers):
+            keep(undo)
 
     def _surviving(self) -> Tensor | None:
         run = self._calls.top.run
@@ -207,9 +213,6 @@ class Handle:
 
     def _encoded(self) -> Encoded:
         return self._calls.alive().encoded
-
-    def _notes(self) -> Store:
-        return self._encoded().notes
 
     # -- what a call consists of --------------------------------------------------------------------------------------
     @contextmanager
@@ -224,6 +227,7 @@ class Handle:
 
     def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         if torch.compiler.is_compiling():
+            self._traced.check(args, kwargs)
             return None
         if not any(module is outer for outer in self._outer):
             guard.refuse_copy(module)
@@ -251,18 +255,23 @@ class Handle:
         return args, {**kwargs, "labels": call.labels}
 
     def _leave_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._calls.leave(module_frame())
+        if torch.compiler.is_compiling():
+            return
+        call = self._calls.leave(module_frame())
+        if call is not None and out is not None and not call.entered and self._traced.brings(call, call.ids):
+            checks.refuse_missed(self.pruner, sorted(self._stages), 0, len(self._layers))
 
     def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
+            self._traced.check(args, kwargs)
             return
         if module is not self._decoder:
             guard.refuse_copy(module)
         call = self._calls.alive()
         if call.frame is None or call.decoding:  # the decoder itself was called
             call = self._calls.enter(module_frame(), inherit=True)
-        call.decoding, call.run = True, None
+        call.decoding = call.entered = True
+        call.run = None
         call.lent.clear()
         call.rotary = Rotary(self._served)
         call.steps = Steps(self._implementation, call.rotary)
@@ -455,12 +464,4 @@ class Handle:
             call.freeze(Frozen(run.inputs.detach(), run.layout, run.selections))
         if call.labels is not None:
             run.ignore(call.labels, call.ignored)
-        return None if run.slots is None or call.generating else _restored(out, run)
-
-
-def _restored(out: Any, run: Prefill) -> Any:
-    """A decoder's output with a state for each token of the call again, as callers other than `generate` expect."""
-    if isinstance(out, tuple):
-        return (run.restored(out[0]), *out[1:])
-    out.last_hidden_state = run.restored(out.last_hidden_state)
-    return out
+        return None if run.slots is None or call.generating else restored(out, run)

@@ -117,6 +117,11 @@ class _Thread(threading.local):
         self.armed: dict[int, _Armed] = {}
 
 
+def is_tapped(module: Any) -> bool:
+    """Whether somebody listens, or may listen, to a module's attention."""
+    return isinstance(module.__dict__.get("config"), _Shadow)
+
+
 def probe(tap: Tap, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionStates:
     """The queries and keys with which a layer that has not run yet would attend to its input.
 
