@@ -13,6 +13,7 @@ from evengaze.errors import ConfigError, LayoutError
 from evengaze.methods import get, parse
 from evengaze.testing import tiny
 from evengaze.testing.matrix import METHODS
+from evengaze.testing.models import layout_of
 from reference import dropped_from, generate, masked_from
 
 FAMILIES = ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "gemma3"]
@@ -127,20 +128,48 @@ def test_candidates_are_no_part_of_a_methods_question():
     assert seen[0] == seen[1]
 
 
-def test_a_draft_goes_on_with_a_conversation():
-    """The second turn's call holds no new pictures: nothing is ranked, and the cache is cropped as ever."""
+@pytest.mark.parametrize("pictures", [False, True])
+def test_a_draft_goes_on_with_a_conversation(pictures):
+    """The cache is cropped as ever; new pictures are ranked as without a draft."""
     model, inputs = tiny("llava")
-    results = []
+    draft = drafters("llava", model)["bad"]
+    pixels = torch.randn(inputs["pixel_values"].shape, generator=torch.Generator().manual_seed(9))
+    new = [11, *[290] * 16, 91, 92, 93, 91, 92] if pictures else [91, 92, 93, 91, 92]
+    results, kept = [], []
     with eg.FastV(keep=5)(model) as run:
-        for options in ({}, {"prompt_lookup_num_tokens": 3}):
+        for options in ({}, {"prompt_lookup_num_tokens": 3}, {"assistant_model": draft}):
             first, _, cache = generate(model, inputs, 4)
-            trace = run.trace
-            ids = torch.cat([inputs["input_ids"], first, torch.tensor([[91, 92, 93, 91, 92]])], 1)
+            ids = torch.cat([inputs["input_ids"], first, torch.tensor([new])], 1)
             past = int(cache.get_seq_length())
             turn = {"input_ids": ids[:, past:] if options else ids, "attention_mask": torch.ones_like(ids)}
+            turn |= {"pixel_values": pixels} if pictures else {}
             results.append(generate(model, turn, 6, **options, **cache_argument(model, cache))[0])
-            assert run.trace is trace
-    assert torch.equal(*results)
+            kept.append(run.trace.kept().tolist())
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert kept[0] == kept[1] == kept[2]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_draft_on_a_cache_wants_the_new_tokens_only(masked):
+    """transformers reads all it is given behind what the cache holds; without a pruner, the answer is another one."""
+    model, inputs = tiny("llava")
+    with eg.FastV(keep=5)(model):
+        first, _, cache = generate(model, inputs, 4)
+    ids = torch.cat([inputs["input_ids"], first, torch.tensor([[91, 92, 93, 91, 92]])], 1)
+    turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} if masked else {"input_ids": ids}
+    refused(model, turn, "new tokens only", prompt_lookup_num_tokens=3, **cache_argument(model, cache))
+
+
+def test_drafts_where_the_layout_was_given():
+    model, inputs = tiny("llama")
+    inputs = repeating(inputs)
+    bad = drafters("llama", model)["bad"]
+    with method("fastv")(model, layout=layout_of(inputs)) as run:
+        tokens = generate(model, inputs, 9)[0]
+        kept = run.trace.kept()
+        for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": bad}, {"assistant_model": model}):
+            assert torch.equal(generate(model, inputs, 9, **options)[0], tokens)
+            assert torch.equal(run.trace.kept(), kept)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

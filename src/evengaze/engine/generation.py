@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from evengaze.compat import cache_in
 from evengaze.errors import ConfigError
 from evengaze.protocol import Method
 
@@ -114,6 +115,14 @@ class Request:
                 f"{pruner.name} drops tokens from the caches of layers that have read them; candidates of a draft, "
                 "which are read together with the prompt, would have seen them. Generate without assistant_model and "
                 "prompt_lookup_num_tokens, or use another method."
+            )
+        cache, prompt, mask = cache_in((), self._given), self.prompt, self._given.get("attention_mask")
+        whole = prompt is not None and (not isinstance(mask, Tensor) or mask.shape[1] == prompt.shape[1])
+        if whole and cache is not None and int(cache.get_seq_length()):
+            raise ConfigError(
+                "a draft on a cache that holds the beginning of the prompt: transformers would read it all once more, "
+                "behind what the cache holds. Pass the new tokens only, input_ids[:, cache.get_seq_length():], and the "
+                "attention_mask of everything."
             )
         wanted = [name for name in ("output_hidden_states", "output_attentions") if self.option(name)]
         if wanted:
