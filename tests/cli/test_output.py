@@ -98,6 +98,24 @@ def test_methods_and_layers_are_checked_before_loading(
     assert code == 2 and message in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-m", "fastvv"], "Did you mean 'fastv'"),
+        (["-m", "fastv:layer=99"], "outside the model"),
+        (["-m", "fastv", "--debias", "paddin"], "Did you mean 'padding'"),
+        (["-m", "fastv", "--debias", "none,missing.json"], "missing.json"),
+        (["-b", "popee"], "popee"),
+    ],
+)
+def test_evaluate_checks_its_plan_before_loading(
+    arguments: list[str], message: str, tmp_path: Path, never_loads: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["evaluate", "--model", "demo", "-b", "questions", "--data", tmp_path, "--out", tmp_path / "o"]
+    code, _, err = call(capsys, *given, *arguments)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("command", ["calibrate", "bias"])
 def test_layers_are_checked_before_loading(
     command: str, tmp_path: Path, never_loads: None, capsys: pytest.CaptureFixture[str]
@@ -193,9 +211,9 @@ def test_commands_that_load_a_model_have_the_same_options() -> None:
     app = typer.main.get_command(build())
     commands = dict(app.commands)  # type: ignore[attr-defined]
     commands |= {f"curves {k}": v for k, v in commands["curves"].commands.items()}
-    for name in ("run", "compare", "profile", "calibrate", "bias", "curves validate"):
+    for name in ("run", "compare", "profile", "calibrate", "bias", "curves validate", "evaluate"):
         options = {o for p in commands[name].params for o in p.opts}
         assert not LOADING - options, name
     for name, command in commands.items():
-        if name not in ("list", "curves", "demo", "serve", "explore", "evaluate", "report"):
+        if name not in ("list", "curves", "serve", "explore"):
             assert "--json" in {o for p in command.params for o in p.opts}, name

@@ -5,13 +5,15 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from evengaze.cli import tables, terminal
+from evengaze.cli import output, tables, terminal
+from evengaze.cli.options import Adapter, AsJson, Attention, Quantize
 from evengaze.errors import ConfigError
 
 RECORDS_LOST = 3
@@ -59,7 +61,9 @@ def evaluate(
     revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of the model on the hub.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda:1, ..., or balanced (several GPUs).")] = None,
-    attention: Annotated[str | None, typer.Option(help="Attention implementation, e.g. sdpa.")] = None,
+    attention: Attention = None,
+    adapter: Adapter = None,
+    quantize: Quantize = None,
     prompt: Annotated[
         str | None, typer.Option(help="auto, official (LLaVA's templates) or chat (the model's).")
     ] = None,
@@ -77,6 +81,7 @@ def evaluate(
     ray_actors: Annotated[int, typer.Option(min=1, help="Copies of the model on Ray.")] = 1,
     ray_gpus: Annotated[float | None, typer.Option(help="GPUs a copy (default: 1 if the cluster has any).")] = None,
     ray_cpus: Annotated[float, typer.Option(help="CPUs a copy.")] = 1,
+    as_json: AsJson = False,
 ) -> None:
     """Answer benchmarks with methods x debiasing x budgets, score them, and compare.
 
@@ -94,6 +99,8 @@ def evaluate(
         "dtype": dtype,
         "device": device,
         "attention": attention,
+        "adapter": adapter,
+        "quantize": quantize,
         "prompt": prompt,
         "allow_missing": allow_missing or None,
         "benchmarks": _names(benchmarks),
@@ -113,6 +120,7 @@ def evaluate(
     missing += [] if settings.benchmarks else ["--benchmarks"]
     if data is None or out is None or missing:
         raise ConfigError(f"evaluate needs {', '.join(missing)}; see `evengaze evaluate --help`")
+    check_plan(settings)
     options = ScoreOptions(judge=make_judge(judge, judge_url, judge_local), cache=out / "judge.jsonl", say=say)
     if ray is None:
         from evengaze.evaluate.predictor import Predictor
@@ -123,10 +131,25 @@ def evaluate(
         from evengaze.evaluate.ray_runner import RayBackend
 
         backend = RayBackend(settings.model, ray, actors=ray_actors, gpus=ray_gpus, cpus=ray_cpus)
-    raise typer.Exit(_run(settings, data, out, backend, options))
+    raise typer.Exit(_run(settings, data, out, backend, options, as_json))
 
 
-def _run(settings: Any, data: Path, out: Path, backend: Any, options: Any) -> int:
+def check_plan(settings: Any) -> None:
+    """Find out before a model is loaded whether methods, their layers and the debiasing exist."""
+    from evengaze.cli import session
+    from evengaze.debias import Debias
+    from evengaze.evaluate.benchmarks import get_benchmark
+
+    pruners = [session.method(text) for text in settings.plan.methods]
+    for label in settings.plan.debias:
+        if label not in ("none", "preset", "published"):
+            Debias.parse(label)
+    for name in settings.benchmarks:
+        get_benchmark(name)
+    session.check_stages(pruners, settings.model.source, settings.model.revision)
+
+
+def _run(settings: Any, data: Path, out: Path, backend: Any, options: Any, as_json: bool) -> int:
     """Run all benchmarks; returns the exit status."""
     from evengaze.evaluate.benchmarks import get_benchmark
     from evengaze.evaluate.grid import prepare, run_grid
@@ -157,7 +180,7 @@ def _run(settings: Any, data: Path, out: Path, backend: Any, options: Any) -> in
         )
         console.print(f"{word}. All answers up to here are in {out}; give the same command again to go on.")
         return status
-    return _show(rows, out)
+    return _show(rows, out, as_json)
 
 
 class Terminated(BaseException):
@@ -182,12 +205,16 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _show(rows: list[Any], out: Path) -> int:
+def _show(rows: list[Any], out: Path, as_json: bool = False) -> int:
     """Print the tables and everything that went wrong; returns the exit status."""
     from evengaze.evaluate.results import FLIPPED
     from evengaze.evaluate.results import tables as compared
 
-    screen = terminal.Screen()
+    screen = terminal.Screen(stderr=as_json)
+    if as_json:
+        terminal.echo(
+            terminal.as_json([{**asdict(row.result), "folder": str(row.folder)} for row in rows], default=str)
+        )
     for table in compared(rows):
         columns = [
             tables.name("method"),
@@ -196,7 +223,8 @@ def _show(rows: list[Any], out: Path) -> int:
             tables.Column("as dense"),
         ]
         lines = [_line(row) for row in table.rows]
-        terminal.echo(tables.table(columns, lines, title=f"{table.title} {table.split}: {table.metric}") + "\n")
+        if not as_json:
+            terminal.echo(tables.table(columns, lines, title=f"{table.title} {table.split}: {table.metric}") + "\n")
         for row in table.rows:
             row.save_flips()
     lost = False
@@ -251,11 +279,19 @@ def report(
         "report"
     ),
     published: Annotated[bool, typer.Option(help="Set published numbers beside the measured ones.")] = True,
+    as_json: AsJson = False,
 ) -> None:
     """Make tables and figures of an evaluation: Markdown, one self-contained HTML page, PNG and SVG."""
+    from evengaze.cli.session import check_folder
     from evengaze.evaluate.report import write_report
 
-    for path in write_report(results, out, published=published):
+    if out.exists():
+        check_folder(out)
+    written = write_report(results, out, published=published)
+    if as_json:
+        terminal.echo(terminal.as_json([str(path) for path in written]))
+        return
+    for path in written:
         terminal.echo(path)
 
 
@@ -268,6 +304,7 @@ def _progress() -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
+        disable=output.voice.quiet,
     )
 
 
