@@ -56,6 +56,11 @@ def cache_of(output: Mapping[str, Any]) -> Any:
     return cache_in((), output)
 
 
+def cache_in_output(output: Any) -> Any:
+    """The same of a decoder's output, which may be a plain tuple."""
+    return cache_in(output, {}) if isinstance(output, tuple) else cache_of(output)
+
+
 def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
     """A cache as a keyword argument of a model's forward or `generate`."""
     parameters = inspect.signature(model.forward).parameters

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer, Sta
 
 from evengaze.compat import QUANTIZED_LAYER
 from evengaze.engine.kept import Kept, entries
-from evengaze.engine.layers import admit as admit
+from evengaze.engine.layers import is_fixed as is_fixed
 from evengaze.engine.masks import causal_mask, is_flat, mask_columns, take_mask
 from evengaze.errors import ConfigError
 
@@ -50,11 +50,6 @@ def check(cache: Any) -> None:
 def kept_of(layer: Any) -> Kept | None:
     """What a cache layer remembers, None if it was never pruned."""
     return getattr(layer, "kept", None)
-
-
-def is_fixed(layer: Any) -> bool:
-    """Whether the layer is a static buffer that holds the whole sequence (its mask has a column for every slot)."""
-    return isinstance(layer, StaticLayer) and not isinstance(layer, StaticSlidingWindowLayer)
 
 
 def is_sliding(layer: Any) -> bool:
@@ -166,14 +161,3 @@ def _columns(
         slots = torch.nn.functional.pad(slots, (0, unwritten))
         real = torch.nn.functional.pad(real, (0, unwritten))
     return slots.clamp(0, columns - 1), real
-
-
-def fixed_columns(layer: Any, kept: Kept, columns: int) -> tuple[Tensor, Tensor]:
-    """`_columns` for decoding into a static buffer: fixed shapes and no counters, as compiled graphs need.
-
-    Slots that are not written yet lie behind the current position, where the mask is False anyway.
-    """
-    tail = torch.arange(kept.end, kept.end + layer.max_cache_len - kept.slots.shape[1], device=kept.slots.device)
-    batch = kept.slots.shape[0]
-    slots = torch.cat([kept.slots, tail.clamp(max=columns - 1).expand(batch, -1)], 1)
-    return slots, torch.cat([kept.reality(), (tail < columns).expand(batch, -1)], 1)

@@ -65,6 +65,8 @@ class Call:
         keep: its `logits_to_keep`.
         decoding: whether the decoder runs.
         entered: whether the decoder has run, or runs.
+        idle: whether its layers are none of a pruner's business.
+        cache: the decoder's key-value cache.
         nested: whether another call's decoder runs below this one.
         run: the prefill, None if the call holds no visual tokens.
         size: rows and tokens that enter the decoder.
@@ -77,6 +79,7 @@ class Call:
     """
 
     __slots__ = (
+        "cache",
         "decoding",
         "encoded",
         "entered",
@@ -84,6 +87,7 @@ class Call:
         "frozen",
         "generate",
         "generating",
+        "idle",
         "ids",
         "ignored",
         "keep",
@@ -114,6 +118,8 @@ class Call:
         self.request: Request | None = None
         self.keep: Any = None
         self.decoding = self.entered = False
+        self.idle = False
+        self.cache: Any = None
         self.nested: bool = outer is not None and (outer.decoding or outer.nested)
         self.run: Prefill | None = None
         self.size = (0, 0)
@@ -138,7 +144,8 @@ class Call:
 
     def end(self) -> Prefill | None:
         """The decoder has been left; returns the prefill, which the call keeps no longer."""
-        run, self.run, self.steps, self.rotary, self.decoding = self.run, None, None, None, False
+        run, self.run, self.steps, self.rotary = self.run, None, None, None
+        self.decoding, self.idle, self.cache = False, False, None
         self.lent.clear()
         return run
 

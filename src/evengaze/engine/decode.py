@@ -4,14 +4,37 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from evengaze.compat import is_mask
 from evengaze.engine import cache as kv
 from evengaze.engine.kept import Kept
-from evengaze.engine.masks import is_flat, mask_columns, take_mask
+from evengaze.engine.masks import is_flat, take_mask
 from evengaze.engine.rotary import Rotary
+
+
+def in_graph(
+    args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A layer's arguments in code that is being compiled, or None if they are right as they are.
+
+    All that depends on what was pruned is in tensors that the cache layer carries, of shapes that depend on the buffer
+    alone: one graph serves every request, and every attachment.
+    """
+    fixed = getattr(cache, "fixed", None)
+    if fixed is None:
+        return None
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    cut = dict(kwargs)
+    name = next((n for n, value in kwargs.items() if is_mask(n, value)), "attention_mask")
+    mask = kwargs.get(name)
+    if fixed.shift is not None:
+        cut["position_ids"] = kwargs["position_ids"] - fixed.shift
+        for table, call in (cache.tables or {}).items():
+            cut[table] = call.at(hidden, cut["position_ids"])
+    if mask is not None:
+        cut[name] = take_mask(mask, None, fixed.columns, fixed.seen)
+    return args, cut
 
 
 class Steps:
@@ -27,43 +50,56 @@ class Steps:
         self._implementation = implementation
         self._rotary = rotary
         self._remember = remember
-        self._memo: dict[Any, tuple[Any, Any]] = {}
+        self._made: dict[Any, tuple[dict[str, Any] | None, dict[str, Any], Any]] = {}
 
     def arguments(
         self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """A layer's arguments, or None if they are right as they are."""
+        """A layer's arguments, or None if they are right as they are.
+
+        Layers that hold the same tokens and get the same things share the work.
+        """
         kept = kv.kept_of(cache)
         if kept is None:
             return None
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if not self._remember or not args:
+            cut, _ = self._arguments(layer, hidden, kwargs, cache, kept)
+            return None if cut is None else (args, {**kwargs, **cut})
+        key = (id(kept), type(cache), hidden.device, *map(id, kwargs.values()))
+        made = self._made.get(key)
+        if made is None:
+            cut, served = self._arguments(layer, hidden, kwargs, cache, kept)
+            made = self._made[key] = (cut, served, (kept, *kwargs.values()))  # what is held keeps the key's ids unique
+        self._rotary.serve(layer, made[1])
+        if made[0] is None:
+            return None
+        kwargs.update(made[0])
+        return args, kwargs
+
+    def _arguments(
+        self, layer: int, hidden: Tensor, kwargs: dict[str, Any], cache: Any, kept: Kept
+    ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """The keyword arguments that change, and the rotary calls that made some of them."""
         name = next((n for n, value in kwargs.items() if is_mask(n, value)), "attention_mask")
         mask = kwargs.get(name)
-        cut = dict(kwargs)
+        cut: dict[str, Any] = {}
+        served: dict[str, Any] = {}
         if kept.shift is not None:
-            if not torch.compiler.is_compiling():  # a compiled step follows a prefill or step that was not
-                for table, value in kwargs.items():
-                    self._rotary.serve(layer, table, value)
+            for table, value in kwargs.items():
+                served |= self._rotary.made(table, value)
+            self._rotary.serve(layer, served)
             cut["position_ids"] = kwargs["position_ids"] - kept.shift.to(hidden.device)
             cut.update(self._rotary.step(layer, hidden, cut["position_ids"]))
         elif mask is None and kept.real is None:
-            return None
+            return None, served
         if mask is not None or kept.real is not None:
-            cut[name] = self._mask(mask, kept, cache, hidden)
-        return args, cut
-
-    def _mask(self, mask: Any, kept: Kept, cache: Any, hidden: Tensor) -> Any:
-        if not self._remember or torch.compiler.is_compiling():
-            return self._cut(mask, kept, cache, hidden)
-        # One gather for each step and kept set, not for each layer.
-        key = (id(mask), id(kept), type(cache), kv.stored(cache), hidden.device)
-        if key not in self._memo:
-            self._memo[key] = ((mask, kept), self._cut(mask, kept, cache, hidden))
-        return self._memo[key][1]
+            cut[name] = self._cut(mask, kept, cache, hidden)
+        return cut, served
 
     def _cut(self, mask: Any, kept: Kept, cache: Any, hidden: Tensor) -> Any:
         if mask is not None and not is_flat(mask) and kv.is_fixed(cache):
-            columns, real = kv.fixed_columns(cache, kept, mask_columns(mask))
-            return take_mask(mask, None, columns.to(hidden.device), real.to(hidden.device))
+            fixed = kept.fixed(cache.max_cache_len)
+            return take_mask(mask, None, fixed.columns.to(hidden.device), fixed.seen.to(hidden.device))
         past, length = int(cache.get_seq_length()), hidden.shape[1]
         return kv.cut_mask(mask, cache, kept, hidden, self._implementation, past=past, length=length)

@@ -11,8 +11,10 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 Around = Callable[[dict[str, Any]], AbstractContextManager[Callable[[Any], None] | None]]
 """From a method's arguments by name to what surrounds its call: a context manager, whose value is called with the
@@ -71,12 +73,40 @@ class Mark:
 
 def before_forward(module: nn.Module, hook: Callable[..., Any]) -> Callable[[], None]:
     """Call `hook(module, args, kwargs)` before a module's forward; returns what undoes it."""
-    return module.register_forward_pre_hook(Hook(hook), with_kwargs=True).remove
+    return _register(module, "_forward_pre_hooks", ["_forward_pre_hooks_with_kwargs"], hook)
 
 
 def behind_forward(module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> Callable[[], None]:
     """Call `hook(module, args, kwargs, output)` behind a module's forward, `always` also behind one that failed."""
-    return module.register_forward_hook(Hook(hook), with_kwargs=True, always_call=always).remove
+    flags = ["_forward_hooks_with_kwargs", *(["_forward_hooks_always_called"] if always else [])]
+    return _register(module, "_forward_hooks", flags, hook)
+
+
+_free: WeakKeyDictionary[nn.Module, dict[str, list[int]]] = WeakKeyDictionary()
+"""Numbers of hooks that were taken off, by module and kind."""
+
+
+def _register(module: nn.Module, kind: str, flags: list[str], hook: Callable[..., Any]) -> Callable[[], None]:
+    """What torch's `register_forward_hook` does, but hooks that come and go have the same numbers again.
+
+    Compiled graphs look a hook's number up: with another one they would be compiled anew for each attachment.
+    """
+    free = _free.setdefault(module, {}).setdefault(":".join([kind, *flags]), [])
+    hooks, extra = getattr(module, kind), [getattr(module, flag) for flag in flags]
+    handle = RemovableHandle(hooks, extra_dict=extra)
+    if free:
+        handle.id = free.pop(0)
+    number = handle.id
+    for table, value in [(hooks, Hook(hook)), *((flag, True) for flag in extra)]:
+        table[number] = value
+
+    def remove() -> None:
+        handle.remove()
+        if number not in free:
+            free.append(number)
+            free.sort()
+
+    return remove
 
 
 def intercept(owner: Any, name: str, around: Around) -> Callable[[], None]:

@@ -44,6 +44,23 @@ class Pictures:
 
 
 @dataclass(frozen=True, eq=False)
+class Fixed:
+    """A pruned static buffer for graphs: tensors whose shapes are those of the buffer, whatever was kept.
+
+    Entries that are not written yet lie behind the current position, where masks are False anyway.
+
+    Attributes:
+        columns: (B, size) the logical index of each entry, which is its column in a mask of the whole sequence.
+        seen: (B, size) bool, False for fillers and for what lies behind the end.
+        shift: (B, 1) how far positions were moved down; None where they were not.
+    """
+
+    columns: Tensor
+    seen: Tensor
+    shift: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
 class Kept:
     """The entries that a pruned cache layer holds.
 
@@ -85,6 +102,18 @@ class Kept:
     def reality(self) -> Tensor:
         """`real` as a tensor."""
         return torch.ones_like(self.slots, dtype=torch.bool) if self.real is None else self.real
+
+    def fixed(self, size: int) -> Fixed:
+        """What compiled decoding needs to know of it, for a buffer of `size` entries."""
+
+        def make() -> Fixed:
+            tail = torch.arange(self.end, self.end + size - self.count, device=self.slots.device)
+            rows = len(self.slots)
+            columns = torch.cat([self.slots, tail.clamp(max=size - 1).expand(rows, -1)], 1)
+            seen = torch.cat([self.reality(), (tail < size).expand(rows, -1)], 1)
+            return Fixed(columns, seen, self.shift)
+
+        return self._once("fixed", size, make)
 
     def select(self, rows: Tensor) -> Kept:
         """The same for other batch rows (beams)."""

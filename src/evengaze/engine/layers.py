@@ -19,42 +19,71 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from evengaze.engine.kept import Kept
+from evengaze.engine.kept import Fixed, Kept
 from evengaze.errors import AttachError, ConfigError
 
 _OTHER_STATES = ("conv_states", "indexer_keys")
 """What layers hold beside keys and values: linear attention, sparse attention with an indexer."""
 
 
-def record(layer: Any, kept: Kept, dropped: int) -> None:
+class Gate:
+    """Whether the layers of a pruned cache may store tokens: an attached pruner sees to what a running call gives them.
+
+    One gate for all layers of a cache: opened and shut once a call.
+    """
+
+    __slots__ = ("__weakref__", "open")
+
+    def __init__(self) -> None:
+        self.open = False
+
+    def __reduce__(self) -> Any:
+        return Gate, ()
+
+
+def record(layer: Any, kept: Kept, dropped: int, gate: Gate | None) -> None:
     """Make a cache layer remember what it holds, `dropped` tokens less than the sequence has in this call."""
     layer.__class__ = _logical(layer.__class__)
-    layer.kept, layer.guarded = kept, True
+    layer.kept, layer.guarded, layer.gate = kept, True, gate
+    layer.fixed = kept.fixed(layer.max_cache_len) if is_fixed(layer) else None
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length += dropped  # its own counter of the logical length
     layer.dropped = getattr(layer, "dropped", 0) + dropped
 
 
-def guard(cache: Any) -> None:
-    """From now on the layers of a cache store tokens only for an attached pruner, which `admit`s them.
+def guard(cache: Any) -> Gate | None:
+    """From now on the layers of a cache store tokens only for an attached pruner, in calls for which it opens the gate.
 
     All layers, also those that have nothing dropped: the first one refuses before any has stored anything.
+
+    Returns:
+        The gate, open for the call that runs; None without a cache.
     """
+    if cache is None:
+        return None
+    gate: Gate = getattr(cache, "gate", None) or Gate()
+    gate.open = True
     for layer in getattr(cache, "layers", ()):
         if hasattr(layer, "get_mask_sizes"):
             layer.__class__ = _logical(layer.__class__)
-            layer.guarded = True
+            layer.guarded, layer.gate = True, gate
     if isinstance(cache, Cache):
         cache.__class__ = _whole(cache.__class__)
+        cache.gate = gate
+    return gate
 
 
-def admit(layer: Any) -> None:
-    """An attached pruner has seen to the arguments of the call in which a guarded layer is about to store tokens."""
-    if getattr(layer, "guarded", False):
-        layer.admitted = True
+def gate_of(cache: Any) -> Gate | None:
+    """The gate of a cache; None if nothing was ever dropped from it."""
+    return getattr(cache, "gate", None)
 
 
-def trim(layer: Any, index: Tensor, kept: Kept, dropped: int) -> None:
+def is_fixed(layer: Any) -> bool:
+    """Whether the layer is a static buffer that holds the whole sequence (its mask has a column for every slot)."""
+    return isinstance(layer, StaticLayer) and not isinstance(layer, StaticSlidingWindowLayer)
+
+
+def trim(layer: Any, index: Tensor, kept: Kept, dropped: int, gate: Gate | None) -> None:
     """Throw entries of a layer that has already run out of its cache.
 
     Args:
@@ -62,6 +91,7 @@ def trim(layer: Any, index: Tensor, kept: Kept, dropped: int) -> None:
         index: (B, M) which of its entries stay, ascending.
         kept: what it holds afterwards.
         dropped: number of entries that go.
+        gate: of the cache.
     """
     for name in ("keys", "values"):
         states = getattr(layer, name)
@@ -73,7 +103,7 @@ def trim(layer: Any, index: Tensor, kept: Kept, dropped: int) -> None:
             setattr(layer, name, left)
     if isinstance(layer, StaticLayer):
         layer.cumulative_length.sub_(dropped)
-    record(layer, kept, dropped)
+    record(layer, kept, dropped, gate)
 
 
 @memoize
@@ -89,22 +119,24 @@ def _logical(base: Any) -> Any:
         values: Any
         kept: Kept | None = None
         dropped = 0
-        guarded = admitted = False
+        fixed: Fixed | None = None
+        tables: Any = None
+        guarded = False
+        gate: Gate | None = None
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            return _revive, (base,), {**self.__dict__, "admitted": False}
+            return _revive, (base,), {**self.__dict__, "tables": None}
 
         def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            if self.guarded and not self.admitted:
+            if self.guarded and not (self.gate is not None and self.gate.open):
                 raise AttachError(
                     "this cache was pruned: masks and positions fit it only while a pruner is attached. Go on with it "
                     "inside the `with` block (or before the handle's remove()), or attach a pruner again."
                 )
-            self.admitted = False
             return super().update(*args, **kwargs)  # type: ignore[no-any-return]
 
         def reset(self) -> None:
-            self.kept, self.dropped, self.guarded, self.admitted = None, 0, False, False
+            self.kept, self.dropped, self.guarded, self.fixed, self.tables = None, 0, False, None, None
             super().reset()
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -122,6 +154,12 @@ def _logical(base: Any) -> Any:
         def _follow(self, change: Callable[[Kept], Kept]) -> None:
             if self.kept is not None:
                 self.kept = change(self.kept)
+                self._fix()
+
+        def _fix(self) -> None:
+            """What compiled decoding reads follows `kept`."""
+            kept = self.kept
+            self.fixed = None if kept is None or not is_fixed(self) else kept.fixed(self.max_cache_len)
 
         def crop(self, tokens_to_remove: int) -> None:
             kept, total = self.kept, self._after(tokens_to_remove)
@@ -131,6 +169,7 @@ def _logical(base: Any) -> Any:
             left = kept.before(total)
             self._shorten(int(self.get_seq_length()) - kept.end + kept.count - left.count)
             self.kept, self.dropped = (None if left.everything else left), total - left.count
+            self._fix()
 
         def _after(self, tokens_to_remove: int) -> int | None:
             """Logical length after a crop; None if there is nothing to crop, or transformers has to refuse it."""

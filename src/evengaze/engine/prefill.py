@@ -69,7 +69,12 @@ class Prefill:
         states: attention states for the next stage.
         sources: whose attention every stage so far reads.
         selections: what every stage so far decided.
-        entering: length of the sequence that entered each layer.
+        lengths: by stage layer, the length of the sequence that goes on.
+        entered: layers that ran under the pruner's eyes.
+        watched: layers that are hooked.
+        narrow: length of the sequence that entered layers which compute fewer tokens than there are.
+        gate: of the cache, once something has been dropped from it.
+        fresh: whether the cache came without anything dropped from it.
         merges: whether a stage so far has merged tokens.
         recurrent: layers whose state runs through the sequence token by token, instead of attention.
     """
@@ -94,12 +99,18 @@ class Prefill:
     sources: list[Source] = field(default_factory=list)
     selections: list[Selections] = field(default_factory=list)
     stages: list[StageTrace] = field(default_factory=list)
-    entering: list[int] = field(default_factory=list)
+    lengths: dict[int, int] = field(default_factory=dict)
     cache: Any = None
     merges: bool = False
     recurrent: frozenset[int] = frozenset()
     _before: dict[int, Kept | None] = field(default_factory=dict)
+    entered: int = 0
+    watched: int = 0
+    narrow: dict[int, int] = field(default_factory=dict)
+    fresh: bool = True
+    gate: layers.Gate | None = None
     _memo: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
+    _made: dict[Any, tuple[dict[str, Any], dict[str, Any], Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._text = Text(self.layout, self.padded, self.length, self.asked)
@@ -161,6 +172,7 @@ class Prefill:
             if selection is not None
         ]
         self.stages.append(StageTrace(stage.layer, stage.attention, RowTraces(self.batch, rows)))
+        self.lengths[stage.layer] = hidden.shape[1]
         return hidden
 
     def _cut(self, stage: Stage, hidden: Tensor, parts: Sequence[tuple[Group, Selection | None]]) -> Tensor:
@@ -180,7 +192,8 @@ class Prefill:
                 "or give all rows pictures of one size."
             )
         self._memo.clear()
-        layers.guard(self.cache)
+        self._made.clear()
+        self.gate = layers.guard(self.cache)
         if stage.trims_below:
             self._trim_below(stage.layer, hidden.device)
         return out
@@ -226,20 +239,52 @@ class Prefill:
 
     # -- what later layers receive ------------------------------------------------------------------------------------
     def arguments(
-        self, layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any
+        self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any, *, remember: bool = True
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A layer's arguments, cut to the tokens that are left.
+        """A layer's arguments, cut to the tokens that are left. Layers that get the same things share the work.
 
         Args:
             layer: index of the layer.
-            hidden: (B, M, d) its hidden states, cut already.
-            args: positional arguments as the model passes them.
-            kwargs: keyword arguments as the model passes them.
+            args: positional arguments; the hidden states are cut already.
+            kwargs: keyword arguments as the model passes them to this call of the layer alone: they are changed.
             cache: the layer's cache, or None.
+            remember: whether the layer is about to store the tokens.
         """
-        cut, before = dict(kwargs), self._before.get(layer)
+        before = None
+        if cache is not None:
+            before = self.before(layer, cache)
+            if remember:
+                self.remember(cache, before)
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        kind: tuple[Any, ...] = (hidden.device, layer in self.recurrent, id(before), type(cache))
+        if self.past or kv.is_fixed(cache):
+            kind += (getattr(cache, "max_cache_len", None), kv.stored(cache))
+        key = (*kind, *map(id, kwargs.values()))
+        made = self._made.get(key)
+        if made is None:
+            cut, served = self._arguments(layer, hidden, kwargs, cache, before)
+            made = cut, served, (before, *kwargs.values())  # what is held keeps the ids in the key unique
+            if args:  # else the hidden states are among the keys
+                self._made[key] = made
+        kwargs.update(made[0])
+        if self.rotary is not None:
+            self.rotary.serve(layer, made[1])
+            if remember and kv.is_fixed(cache):
+                cache.tables = made[1]
+        if len(args) > 1:
+            return (hidden, *(_tree(v, self.slots, self.length, -2) for v in args[1:])), kwargs
+        return args, kwargs
+
+    def _arguments(
+        self, layer: int, hidden: Tensor, kwargs: dict[str, Any], cache: Any, before: Kept | None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The keyword arguments that change, and the rotary calls that made some of them."""
+        cut: dict[str, Any] = {}
+        served: dict[str, Any] = {}
         for name, value in kwargs.items():
             key: tuple[Any, ...] = (name, id(value), id(before), hidden.device)
+            if name == "hidden_states":
+                continue
             if layer in self.recurrent and is_mask(name, value):
                 key, make = ("there", hidden.device), functools.partial(self._alive, hidden.device)
             elif is_mask(name, value):
@@ -250,13 +295,11 @@ class Prefill:
             elif isinstance(value, (Tensor, tuple, list, dict)):
                 make = functools.partial(self._positions, before, name, value, hidden)
                 if self.rotary is not None:
-                    self.rotary.serve(layer, name, value)
+                    served |= self.rotary.made(name, value)
             else:
                 continue
             cut[name] = self._once(key, (value, before), make)
-        if not args:
-            return args, {**cut, "hidden_states": hidden}
-        return (hidden, *(_tree(v, self.slots, self.length, -2) for v in args[1:])), cut
+        return cut, served
 
     def _once(self, key: Any, held: Any, make: Callable[[], Any]) -> Any:
         """`make()`, remembered: layers share arguments. `held` stays alive, so that the ids in a key stay unique."""
@@ -334,16 +377,18 @@ class Prefill:
         labels[:, 1:][gone[:, :-1]] = index
 
     # -- the cache ----------------------------------------------------------------------------------------------------
-    def before(self, layer: int, cache: Any) -> None:
-        """Note what a layer's cache remembered when the call began."""
-        self._before.setdefault(layer, kv.kept_of(cache))
+    def before(self, layer: int, cache: Any) -> Kept | None:
+        """What a layer's cache remembered when the call began."""
+        if layer not in self._before:
+            self._before[layer] = None if self.fresh else kv.kept_of(cache)
+        return self._before[layer]
 
-    def remember(self, layer: int, cache: Any, device: torch.device) -> None:
+    def remember(self, cache: Any, before: Kept | None) -> None:
         """Tell a layer's cache which tokens it is about to store."""
-        self.before(layer, cache)
-        old = self._before[layer]
-        kept = self._once(("kept", id(old)), old, functools.partial(self._kept, old, device))
-        layers.record(cache, kept, self.length - self.on(device)[0].shape[1])
+        assert self.slots is not None
+        device = self.slots.device
+        kept = self._once(("kept", id(before)), before, functools.partial(self._kept, before, device))
+        layers.record(cache, kept, self.length - self.slots.shape[1], self.gate)
 
     def _kept(self, old: Kept | None, device: torch.device) -> Kept:
         slots, filled = self.on(device)
@@ -362,8 +407,7 @@ class Prefill:
             cache = kv.layer_of(self.cache, i)
             if kv.is_sliding(cache) or not kv.stored(cache):
                 continue
-            self.before(i, cache)
-            old, now = self._before[i], kv.kept_of(cache)
+            old, now = self.before(i, cache), kv.kept_of(cache)
             if now is None or now is old:
                 held, _ = entries(old, self.past, everything, None)
             else:  # above an earlier stage of this call
@@ -374,7 +418,7 @@ class Prefill:
             place = torch.zeros(len(held), self.past + self.length, dtype=torch.long, device=device)
             place.scatter_(1, held, torch.arange(held.shape[1], device=device).expand(len(held), -1))
             index = place.gather(1, kept.slots)
-            layers.trim(cache, index, kept, held.shape[1] - index.shape[1])
+            layers.trim(cache, index, kept, held.shape[1] - index.shape[1], self.gate)
 
     # -- the record ---------------------------------------------------------------------------------------------------
     def trace(self, pruner: Method, layers: int) -> Trace:
@@ -382,7 +426,12 @@ class Prefill:
         total = self.past + self.length
         sizes = [kv.sizes(kv.layer_of(self.cache, i), total) for i in range(layers)]
         held, unpruned = [list(column) for column in zip(*sizes, strict=True)]
-        return Trace(pruner.to_dict(), self.layout, self.length, self.stages, self.entering, held, unpruned)
+        entering = [self.length] * layers
+        for layer, length in self.lengths.items():
+            entering[layer:] = [length] * (layers - layer)
+        for layer, length in self.narrow.items():
+            entering[layer] = length
+        return Trace(pruner.to_dict(), self.layout, self.length, self.stages, entering, held, unpruned)
 
 
 def _merged(hidden: Tensor, out: Tensor, before: Group, after: Group, merge: Merge, order: Tensor) -> Tensor:

@@ -69,11 +69,14 @@ class Rotary:
         positions = self.positions(real.shape[0], real.device)
         return positions.gather(1, real.int().argmax(1, keepdim=True))
 
-    def serve(self, layer: int, name: str, table: Any) -> None:
-        """Note which of the observed calls made a layer's argument `name`, for `step`."""
-        for out, call in self._calls:
-            if out is table:
-                self._layers.setdefault(layer, {})[name] = call
+    def made(self, name: str, table: Any) -> dict[str, _Call]:
+        """The observed call that made an argument `name`, by that name; nothing if none did."""
+        return next(({name: call} for out, call in self._calls if out is table), {})
+
+    def serve(self, layer: int, calls: dict[str, _Call]) -> None:
+        """Note which calls make a layer's arguments, for `step`."""
+        if calls:
+            self._layers[layer] = calls
 
     def retable(self, table: Any, hidden: Tensor, positions: Tensor) -> Any:
         """What an observed call returned, for other positions (B, M); None if no call returned it."""

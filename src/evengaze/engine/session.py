@@ -10,21 +10,23 @@ dropped; `generate`, which looks at the last one only, is spared that.
 from __future__ import annotations
 
 import functools
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from evengaze.compat import by_name, cache_in
+from evengaze.compat import by_name, cache_in, cache_in_output
 from evengaze.engine import cache as kv
-from evengaze.engine import checks, compiled, guard
+from evengaze.engine import checks, compiled, guard, layers
 from evengaze.engine.attention import attending, hidden_attention
 from evengaze.engine.call import Call, Calls, Frozen, module_frame
-from evengaze.engine.decode import Steps
+from evengaze.engine.decode import Steps, in_graph
 from evengaze.engine.encoded import Encoded, watch
 from evengaze.engine.generation import Request, brings_pictures, refuse_packing
 from evengaze.engine.intercept import Mark, before_forward, behind_forward, intercept, put
@@ -116,6 +118,9 @@ class Handle:
         self._served: Served = {}
         self._plain = Steps(self._implementation, Rotary(self._served), remember=False)
         self._traced = compiled.Traced(model, self._adapter, self._calls, prunes=bool(stages))
+        self._hooked: set[int] = set()
+        self._gates: WeakSet[layers.Gate] = WeakSet()
+        self._lock = threading.Lock()
         self._warned = False
         self._shared = Shared(lambda: self._encoded().notes, lambda: self._calls.alive().own)
         self._undo: list[Callable[[], Any]] = []
@@ -152,6 +157,8 @@ class Handle:
             self._undo[-1]()
             self._undo.pop()
         self._taps.remove()
+        for gate in list(self._gates):  # of calls that ended in a way that hooks do not see
+            gate.open = False
         self._calls.clear()
         self._shared.clear()
         self._served.clear()
@@ -186,8 +193,10 @@ class Handle:
             keep(guard.refuse_replicas(module))
         keep(before_forward(self._decoder, self._enter_decoder))
         keep(behind_forward(self._decoder, self._leave_decoder, always=True))
-        for i, layer in enumerate(self._layers):
-            keep(before_forward(layer, functools.partial(self._enter_layer, i)))
+        first = min(self._previous | set(self._stages), default=len(self._layers))
+        if any(stage.trims_below for _, stage in self._stages.values()):
+            first = 0
+        self._hook_layers(range(first, len(self._layers)))
         for i in self._previous | self._own:
             self._taps.on(self._layers[i])
         for name, module in self._decoder.named_children():
@@ -264,6 +273,9 @@ class Handle:
     def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             self._traced.check(args, kwargs)
+            gate = layers.gate_of(cache_in(args, kwargs))
+            if gate is not None:
+                gate.open = True
             return
         if module is not self._decoder:
             guard.refuse_copy(module)
@@ -279,8 +291,16 @@ class Handle:
         if states is None:
             states = kwargs.get("input_ids", args[0] if args else None)
         call.size = (0, 0) if states is None else (states.shape[0], states.shape[1])
+        call.cache = cache_in(args, kwargs)
+        gate = layers.gate_of(call.cache)
+        if gate is not None:
+            gate.open = True
+            self._gates.add(gate)
+            if len(self._hooked) < len(self._layers):  # layers that this pruner has no business with, but another had
+                self._hook_layers(i for i, c in enumerate(call.cache.layers) if kv.kept_of(c) is not None)
         if states is not None and states.shape[1] > 1:  # one token is a decoding step
-            call.run = self._begin(call, states, kwargs, cache_in(args, kwargs))
+            call.run = self._begin(call, states, kwargs, call.cache)
+        call.idle = call.run is None and gate is None and not call.nested
 
     def _begin(self, call: Call, states: Tensor, kwargs: dict[str, Any], cache: Any) -> Prefill | None:
         ids, given = call.ids, call.mask if call.mask is not None else kwargs.get("attention_mask")
@@ -325,6 +345,9 @@ class Handle:
             past=past,
             implementation=self._implementation,
             rotary=call.rotary if self.pruner.positions == "renumbered" else None,
+            cache=cache,
+            fresh=layers.gate_of(cache) is None,
+            watched=len(self._hooked),
             shared=self._shared,
             notes=notes,
             replay=None if frozen is None else frozen.selections,
@@ -349,14 +372,28 @@ class Handle:
         return layout
 
     # -- layers -------------------------------------------------------------------------------------------------------
+    def _hook_layers(self, numbers: Iterable[int]) -> None:
+        """Hook those of some layers that are not hooked yet."""
+        with self._lock:
+            for i in set(numbers) - self._hooked:
+                self._undo.append(before_forward(self._layers[i], functools.partial(self._enter_layer, i)))
+                self._hooked.add(i)
+
     def _enter_layer(self, i: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         if torch.compiler.is_compiling():
             cache = kv.layer_of(cache_in(args, kwargs), i)
-            kv.admit(cache)
+            if kv.kept_of(cache) is None or kv.is_fixed(cache):
+                return in_graph(args, kwargs, cache)
             return self._plain.arguments(i, args, kwargs, cache)
         call = self._calls.top
+        if call.idle:
+            return None
         if call.nested or call.run is not None:
             call = self._calls.alive()  # a call inside this one may have ended in a way that hooks do not see
+        if call.run is not None:
+            call.run.entered += 1
+        if len(args) == 1 and args[0].dim() == 3 and not self._lenders:
+            return self._arguments(call, i, layer, args, kwargs)
         args, kwargs = by_name(layer, args, kwargs)
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         slots = None if call.run is None else call.run.slots
@@ -373,36 +410,42 @@ class Handle:
     def _borrow(self, call: Call, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """The arguments of a layer without keys of its own."""
         if call.run is not None:
-            call.run.entering.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+            call.run.narrow[i] = (args[0] if args else kwargs["hidden_states"]).shape[1]
         lent = call.lent.get(self._lenders[i])
         return None if lent is None else borrowed(call.run, i, args, kwargs, lent)
 
     def _arguments(
-        self, call: Call, i: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fold: Fold
+        self,
+        call: Call,
+        i: int,
+        layer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        fold: Fold | None = None,
     ) -> Arguments | None:
         """What a layer is to receive, from (B, M, d) states; None if nothing changes."""
-        whole = cache_in(args, kwargs)
-        cache = kv.layer_of(whole, i)
         run, steps = call.run, call.steps or self._plain
+        if call.cache is None or not call.decoding:
+            call.cache = cache_in(args, kwargs)
+            if run is not None:
+                run.cache = call.cache
+        cache = kv.layer_of(call.cache, i)
         if run is None:
-            kv.admit(cache)
             return steps.arguments(i, args, kwargs, cache)
-        run.cache = whole
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        if i in self._stages:
+        changed = i in self._stages
+        if changed:
             number, stage = self._stages[i]
             if run.replay is None:
                 self._read(run, steps, i, stage, layer, args, kwargs, cache, fold)
-            hidden = run.prune(self.pruner, number, stage, hidden)
+            hidden = run.prune(self.pruner, number, stage, args[0] if args else kwargs["hidden_states"])
+            args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+            if run.gate is not None:
+                self._gates.add(run.gate)
         if i in self._previous and run.replay is None:
             self._taps.on(layer).arm(functools.partial(setattr, run, "states"), past=kv.stored(cache))
-        run.entering.append(hidden.shape[1])
-        if run.slots is not None and cache is not None:
-            run.remember(i, cache, hidden.device)
-        kv.admit(cache)
         if run.slots is None:
-            return steps.arguments(i, args, kwargs, cache)
-        return run.arguments(i, hidden, args, kwargs, cache)
+            return steps.arguments(i, args, kwargs, cache) or ((args, kwargs) if changed else None)
+        return run.arguments(i, args, kwargs, cache)
 
     def _read(
         self,
@@ -414,7 +457,7 @@ class Handle:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         cache: Any,
-        fold: Fold,
+        fold: Fold | None,
     ) -> None:
         """See to it that `run.states` is the attention that a stage ranks by."""
         if stage.attention == "previous":
@@ -422,13 +465,13 @@ class Handle:
             if tap.disarm():
                 raise hidden_attention(tap.module)
         elif stage.attention == "own":
-            hidden = args[0] if args else kwargs["hidden_states"]
-            run.before(i, cache)
+            kwargs = dict(kwargs)  # the layer itself is still to be called with them
             if run.slots is not None:
-                args, kwargs = run.arguments(i, hidden, args, kwargs, cache)
+                args, kwargs = run.arguments(i, args, kwargs, cache, remember=False)
             else:
                 args, kwargs = steps.arguments(i, args, kwargs, cache) or (args, kwargs)
-            args, kwargs = fold.arguments(args, kwargs, fold.back(hidden))
+            if fold is not None:
+                args, kwargs = fold.arguments(args, kwargs, fold.back(args[0] if args else kwargs["hidden_states"]))
             with torch.no_grad():
                 states = probe(self._taps.on(layer), layer, args, kwargs)
             past = kv.stored(cache)
@@ -446,18 +489,26 @@ class Handle:
     # -- the end of a call --------------------------------------------------------------------------------------------
     def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         if torch.compiler.is_compiling():
+            gate = layers.gate_of(cache_in(args, kwargs))
+            if gate is not None:
+                gate.open = False
             return None
         call, frame = self._calls.alive(), module_frame()
         if not call.decoding:  # an exception came before it began
             return None
         for i in self._previous if call.run is not None else ():
             self._taps.on(self._layers[i]).disarm()
+        for gate in (layers.gate_of(call.cache), None if call.run is None else call.run.gate):
+            if gate is not None:
+                gate.open = False
         run = call.end()
         if call.frame is frame:
             self._calls.leave(frame)
         if run is None or out is None:  # nothing to prune, or an exception is on its way
             return None
-        checks.refuse_missed(self.pruner, sorted(self._stages)[len(run.stages) :], len(run.entering), len(self._layers))
+        if run.cache is None:
+            run.cache = cache_in_output(out)
+        checks.refuse_missed(self.pruner, sorted(self._stages)[len(run.stages) :], run.entered, run.watched)
         self.trace = run.trace(self.pruner, len(self._layers))
         self.traces.append(self.trace)
         if self._freeze and call.generating and run.cache is None and run.replay is None:

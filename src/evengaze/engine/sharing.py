@@ -49,7 +49,7 @@ def borrowed(
     queries = hidden.shape[1]
     new = {name: value for name, value in kwargs.items() if not is_mask(name, value)}
     if run is not None and run.slots is not None and queries == run.slots.shape[1]:
-        args, new = run.arguments(layer, hidden, args, new, None)
+        args, new = run.arguments(layer, args, new, None)
     for name, value in lent.items():
         if is_mask(name, value) or name in _POSITIONS:
             new[name] = _last(name, value, queries)
