@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evengaze.engine.attention import attending
 from evengaze.errors import ConfigError
 from evengaze.layout import VisualLayout
 from evengaze.methods import get
 from evengaze.models import find_decoder
+from evengaze.models.base import attending_layers
 from evengaze.testing import tiny
 from evengaze.testing.matrix import METHODS, STEPS, TOLERANCE, greedy
 from evengaze.testing.oracle import replayed
@@ -20,7 +20,7 @@ HYBRIDS = ("qwen3_5", "lfm2_vl")
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_ranking_by_a_layer_without_attention_names_the_nearest_that_has_it(family: str) -> None:
     model, _ = tiny(family)
-    able = attending(list(find_decoder(model).get_submodule("layers").children()))
+    able = attending_layers(find_decoder(model).get_submodule("layers").children())
     assert able == (1, 3, 5)
     with pytest.raises(
         ConfigError, match=r"attention of layer 2, which has none.*nearest layer that works is 4;.*1, 3, 5"

@@ -19,32 +19,47 @@ def register(app: typer.Typer) -> None:
 
 def doctor(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL_OR_PATH", help="Hub id, local folder, or 'demo'; only its config is read.")
-    ],
+        str | None,
+        typer.Argument(metavar="[MODEL_OR_PATH]", help="Hub id, local folder, or 'demo'; only its config is read."),
+    ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Say which adapter serves a model, where its layers are, and what does not work.
 
-    Loads only the config. For a family without an adapter, prints the reason and an adapter to fill in, and ends with
-    exit status 1.
+    Loads only the config; no code of a checkpoint is run. For a family without an adapter, prints the reason and an
+    adapter to fill in, and ends with exit status 1. Without a model: every model type of the installed transformers.
     """
     import json
     from pathlib import Path
 
     from evengaze.demo.model import FOLDER
     from evengaze.engine import selfcheck
-    from evengaze.errors import ConfigError, UnsupportedModelError
+    from evengaze.errors import ConfigError, DataError, UnsupportedModelError
     from evengaze.models.inspect import diagnose, skeleton
     from evengaze.models.loading import load_config
+    from evengaze.models.refusals import instead_of
+    from evengaze.models.support import failing
 
+    if model is None:
+        _every_type(as_json)
+        return
     where = str(FOLDER) if model == "demo" else str(Path(model).expanduser()) if model.startswith("~") else model
     if (where.startswith((".", "/")) or "/" not in where) and not Path(where).is_dir():
         raise ConfigError(f"there is no folder {where}; hub ids look like llava-hf/llava-1.5-7b-hf")
     distance = selfcheck.check()
-    config = load_config(where, revision=revision)
+    other = instead_of(where)
     try:
-        found = diagnose(config)
+        config = load_config(where, revision=revision)
+    except DataError as error:
+        if other is None:
+            raise
+        raise DataError(f"{error} The same weights in transformers' format: {other}.") from None
+    try:
+        reason = failing(config.model_type)
+        if reason is not None:
+            raise UnsupportedModelError(reason)
+        found = diagnose(config, where)
     except UnsupportedModelError as error:
         reason = str(error)
         if as_json:
@@ -60,11 +75,34 @@ def doctor(
     _show(found, distance)
 
 
+def _every_type(as_json: bool) -> None:
+    import json
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from evengaze.models.support import all_support
+
+    found = list(all_support())
+    if as_json:
+        terminal.echo(json.dumps([asdict(row) for row in found], indent=2))
+        return
+    table = Table("model type", "pruning", "adapter, or why not", box=None, padding=(0, 2, 0, 0))
+    for row in found:
+        table.add_row(row.model_type, row.how, row.adapter or row.reason)
+    terminal.Screen().print(table)
+    counts = {how: sum(row.how == how for row in found) for how in ("checked", "generic", "refused")}
+    terminal.echo(f"{len(found)} types: " + ", ".join(f"{n} {how}" for how, n in counts.items()))
+
+
 def _as_dict(found: Diagnosis) -> dict[str, Any]:
+    from evengaze.models.support import how_supported
+
     return {
         "model_type": found.model_type,
         "supported": True,
         "adapter": found.adapter.name,
+        "how": how_supported(found.model_type),
         "decoder_layers": found.layers,
         "layers": found.depth,
         "full_attention_layers": list(found.full),
@@ -79,12 +117,17 @@ def _show(found: Diagnosis, distance: float) -> None:
     from rich.table import Table
 
     from evengaze import compat
+    from evengaze.models.support import how_supported
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row("model type", found.model_type)
-    table.add_row("adapter", found.adapter.name)
+    known = {
+        "checked": "a tiny model of this type passes the family matrix",
+        "generic": "not tried before: pruning is checked at the first prompt, geometry is inferred",
+    }
+    table.add_row("adapter", f"{found.adapter.name} ({known[how_supported(found.model_type)]})")
     table.add_row("decoder layers", f"{found.layers} ({found.depth})")
     if not found.full:
         table.add_row("rank at", "no layer attends to the whole sequence: rankings see a sliding window only")

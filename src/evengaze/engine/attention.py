@@ -5,7 +5,6 @@ No n x n map is ever made: only the asked rows are multiplied, in float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from evengaze.errors import AttachError
 from evengaze.layout import Rows
+from evengaze.models.base import attention_of
 from evengaze.protocol import Picked
 
 _ELEMENTS = 1 << 24
@@ -163,28 +163,13 @@ def attention_module(layer: nn.Module) -> nn.Module:
     Raises:
         AttachError: none of the usual names holds a module with a config.
     """
-    found = _attention_module(layer)
+    found = attention_of(layer)
     if found is not None:
         return found
     raise AttachError(
         f"{type(layer).__name__} has no self-attention module with a `config` (looked for self_attn, attention, attn, "
         "self_attention), so its queries and keys cannot be read."
     )
-
-
-def _attention_module(layer: nn.Module) -> nn.Module | None:
-    for name in ("self_attn", "attention", "attn", "self_attention", "mixer"):
-        module = getattr(layer, name, None)
-        anything = name == "mixer" and not hasattr(module, "num_key_value_groups")
-        if isinstance(module, nn.Module) and hasattr(module, "config") and not anything:
-            return module
-    return None
-
-
-def attending(layers: Sequence[nn.Module]) -> tuple[int, ...]:
-    """Which of a decoder's layers have attention; the others (linear attention, convolution, Mamba) have a state that
-    runs through the sequence, or look at single tokens only."""
-    return tuple(i for i, layer in enumerate(layers) if _attention_module(layer) is not None)
 
 
 def implementation_of(module: nn.Module) -> str:

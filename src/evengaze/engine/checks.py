@@ -7,8 +7,9 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
-from evengaze.engine.attention import attending, attention_module, implementation_of
+from evengaze.engine.attention import attention_module, implementation_of
 from evengaze.errors import AttachError, ConfigError, LayoutWarning, NothingPrunedError
+from evengaze.models.base import attending_layers
 from evengaze.protocol import Method, Stage
 
 
@@ -48,7 +49,7 @@ def check_stages(pruner: Method, stages: Sequence[Stage], layers: Sequence[nn.Mo
 
 def _check_attends(pruner: Method, stage: Stage, layers: Sequence[nn.Module]) -> None:
     """Raise a ConfigError that names the nearest layer that works, if a stage ranks by a layer without attention."""
-    able, read = attending(layers), stage.attended
+    able, read = attending_layers(layers), stage.attended
     if read in able or not able:
         return
     behind = stage.layer - read if read is not None else 0

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from evengaze.compat import by_name, cache_in, cache_in_output
 from evengaze.engine import cache as kv
 from evengaze.engine import checks, compiled, guard, layers
-from evengaze.engine.attention import attending, hidden_attention
+from evengaze.engine.attention import hidden_attention
 from evengaze.engine.call import Call, Calls, Frozen, module_frame
 from evengaze.engine.decode import Steps, in_graph
 from evengaze.engine.encoded import Encoded, watch
@@ -39,8 +39,9 @@ from evengaze.engine.tap import Taps, probe
 from evengaze.errors import LayoutError, UnsupportedModelError
 from evengaze.layout import VisualLayout
 from evengaze.models import BareDecoder, adapter_for, find_decoder
-from evengaze.models.base import Adapter
+from evengaze.models.base import Adapter, attending_layers
 from evengaze.models.base import Call as Prompt
+from evengaze.models.refusals import refuse_decoder
 from evengaze.protocol import Method, Shared, Stage
 from evengaze.trace import Trace
 
@@ -95,11 +96,13 @@ class Handle:
             )
         decoder = find_decoder(model) if self._adapter is None else self._adapter.decoder(model)
         decoder = compiled.inner(decoder)
+        if self._adapter is None:
+            refuse_decoder(decoder)
         self._decoder: Any = decoder
         self._layers: list[nn.Module] = list(map(compiled.inner, decoder.get_submodule("layers").children()))
         held: Mark | None = decoder.__dict__.get(_MARK)
         checks.refuse_second(model, None if held is None else held.value.pruner)
-        able = attending(self._layers)
+        able = attending_layers(self._layers)
         self._lenders = lenders(self._layers, decoder.config)
         self._lending = frozenset(self._lenders.values())
         if self._lending:  # behind the first of them tokens must stay
@@ -112,7 +115,7 @@ class Handle:
         self._stages = {stage.layer: (number, stage) for number, stage in enumerate(stages)}
         self._previous = {s.layer - 1 for s in stages if s.attention == "previous"}
         self._own = {s.layer for s in stages if s.attention == "own"}
-        self._recurrent = frozenset(range(len(self._layers))) - frozenset(attending(self._layers))
+        self._recurrent = frozenset(range(len(self._layers))) - frozenset(attending_layers(self._layers))
         self._calls = Calls()
         self._taps = Taps(self._calls.alive)
         self._served: Served = {}

@@ -139,7 +139,7 @@ class Adapter:
         types = getattr(decoder.config, "layer_types", None)
         if types is None:  # one kind for all layers
             types = ["full_attention" if window is None else "sliding_attention"] * len(decoder.layers)
-        return tuple(i for i, kind in enumerate(types) if kind == "full_attention")
+        return tuple(i for i, kind in enumerate(types) if kind in ("full_attention", "attention"))
 
     def check_windows(self, model: nn.Module, layers: Iterable[int], length: int) -> None:
         """Warn if a layer whose attention ranks tokens cannot see the whole of a sequence of `length` tokens."""
@@ -195,6 +195,25 @@ def find_decoder(model: nn.Module) -> nn.Module:
         f"{type(model).__name__}: no decoder layers found (looked for a ModuleList called 'layers' under "
         f"{', '.join(_INNER)}). Register an adapter whose decoder() returns the module that holds them."
     )
+
+
+def attending_layers(layers: Iterable[nn.Module]) -> tuple[int, ...]:
+    """Which of a decoder's layers have attention."""
+    return tuple(i for i, layer in enumerate(layers) if attention_of(layer) is not None)
+
+
+def attention_of(layer: nn.Module) -> nn.Module | None:
+    """The self-attention module of a decoder or encoder layer; None if none of the usual names holds one with a config.
+
+    A layer without it (linear attention, convolution, Mamba) has a state that runs through the sequence, or looks at
+    single tokens only.
+    """
+    for name in ("self_attn", "attention", "attn", "self_attention", "mixer"):
+        module = getattr(layer, name, None)
+        anything = name == "mixer" and not hasattr(module, "num_key_value_groups")
+        if isinstance(module, nn.Module) and hasattr(module, "config") and not anything:
+            return module
+    return None
 
 
 def architecture_of(config: Any) -> str:

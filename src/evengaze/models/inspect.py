@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 
 from evengaze.errors import UnsupportedModelError
-from evengaze.models.base import Adapter
+from evengaze.models.base import Adapter, attending_layers
+from evengaze.models.refusals import refuse_format
 from evengaze.models.registry import adapter_for
 
 
@@ -36,15 +38,17 @@ class Diagnosis:
     cannot: tuple[str, ...]
 
 
-def diagnose(config: Any) -> Diagnosis:
+def diagnose(config: Any, source: str = "") -> Diagnosis:
     """Look at a model without weights.
 
     Args:
         config: a transformers config.
+        source: the hub id that it comes from, if it is known.
 
     Raises:
         UnsupportedModelError: no adapter serves it.
     """
+    refuse_format(config, source)
     model = skeleton_model(config)
     adapter = adapter_for(model)
     decoder: Any = adapter.decoder(model)
@@ -72,19 +76,38 @@ def skeleton_model(config: Any) -> Any:
         transformers.AutoModelForSeq2SeqLM,
         transformers.AutoModel,
     )
-    with torch.device("meta"):
-        for cls in filter(None, named):
-            return cls(config)
-        for cls in auto:
-            if type(config) in cls._model_mapping:
-                return cls.from_config(config)
+    try:
+        with torch.device("meta"):
+            for cls in filter(None, named):
+                return cls(config)
+            for cls in auto:
+                if type(config) in cls._model_mapping:
+                    return cls.from_config(config)
+    except ImportError as error:
+        raise UnsupportedModelError(
+            f"{config.model_type!r} needs a package that is not installed: {_line(error)}"
+        ) from error
+    except Exception as error:  # whatever transformers' modules raise for a config that they cannot build
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} cannot build a model of this {config.model_type!r} config: "
+            f"{type(error).__name__}: {_line(error)}"
+        ) from error
+    if config.architectures:
+        raise UnsupportedModelError(
+            f"{', '.join(config.architectures)} is no class of transformers {transformers.__version__} (model_type "
+            f"{config.model_type!r}); code of a checkpoint's own is not run."
+        )
     raise UnsupportedModelError(f"transformers has no model class for config.model_type {config.model_type!r}")
 
 
 def _attention(model: Any, adapter: Adapter) -> tuple[str, ...]:
     """Implementations that the model supports; all that go through transformers' attention interface can be read."""
-    cls: Any = type(adapter.decoder(model))
-    if not getattr(cls, "_supports_attention_backend", False):
+    decoder: Any = adapter.decoder(model)
+    cls: Any = type(decoder)
+    able = attending_layers(decoder.layers)
+    code = sys.modules[type(decoder.layers[able[0]]).__module__] if able else None
+    # The flag is missing on some classes whose attention does go through the interface.
+    if not getattr(cls, "_supports_attention_backend", False) and not hasattr(code, "ALL_ATTENTION_FUNCTIONS"):
         return ()
     found = ["eager"]
     for name, flag in (("sdpa", "sdpa"), ("flash_attention_2", "flash_attn"), ("flex_attention", "flex_attn")):
@@ -92,6 +115,10 @@ def _attention(model: Any, adapter: Adapter) -> tuple[str, ...]:
         if getattr(cls, f"_supports_{flag}", False) and not blocked:
             found.append(name)
     return tuple(found)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _tower(adapter: Adapter, model: nn.Module) -> tuple[str, ...]:

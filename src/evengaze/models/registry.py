@@ -17,6 +17,7 @@ from evengaze.errors import ConfigError, UnsupportedModelError
 from evengaze.layout import VisualLayout
 from evengaze.models.base import Adapter, Call, VisionTower, find_decoder
 from evengaze.models.generic import generic_for
+from evengaze.models.refusals import refuse_decoder
 
 ENTRY_POINTS = "evengaze.adapters"
 
@@ -111,6 +112,7 @@ def adapter_for(model: nn.Module) -> Adapter:
             raise UnsupportedModelError(reason)
         find_decoder(model)
         adapter = BareDecoder()
+    refuse_decoder(adapter.decoder(model))
     return adapter
 
 

@@ -19,7 +19,7 @@ from evengaze.errors import DataError, UnsupportedModelError
 from evengaze.methods import get
 from evengaze.methods.base import Pruner
 from evengaze.models import adapter_for
-from evengaze.testing.models import families, layout_of, tiny
+from evengaze.testing.models import families, implementations, layout_of, tiny
 from evengaze.testing.oracle import replayed
 
 _BEGIN, _END = "<!-- matrix -->", "<!-- end of matrix -->"
@@ -115,7 +115,8 @@ def greedy(model: Any, inputs: dict[str, Tensor], steps: int = STEPS, **options:
 
 def cells(names: Sequence[str]) -> Iterator[tuple[str, str, str, int]]:
     """(family, method, attention, batch) of the whole matrix."""
-    yield from product(names, METHODS, ("sdpa", "eager"), (1, 3))
+    for name in names:
+        yield from product([name], METHODS, implementations(name), (1, 3))
 
 
 def table(names: Sequence[str]) -> str:
@@ -126,11 +127,13 @@ def table(names: Sequence[str]) -> str:
         "|---|" + "---|" * (len(methods) + 4),
     ]
     for name in names:
-        found = [_mark(*(check(name, m, a, b) for a, b in product(("sdpa", "eager"), (1, 3)))) for m in methods]
-        found.append(_mark(check(name, "fastv", images=2)))
-        found.append(_mark(check(name, "fastv", batch=3, images=[2, 0, 1])))
-        video = name in families(video=True)
-        found.append(_mark(*(check(name, "fastv", batch=b, video=True) for b in (1, 3))) if video else "-")
+        able = implementations(name)
+        one = able[0]
+        found = [_mark(*(check(name, m, a, b) for a, b in product(able, (1, 3)))) for m in methods]
+        found.append(_mark(check(name, "fastv", one, images=2)))
+        found.append(_mark(check(name, "fastv", one, batch=3, images=[2, 0, 1])))
+        video = name in (*families(video=True), *families(video=True, generic=True))
+        found.append(_mark(*(check(name, "fastv", one, batch=b, video=True) for b in (1, 3))) if video else "-")
         found.append(_tower(name))
         lines.append(f"| {name} | " + " | ".join(found) + " |")
     return "\n".join(lines)
@@ -145,7 +148,7 @@ def _mark(*results: Result) -> str:
 
 def _tower(family: str) -> str:
     """Whether patches can be dropped in the family's vision tower."""
-    model, _ = tiny(family)
+    model, _ = tiny(family, attention=implementations(family)[0])
     try:
         adapter_for(model).vision_tower(model)
     except UnsupportedModelError:
@@ -156,11 +159,12 @@ def _tower(family: str) -> str:
 def main() -> None:
     """Print the table, or write it between the marks of a Markdown file."""
     parser = argparse.ArgumentParser(prog="python -m evengaze.testing.matrix", description=__doc__)
-    parser.add_argument("families", nargs="*", default=list(families()), help="all of them if left out")
+    parser.add_argument("families", nargs="*", help="all with an adapter of their own if left out")
+    parser.add_argument("--generic", action="store_true", help="families of the generic adapter, if none are named")
     parser.add_argument("--write", type=Path, help=f"a file with a line {_BEGIN} and a line {_END}")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    text = table(options.families)
+    text = table(options.families or families(generic=options.generic))
     if options.write is None:
         print(text)
         return

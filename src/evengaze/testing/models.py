@@ -28,6 +28,11 @@ def families(*, video: bool = False, generic: bool = False) -> tuple[str, ...]:
     return tuple(name for name, f in chosen.items() if not video or f.videos is not None)
 
 
+def implementations(family: str) -> tuple[str, ...]:
+    """The attention implementations that a family is tested with."""
+    return {**FAMILIES, **GENERIC}[family].implementations
+
+
 def tiny(
     family: str,
     batch: int = 1,
