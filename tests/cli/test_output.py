@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -192,6 +194,24 @@ def test_parameters_are_called_as_on_the_command_line() -> None:
     assert output.spoken(error) == (
         "lacks weights; allow it with --allow-missing. Give a smaller --batch-size, or batch_size=1"
     )
+    assert output.spoken("calibrate with layers='all'\nor not") == "calibrate with --layers all or not"
+
+
+def test_only_the_command_line_knows_its_flags() -> None:
+    """The kind of the fault: advice that people who work in Python cannot follow."""
+    import evengaze
+
+    found = []
+    for path in Path(evengaze.__file__).parent.rglob("*.py"):
+        if "cli" in path.parts or path.name in ("__main__.py", "matrix.py", "lmms_eval.py"):  # command lines themselves
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Raise):
+                continue
+            text = "".join(n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+            outside = re.sub(r"`evengaze [^`]*`|`ray [^`]*`", "", text)
+            found += [f"{path.name}:{node.lineno} {flag}" for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", outside)]
+    assert not found
 
 
 def test_every_command_tells_of_the_flags_that_work_anywhere(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,12 @@ def test_a_table_that_fits_has_one_line_a_row() -> None:
     assert text.splitlines() == ["a    b", "------", "x    1", "", "yy  22"]
 
 
+def test_a_column_without_any_text() -> None:
+    text = tables.table([tables.name("a"), tables.Column(""), tables.Column("b")], [["x", "", "1"]], limit=80)
+    assert [line.split() for line in text.splitlines()][::2] == [["a", "b"], ["x", "1"]]
+    assert tables.table([tables.name("a"), tables.Column("b")], [], limit=80).startswith("a")
+
+
 def test_pairs_and_lines_break_at_blanks_only() -> None:
     text = tables.pairs([("keep", "a long explanation " * 5), ("layer", NAME)], limit=50)
     assert NAME in text and all(len(line) <= 50 or NAME in line for line in text.splitlines())

@@ -42,7 +42,7 @@ def test_debias_load_takes_the_trend_of_the_asked_layer(tmp_path: Path) -> None:
     assert Debias.from_dict(json.loads(json.dumps(debias.to_dict()))) == debias
     other = Debias.load(path, layer=3)
     assert other.trend == Exponential(0.2) and other.origin is not None and other.origin.layer == 3
-    with pytest.raises(CurveError, match="--layers all"):
+    with pytest.raises(CurveError, match="layers='all'"):
         Debias.load(path, layer=2)
 
 

@@ -89,12 +89,12 @@ def test_which_prompt_a_model_gets() -> None:
 
 
 def test_a_folder_that_is_no_model_is_an_error_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"--model .*this folder cannot be loaded"):
+    with pytest.raises(DataError, match=r"model .*this folder cannot be loaded"):
         Predictor.load(ModelSpec(str(tmp_path)))
 
 
 def test_a_name_that_is_neither_folder_nor_hub_id_is_not_looked_for_on_the_hub() -> None:
-    with pytest.raises(DataError, match=r"--model demoo: there is no such folder.*'demo' is the embedded model"):
+    with pytest.raises(DataError, match=r"model demoo: there is no such folder.*'demo' is the embedded model"):
         Predictor.load(ModelSpec("demoo"))
 
 

@@ -112,5 +112,5 @@ def test_fewer_than_nothing_is_refused(wrong: dict[str, Any]) -> None:
     from evengaze.errors import ConfigError
     from evengaze.evaluate.ray_runner import RayBackend
 
-    with pytest.raises(ConfigError, match=f"--ray-{next(iter(wrong))}"):
+    with pytest.raises(ConfigError, match=f"ray_{next(iter(wrong))}"):
         RayBackend(ModelSpec("demo"), **wrong)

@@ -84,7 +84,7 @@ def detail(text: object) -> None:
 def warn(text: object) -> None:
     """A warning on one line."""
     if not voice.quiet:
-        terminal.secho(f"Warning: {' '.join(str(text).split())}", fg=typer.colors.YELLOW, err=True)
+        terminal.secho(f"Warning: {spoken(text)}", fg=typer.colors.YELLOW, err=True)
 
 
 def replaces(path: Path) -> None:
@@ -146,13 +146,18 @@ def duration(seconds: float) -> str:
     return f"about {seconds:.0f} s" if seconds < 100 else f"about {seconds / 60:.0f} min"
 
 
-_OPTIONS = ("allow_missing", "batch_size", "max_new_tokens", "shuffle_seed", "judge_url", "judge_local", "judge_cache")
+_OPTIONS = (
+    *("allow_missing", "batch_size", "max_new_tokens", "shuffle_seed", "judge_url", "judge_local", "judge_cache"),
+    *("ray_actors", "ray_gpus", "ray_cpus"),
+)
+_GIVEN = re.compile(r"(?<![-\w.:,])(layers|prompt)='(\w+)'")
 _WORD = re.compile(rf"(?<![-\w.])({'|'.join(_OPTIONS)})(?=[^\w=]|$)")
 
 
-def spoken(error: BaseException) -> str:
-    """An error on one line, with parameters as the command line calls them."""
-    return _WORD.sub(lambda found: "--" + found[1].replace("_", "-"), " ".join(str(error).split()))
+def spoken(message: object) -> str:
+    """A message on one line, with parameters as the command line calls them."""
+    text = _GIVEN.sub(r"--\1 \2", " ".join(str(message).split()))
+    return _WORD.sub(lambda found: "--" + found[1].replace("_", "-"), text)
 
 
 def here() -> None:

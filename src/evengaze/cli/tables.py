@@ -157,4 +157,4 @@ def _rule(length: int) -> str:
 
 
 def _wrap(words: str, size: int) -> list[str]:
-    return textwrap.wrap(words, size, break_long_words=False, break_on_hyphens=False) or [""]
+    return textwrap.wrap(words, max(1, size), break_long_words=False, break_on_hyphens=False) or [""]

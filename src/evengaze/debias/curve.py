@@ -162,7 +162,7 @@ class Curve:
             return self.trend
         if layer not in self.layers:
             known = sorted({*self.layers, *([] if self.origin.layer is None else [self.origin.layer])})
-            raise CurveError(f"the curve has no trend of layer {layer}, only of {known}; calibrate with --layers all")
+            raise CurveError(f"the curve has no trend of layer {layer}, only of {known}; calibrate with layers='all'")
         return self.layers[layer]
 
     def to_dict(self) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def resolve(style: Style, processor: Any, model_type: str) -> Literal["official"
         return "official"
     if not has_own:
         raise ConfigError(
-            "the model's processor has no chat template. Use --prompt official for LLaVA's conversation template, or "
+            "the model's processor has no chat template. Use prompt='official' for LLaVA's conversation template, or "
             "put a chat_template.jinja into the model's folder."
         )
     if style == "chat":

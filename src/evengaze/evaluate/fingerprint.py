@@ -115,17 +115,17 @@ def stamp(folder: Path, fingerprint: Mapping[str, Any], *, has_answers: bool = F
         if has_answers:
             raise DataError(
                 f"{folder} holds answers, but no {FILE} that says what they depend on. Restore it, or give another "
-                "--out."
+                "out folder."
             )
         write_whole(path, json.dumps(wanted, indent=1) + "\n")
         return
-    found = read_json(path, dict, "Give another --out.")
+    found = read_json(path, dict, "Give another out folder.")
     changed = differences(found, wanted)
     if changed:
         listed = "\n  ".join(changed)
         raise DataError(
-            f"{folder} holds answers of another setting (there -> now):\n  {listed}\nGive another --out for the new "
-            f"setting, restore the old one to go on, or delete {folder} to start anew."
+            f"{folder} holds answers of another setting (there -> now):\n  {listed}\nGive another out folder for the "
+            f"new setting, restore the old one to go on, or delete {folder} to start anew."
         )
 
 

@@ -148,7 +148,7 @@ class Predictor:
             return cls(model.to(device), processor, spec)
         if "/" not in spec.source and not Path(spec.source).exists():
             raise DataError(
-                f"--model {spec.source}: there is no such folder here, and hub ids look like llava-hf/llava-1.5-7b-hf; "
+                f"model {spec.source}: there is no such folder here, and hub ids look like llava-hf/llava-1.5-7b-hf; "
                 f"'{DEMO}' is the embedded model"
             )
         from transformers import AutoModelForImageTextToText
@@ -161,7 +161,7 @@ class Predictor:
         if spec.quantize is not None:
             options["quantization_config"] = quantization(spec.quantize)
             options.setdefault("device_map", {"": device})  # quantised weights stay where they were loaded
-        name = f"--model {spec.source}"
+        name = f"model {spec.source}"
         processor = load_processor(spec.source, revision=spec.revision, name=name)
         model, missing = load_model(
             AutoModelForImageTextToText,

@@ -67,25 +67,25 @@ class RayBackend:
         """
         for what, value, least in (("actors", actors, 1), ("gpus", gpus or 0.0, 0.0), ("cpus", cpus, 1e-3)):
             if not least <= value < math.inf:
-                raise ConfigError(f"--ray-{what} {value:g}: give {'1 or more' if what == 'actors' else 'more than 0'}")
+                raise ConfigError(f"ray_{what} {value:g}: give {'1 or more' if what == 'actors' else 'more than 0'}")
         try:
             import ray
         except ImportError:
-            raise ConfigError("--ray needs Ray: pip install 'evengaze[ray]'") from None
+            raise ConfigError("ray needs Ray: pip install 'evengaze[ray]'") from None
         if not ray.is_initialized():
             try:
                 ray.init(address=None if address == "local" else address, log_to_driver=False, logging_level="warning")
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise ConfigError(
-                    f"--ray {address}: no Ray cluster there ({error}). Use 'local', or start one: `ray start --head`."
+                    f"ray {address}: no Ray cluster there ({error}). Use 'local', or start one: `ray start --head`."
                 ) from None
         have = ray.cluster_resources()
         self.spec, self.actors, self.cpus = spec, actors, cpus
         self.gpus = gpus if gpus is not None else (1.0 if have.get("GPU", 0) >= 1 else 0.0)
         if self.gpus > have.get("GPU", 0) or self.cpus > have.get("CPU", 0):
             raise ConfigError(
-                f"--ray {address}: a copy of the model asks for {self.gpus:g} GPUs and {self.cpus:g} CPUs; the cluster "
-                f"has {have.get('GPU', 0):g} and {have.get('CPU', 0):g} in all. Lower --ray-gpus or --ray-cpus."
+                f"ray {address}: a copy of the model asks for {self.gpus:g} GPUs and {self.cpus:g} CPUs; the cluster "
+                f"has {have.get('GPU', 0):g} and {have.get('CPU', 0):g} in all. Lower ray_gpus or ray_cpus."
             )
         self.processes: set[int] = set()
         self._described: dict[str, dict[str, Any]] = {}

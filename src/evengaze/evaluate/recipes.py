@@ -63,22 +63,22 @@ class Recipe:
         path = Path(name)
         if path.suffix in (".yaml", ".yml"):
             if not path.is_file():
-                raise ConfigError(f"--recipe {name} does not exist. Shipped ones: {', '.join(names())}")
+                raise ConfigError(f"recipe {name} does not exist. Shipped ones: {', '.join(names())}")
             text = read_text(path)
         elif name in names():
             text = (_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
         else:
-            raise ConfigError(f"--recipe {name}: give a .yaml file or one of {', '.join(names())}")
+            raise ConfigError(f"recipe {name}: give a .yaml file or one of {', '.join(names())}")
         try:
             values = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
-            raise ConfigError(f"--recipe {name} is no valid YAML: {error}") from None
+            raise ConfigError(f"recipe {name} is no valid YAML: {error}") from None
         if not isinstance(values, dict):
-            raise ConfigError(f"--recipe {name} must hold options such as 'model: demo'")
+            raise ConfigError(f"recipe {name} must hold options such as 'model: demo'")
         try:
             return cls().overridden(values)
         except ConfigError as error:
-            raise ConfigError(f"--recipe {name}: {error}") from None
+            raise ConfigError(f"recipe {name}: {error}") from None
 
     def overridden(self, values: Mapping[str, Any]) -> Recipe:
         """A copy with other values.

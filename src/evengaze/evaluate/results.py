@@ -250,7 +250,7 @@ def load(root: Path) -> list[Row]:
         DataError: there is none, or one is damaged or of a newer schema.
     """
     if not root.is_dir():
-        raise DataError(f"{root} is not a directory. Give the --out folder of `evengaze evaluate`.")
+        raise DataError(f"{root} is not a directory. Give the out folder of `evengaze evaluate`.")
     found: dict[str, Row] = {}
     for path in sorted(root.rglob(RESULT)):
         row = Row(CellResult.load(path), path.parent)
@@ -264,7 +264,7 @@ def load(root: Path) -> list[Row]:
         found[same] = kept
     if not found:
         raise DataError(
-            f"{root} holds no {RESULT}. Give the --out folder of `evengaze evaluate`; a cell's result is written when "
+            f"{root} holds no {RESULT}. Give the out folder of `evengaze evaluate`; a cell's result is written when "
             "all its questions are through."
         )
     return list(found.values())

@@ -366,7 +366,7 @@ def limit_notes(outcome: Outcome) -> list[str]:
         return []
     return [
         f"{len(outcome.answers)} answers are there from earlier runs, and all of them count, not only the {limit} that "
-        "were asked for now. Give another --out for a score of those."
+        "were asked for now. Give another out folder for a score of those."
     ]
 
 
@@ -400,12 +400,13 @@ def _check(folder: Path, answered: Mapping[str, Answer], records: Sequence[Recor
     if strange:
         raise DataError(
             f"{folder} holds {len(strange)} answers that do not belong to its fingerprint.json (the first to record "
-            f"{strange[0].key!r}): they are those of another setting, or the file was replaced. Give another --out."
+            f"{strange[0].key!r}): they are those of another setting, or the file was replaced. Give another out "
+            "folder."
         )
     if other:
         raise DataError(
             f"{folder} holds {len(other)} answers about pictures or videos whose content is another one now (the first "
-            f"to record {other[0].key!r}). Restore the files, or give another --out to answer anew."
+            f"to record {other[0].key!r}). Restore the files, or give another out folder to answer anew."
         )
 
 

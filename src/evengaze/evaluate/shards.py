@@ -122,7 +122,7 @@ def merge(folder: Path, keys: Sequence[str]) -> tuple[dict[str, Answer], dict[st
         if strangers:
             raise DataError(
                 f"{folder / SHARDS} holds answers to records that the dataset does not have, such as {strangers[0]!r}. "
-                "Give another --out for another dataset."
+                "Give another out folder for another dataset."
             )
         answers = {key: answers[key] for key in keys if key in answers}
         errors = {key: errors[key] for key in keys if key in errors and key not in answers}
@@ -145,7 +145,7 @@ def locked(folder: Path, rank: int) -> Iterator[None]:
             yield
     except Timeout:
         raise DataError(
-            f"another run is writing to {folder}. Wait until it ends, or give this one another --out."
+            f"another run is writing to {folder}. Wait until it ends, or give this one another out folder."
         ) from None
     except OSError as error:
         raise cannot_write(folder, error) from error

@@ -81,7 +81,7 @@ def get(name: str) -> type[Pruner]:
         known = names()
         raise ConfigError(
             f"unknown method {name!r}.{did_you_mean(key, known)} Known: {', '.join(known)}. One of your own is known "
-            "once methods.register has seen its class: import its module (--plugin MODULE), or write "
+            "once methods.register has seen its class: import its module (`evengaze --plugin MODULE`), or write "
             "my_module:MyMethod"
         )
     return _METHODS[key]

@@ -51,7 +51,7 @@ class Methods:
         if asked.debias is not None and asked.debias.lower().endswith(".json"):
             raise ApiError(
                 400,
-                "a request may name a preset, padding, auto or none, but no file; start the server with --debias FILE",
+                "a request may name a preset, padding, auto or none, but no file: `evengaze serve --debias FILE` does",
                 param="evengaze.debias",
             )
         keep = tuple(asked.keep) if isinstance(asked.keep, list) else asked.keep

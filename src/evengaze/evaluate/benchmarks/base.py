@@ -77,7 +77,7 @@ class Benchmark(ABC):
             DataError: There is no such folder.
         """
         if not data.is_dir():
-            raise DataError(f"{data} is not a directory. Give --data the folder that holds {self.location}.")
+            raise DataError(f"{data} is not a directory. Give as data the folder that holds {self.location}.")
         above = ("eval/GPT_Zero_Shot_QA", "GPT_Zero_Shot_QA", "") if self.layout == "video-llava" else LLAVA_ROOTS
         candidates = [data / part / folder for part in above for folder in self.folders]
         marks = [item.path for item in self.files if item.kind == "file" and item.needed != "optional"]
@@ -90,7 +90,7 @@ class Benchmark(ABC):
                 return candidate
         raise DataError(
             f"{data} holds no data of {self.name}: none of {', '.join(str(c) for c in candidates[:2])}, ... exists. "
-            f"Give --data the folder that holds {self.location} (`evengaze list benchmarks` says where to get it)."
+            f"Give as data the folder that holds {self.location} (`evengaze list benchmarks` says where to get it)."
         )
 
     @property
