@@ -473,6 +473,9 @@ def _tree(value: Any, slots: Tensor | None, length: int, dim: int) -> Any:
 
 def restored(out: Any, run: Prefill) -> Any:
     """A decoder's output with a state for each token of the call again, as callers other than `generate` expect."""
+    states = out[0] if isinstance(out, tuple) else out.last_hidden_state
+    if run.narrow and states.shape[1] in run.narrow.values():  # the last tokens only, as they were asked for
+        return out
     if isinstance(out, tuple):
         return (run.restored(out[0]), *out[1:])
     out.last_hidden_state = run.restored(out.last_hidden_state)

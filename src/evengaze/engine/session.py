@@ -28,6 +28,7 @@ from evengaze.engine.attention import hidden_attention
 from evengaze.engine.call import Call, Calls, Frozen, module_frame
 from evengaze.engine.decode import Steps, in_graph
 from evengaze.engine.encoded import Encoded, watch
+from evengaze.engine.first import check_first, note_failure
 from evengaze.engine.generation import Request, brings_pictures, refuse_packing
 from evengaze.engine.intercept import Mark, before_forward, behind_forward, intercept, put
 from evengaze.engine.masks import padded_rows, real_tokens
@@ -41,6 +42,7 @@ from evengaze.layout import VisualLayout
 from evengaze.models import BareDecoder, adapter_for, find_decoder
 from evengaze.models.base import Adapter, attending_layers
 from evengaze.models.base import Call as Prompt
+from evengaze.models.generic import Generic
 from evengaze.models.refusals import refuse_decoder
 from evengaze.protocol import Method, Shared, Stage
 from evengaze.trace import Trace
@@ -125,6 +127,7 @@ class Handle:
         self._gates: WeakSet[layers.Gate] = WeakSet()
         self._lock = threading.Lock()
         self._warned = False
+        self._unseen = isinstance(self._adapter, Generic)
         self._shared = Shared(lambda: self._encoded().notes, lambda: self._calls.alive().own)
         self._undo: list[Callable[[], Any]] = []
         base: nn.Module = getattr(model, "base_model", model)
@@ -507,6 +510,8 @@ class Handle:
         run = call.end()
         if call.frame is frame:
             self._calls.leave(frame)
+        if run is not None and out is None and self._unseen:
+            note_failure(self.model)
         if run is None or out is None:  # nothing to prune, or an exception is on its way
             return None
         if run.cache is None:
@@ -514,6 +519,9 @@ class Handle:
         checks.refuse_missed(self.pruner, sorted(self._stages)[len(run.stages) :], run.entered, run.watched)
         self.trace = run.trace(self.pruner, len(self._layers))
         self.traces.append(self.trace)
+        if self._unseen:
+            check_first(self.model, run, self.trace, out, self._lenders)
+            self._unseen = False
         if self._freeze and call.generating and run.cache is None and run.replay is None:
             call.freeze(Frozen(run.inputs.detach(), run.layout, run.selections))
         if call.labels is not None:
