@@ -45,7 +45,7 @@ def test_layers_that_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         return layers[5](original(states, **kwargs), **kwargs)
 
     monkeypatch.setattr(layers[5], "forward", twice)
-    with pytest.raises(UnsupportedModelError, match="layers ran|holds"), get("fastv")(**PRUNER)(model):
+    with pytest.raises(UnsupportedModelError, match=r"layers ran|holds"), get("fastv")(**PRUNER)(model):
         greedy(model, inputs, 2)
 
 
