@@ -52,14 +52,14 @@ def note_failure(model: nn.Module) -> None:
     error = sys.exception()
     if error is not None:
         error.add_note(
-            f"evengaze: this was the first prompt of a {_kind(model)!r} model, which is pruned through the generic adapter. "
+            f"evengaze: this was the first prompt of a {_kind(model)!r} model, which the generic adapter serves. "
             "If the same call works without a pruner, the family needs an adapter of its own; please report it."
         )
 
 
 def _wrong(model: nn.Module, what: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"the first prompt of a {_kind(model)!r} model did not go as pruning needs: {what}. Its answers would be wrong, so "
+        f"the first prompt of a {_kind(model)!r} model did not go as pruning needs: {what}. Its answers would be wrong: "
         "the family cannot be pruned through the generic adapter. Register an adapter of its own, and please report it."
     )
 
