@@ -59,7 +59,7 @@ def note_failure(model: nn.Module) -> None:
 
 def _wrong(model: nn.Module, what: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"the first prompt of a {_kind(model)!r} model did not go as pruning needs: {what}. Its answers would be wrong: "
+        f"the first prompt of a {_kind(model)!r} model did not go as pruning needs: {what}. Answers would be wrong: "
         "the family cannot be pruned through the generic adapter. Register an adapter of its own, and please report it."
     )
 
