@@ -58,10 +58,22 @@ def real_tokens(mask: Any, states: Tensor, past: int) -> Tensor:
     return torch.ones(batch, length, dtype=torch.bool, device=states.device)
 
 
-def padded_rows(real: Tensor) -> Tensor | None:
-    """(B, L) bool on the host: which tokens are no padding; None if all are real. Waits for the device."""
-    read = real.cpu()
-    return None if bool(read.all()) else read
+def read_prompt(ids: Tensor | None, real: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A call's token ids and which of its tokens are no padding, on the host: one copy, for which the host waits.
+
+    Args:
+        ids: (B, L) or None.
+        real: (B, L) bool, or None if no mask came in.
+
+    Returns:
+        Both on the host; the second is None if all tokens are real.
+    """
+    if ids is None or real is None or ids.shape != real.shape or ids.device != real.device:
+        ids, real = None if ids is None else ids.cpu(), None if real is None else real.cpu()
+    else:
+        read = torch.stack([ids.long(), real.long()]).cpu()
+        ids, real = read[0], read[1].bool()
+    return ids, None if real is None or bool(real.all()) else real
 
 
 def take_mask(mask: Any, rows: Tensor | None, columns: Tensor, real: Tensor | None) -> Any:

@@ -31,7 +31,7 @@ from evengaze.engine.encoded import Encoded, watch
 from evengaze.engine.first import check_first, note_failure
 from evengaze.engine.generation import Request, brings_pictures, refuse_packing
 from evengaze.engine.intercept import Mark, before_forward, behind_forward, intercept, put
-from evengaze.engine.masks import padded_rows, real_tokens
+from evengaze.engine.masks import read_prompt, real_tokens
 from evengaze.engine.prefill import Prefill, restored
 from evengaze.engine.question import Said, check_said, clues, questions, said_of
 from evengaze.engine.rotary import Rotary, Served
@@ -44,7 +44,7 @@ from evengaze.models.base import Adapter, attending_layers
 from evengaze.models.base import Call as Prompt
 from evengaze.models.generic import Generic
 from evengaze.models.refusals import refuse_decoder
-from evengaze.protocol import Method, Shared, Stage
+from evengaze.protocol import Method, Pending, Shared, Stage
 from evengaze.trace import Trace
 
 _MARK = "_evengaze_handle"
@@ -123,6 +123,7 @@ class Handle:
         self._served: Served = {}
         self._plain = Steps(self._implementation, Rotary(self._served), remember=False)
         self._traced = compiled.Traced(model, self._adapter, self._calls, prunes=bool(stages))
+        self._pending: list[Pending] = []
         self._hooked: set[int] = set()
         self._gates: WeakSet[layers.Gate] = WeakSet()
         self._lock = threading.Lock()
@@ -143,6 +144,8 @@ class Handle:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if exc[0] is not None:  # the first error is the one to report
+            self._pending.clear()
         self.remove()
 
     def remove(self) -> None:
@@ -157,6 +160,14 @@ class Handle:
         if self._undo:
             guard.wait_until_idle([*self._outer, self._decoder])
         self._uninstall()
+        self._look(wait=True)
+
+    def _look(self, *, wait: bool = False) -> None:
+        """Check what devices have computed for it by now; with `wait`, all of it."""
+        for pending in list(self._pending):
+            if wait or pending.known:
+                self._pending.remove(pending)
+                pending.check()
 
     def _uninstall(self) -> None:
         while self._undo:  # an interrupt leaves the rest for the next time
@@ -288,6 +299,8 @@ class Handle:
         call = self._calls.alive()
         if call.frame is None or call.decoding:  # the decoder itself was called
             call = self._calls.enter(module_frame(), inherit=True)
+        if self._pending:
+            self._look()
         call.decoding = call.entered = True
         call.run = None
         call.lent.clear()
@@ -324,12 +337,14 @@ class Handle:
         else:
             states = self._decoder.get_input_embeddings()(states)
         frozen = call.continued(states) if cache is None else None
+        padded: Tensor | None = None
         if frozen is not None:
             layout: VisualLayout | None = frozen.layout
         elif (past or call.drafting) and not call.pictured and not encoded:
             return None  # placeholder ids in later text, or from a draft, are no pictures
         else:
-            layout = self._find(Prompt(ids, None if given is None else real, past, encoded, placed), length)
+            ids, padded = read_prompt(ids, None if given is None else real)
+            layout = self._find(Prompt(ids, padded, past, encoded, placed), length)
         if layout is None or layout.total == 0:
             return None
         kv.check(cache)
@@ -337,7 +352,8 @@ class Handle:
             reads = [s.attended for _, s in self._stages.values() if s.attended is not None]
             self._adapter.check_windows(self.model, reads, past + length)
         rows = tuple(row.to("cpu") for row in layout.expand(states.shape[0]).rows)
-        padded = None if given is None else padded_rows(real)
+        if frozen is not None and given is not None:
+            _, padded = read_prompt(None, real)
         known = clues(
             kwargs, call, length=length, masked=given is not None, past=past, said=said_of(self.question, ids, past)
         )
@@ -517,6 +533,7 @@ class Handle:
         if run.cache is None:
             run.cache = cache_in_output(out)
         checks.refuse_missed(self.pruner, sorted(self._stages)[len(run.stages) :], run.entered, run.watched)
+        self._pending += run.pending
         self.trace = run.trace(self.pruner, len(self._layers))
         self.traces.append(self.trace)
         if self._unseen:

@@ -155,18 +155,17 @@ def lattice(tokens: VisualTokens, count: int) -> tuple[Tensor, Tensor]:
     A picture is cut into bands of rows; a line that runs through the bands, back and forth, is cut into equal pieces.
 
     Args:
-        tokens: n visual tokens in sequence order, on complete grids or not.
+        tokens: n visual tokens in sequence order, on complete grids or not; on the host.
         count: at most n. Shared out by size; with fewer tokens than pictures, some pictures get none.
 
     Returns:
         (n,) group of each token, -1 in pictures that get none, and (count,) the middle token of each group.
     """
-    device = tokens.cell.device
     picture = torch.stack([tokens.image, tokens.frame], 1)
     _, part, sizes = torch.unique_consecutive(picture, dim=0, return_inverse=True, return_counts=True)
     ends = sizes.cumsum(0) * count // len(tokens)
     shares = torch.diff(ends, prepend=ends.new_zeros(1))
-    height, width = torch.tensor([i.grid for i in tokens.images], device=device)[tokens.image].unbind(1)
+    height, width = torch.tensor([i.grid for i in tokens.images])[tokens.image].unbind(1)
     row, column = tokens.cell // width, tokens.cell % width
 
     bands = (shares[part] * height / width).sqrt().round().long().clamp(min=1).minimum(height)
@@ -175,16 +174,16 @@ def lattice(tokens: VisualTokens, count: int) -> tuple[Tensor, Tensor]:
     tall, wide = int(height.max()), int(width.max())
     order = torch.argsort(((part * tall + band) * wide + along) * tall + row)
     place = torch.empty_like(order)
-    place[order] = torch.arange(len(tokens), device=device)
+    place[order] = torch.arange(len(tokens))
     place -= (sizes.cumsum(0) - sizes)[part]
     group = (ends - shares)[part] + place * shares[part] // sizes[part]
     group = torch.where(shares[part] > 0, group, -1)
 
     inside = (group >= 0).nonzero().flatten()
-    cell = torch.stack([row, column], 1)[inside].to(precise(device))
+    cell = torch.stack([row, column], 1)[inside].to(precise("cpu"))
     members = group[inside]
     size = torch.bincount(members, minlength=count)[:, None]
-    centre = torch.zeros(count, 2, dtype=precise(device), device=device).index_add_(0, members, cell) / size
+    centre = torch.zeros(count, 2, dtype=precise("cpu")).index_add_(0, members, cell) / size
     distance = (cell - centre[members]).square().sum(1)
     by_distance = torch.sort(distance, stable=True).indices
     by_group = by_distance[torch.sort(members[by_distance], stable=True).indices]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from evengaze.layout import upload
+
 TOLERANCE = 0.03
 """In units of normalised pixels: the mean colour truncated to whole numbers of 0..255 is at most 0.016 away from 0."""
 
@@ -43,12 +45,11 @@ def padding_share(
     Returns:
         (n, rows, columns) float64 in [0, 1], on the CPU.
     """
-    colour = torch.as_tensor(fill, dtype=torch.float32, device=pixels.device).reshape(-1, 1, 1)
+    colour = upload(torch.as_tensor(fill, dtype=torch.float32), pixels.device).reshape(-1, 1, 1)
     filled = ((pixels.float() - colour).abs() <= tolerance).all(1)
     rows, columns = _border(filled.all(2)), _border(filled.all(1))
-    padded = (rows[:, :, None] | columns[:, None, :]).double()
-    padded[filled.flatten(1).all(1)] = 0
-    return adaptive_avg_pool2d(padded, grid).cpu()
+    padded = (rows[:, :, None] | columns[:, None, :]) & ~filled.flatten(1).all(1)[:, None, None]
+    return adaptive_avg_pool2d(padded.double(), grid).cpu()
 
 
 def _border(line: Tensor) -> Tensor:

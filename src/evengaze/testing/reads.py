@@ -114,6 +114,8 @@ class _Functions(TorchFunctionMode):
             owner.note(owner.reads, func.__name__)
             copy = _outside(Tensor.clone, args[0])
             return _outside(func, copy, *args[1:], **kwargs)
+        if func is Tensor.copy_ and kwargs.get("non_blocking") and not owner.lives_there(args[0]):
+            return _outside(func, *args, **kwargs)  # fetched meanwhile; whoever looks at it has waited for an event
         if func in _MOVES:
             devices = [v for v in (*args[1:], *kwargs.values()) if isinstance(v, (torch.device, str))]
             target = next((v.device for v in args[1:2] if isinstance(v, Tensor)), None)
