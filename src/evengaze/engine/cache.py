@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer, Sta
 
 from evengaze.compat import QUANTIZED_LAYER
 from evengaze.engine.kept import Kept, entries
+from evengaze.engine.layers import is_a
 from evengaze.engine.layers import is_fixed as is_fixed
 from evengaze.engine.masks import causal_mask, is_flat, mask_columns, take_mask
 from evengaze.errors import ConfigError
@@ -27,6 +28,9 @@ def layer_of(cache: Any, index: int) -> Any:
     """The cache's layer, made now if the cache makes its layers on first use; None without a cache."""
     if cache is None or not hasattr(cache, "layers"):
         return None
+    if index < len(cache.layers):
+        layer = cache.layers[index]
+        return layer if hasattr(layer, "get_mask_sizes") else None
     make = getattr(cache, "layer_class_to_replicate", None)
     while len(cache.layers) <= index and make is not None:
         cache.layers.append(make())
@@ -47,6 +51,16 @@ def check(cache: Any) -> None:
             )
 
 
+def length_of(cache: Any) -> int:
+    """Tokens in a cache. A static one counts on the device: it is asked only if it has been written to."""
+    if cache is None:
+        return 0
+    held = getattr(cache, "layers", None)
+    if held and not any(getattr(layer, "is_initialized", True) for layer in held):
+        return 0
+    return int(cache.get_seq_length())
+
+
 def kept_of(layer: Any) -> Kept | None:
     """What a cache layer remembers, None if it was never pruned."""
     return getattr(layer, "kept", None)
@@ -54,30 +68,30 @@ def kept_of(layer: Any) -> Kept | None:
 
 def is_sliding(layer: Any) -> bool:
     """Whether the layer holds the last tokens only."""
-    return isinstance(layer, (DynamicSlidingWindowLayer, StaticSlidingWindowLayer))
+    return is_a(layer, DynamicSlidingWindowLayer) or is_a(layer, StaticSlidingWindowLayer)
 
 
 def stored(layer: Any) -> int:
     """Entries that a cache layer physically holds."""
     if layer is None or not layer.is_initialized:
         return 0
-    if isinstance(layer, StaticSlidingWindowLayer):
+    if is_a(layer, StaticSlidingWindowLayer):
         return int(min(layer.cumulative_length_int, layer.max_cache_len - 1))
-    if isinstance(layer, StaticLayer):
+    if is_a(layer, StaticLayer):
         return int(layer.cumulative_length)
     count = int(layer.keys.shape[-2])
     # While a sliding layer records its past (assisted decoding) it stores more than it shows.
-    return min(count, int(layer.sliding_window) - 1) if isinstance(layer, DynamicSlidingWindowLayer) else count
+    return min(count, int(layer.sliding_window) - 1) if is_a(layer, DynamicSlidingWindowLayer) else count
 
 
 def sizes(layer: Any, total: int) -> tuple[int, int]:
     """Bytes that a cache layer holds, and bytes that it would hold of `total` tokens if none had been dropped."""
     if layer is None or not layer.is_initialized:
         return 0, 0
-    held = sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
-    if isinstance(layer, StaticLayer):  # a buffer, whatever is in it
+    held = int(layer.keys.nbytes + layer.values.nbytes)
+    if is_a(layer, StaticLayer):  # a buffer, whatever is in it
         return held, held
-    if isinstance(layer, DynamicSlidingWindowLayer):
+    if is_a(layer, DynamicSlidingWindowLayer):
         total = min(total, int(layer.sliding_window) - 1)
     count = int(layer.keys.shape[-2])
     return held, held // count * total if count else 0
@@ -137,7 +151,7 @@ def _columns(
     columns = mask_columns(mask)
     held = slots.shape[1]
     last, unwritten = held, 0
-    if isinstance(layer, StaticSlidingWindowLayer):
+    if is_a(layer, StaticSlidingWindowLayer):
         window, count = layer.max_cache_len, layer.cumulative_length_int
         if count >= window:
             last = window if queries == 1 else window - 1 + queries
@@ -145,9 +159,9 @@ def _columns(
             last = count + queries
         else:
             unwritten = window - held
-    elif isinstance(layer, StaticLayer):
+    elif is_a(layer, StaticLayer):
         unwritten = layer.max_cache_len - held
-    elif isinstance(layer, DynamicSlidingWindowLayer):
+    elif is_a(layer, DynamicSlidingWindowLayer):
         last = stored(layer) + queries
     if last < held:
         slots = slots[:, -last:]

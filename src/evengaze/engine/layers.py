@@ -46,7 +46,7 @@ def record(layer: Any, kept: Kept, dropped: int, gate: Gate | None) -> None:
     layer.__class__ = _logical(layer.__class__)
     layer.kept, layer.guarded, layer.gate = kept, True, gate
     layer.fixed = kept.fixed(layer.max_cache_len) if is_fixed(layer) else None
-    if isinstance(layer, DynamicSlidingWindowLayer):
+    if is_a(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length += dropped  # its own counter of the logical length
     layer.dropped = getattr(layer, "dropped", 0) + dropped
 
@@ -80,7 +80,17 @@ def gate_of(cache: Any) -> Gate | None:
 
 def is_fixed(layer: Any) -> bool:
     """Whether the layer is a static buffer that holds the whole sequence (its mask has a column for every slot)."""
-    return isinstance(layer, StaticLayer) and not isinstance(layer, StaticSlidingWindowLayer)
+    return is_a(layer, StaticLayer) and not is_a(layer, StaticSlidingWindowLayer)
+
+
+def is_a(layer: Any, kind: type) -> bool:
+    """`isinstance` for cache layers, which are abstract classes: asked of every layer in every call, and slow there."""
+    return _is_a(type(layer), kind)  # type: ignore[arg-type]
+
+
+@memoize
+def _is_a(cls: type, kind: type) -> bool:
+    return issubclass(cls, kind)
 
 
 def trim(layer: Any, index: Tensor, kept: Kept, dropped: int, gate: Gate | None) -> None:
@@ -97,11 +107,11 @@ def trim(layer: Any, index: Tensor, kept: Kept, dropped: int, gate: Gate | None)
         states = getattr(layer, name)
         at = index.to(states.device)[:, None, :, None]
         left = states.gather(2, at.expand(-1, states.shape[1], -1, states.shape[3]))
-        if isinstance(layer, StaticLayer):  # a buffer stays where it is, as compiled graphs need
+        if is_a(layer, StaticLayer):  # a buffer stays where it is, as compiled graphs need
             states[:, :, : index.shape[1]] = left
         else:
             setattr(layer, name, left)
-    if isinstance(layer, StaticLayer):
+    if is_a(layer, StaticLayer):
         layer.cumulative_length.sub_(dropped)
     record(layer, kept, dropped, gate)
 

@@ -258,7 +258,7 @@ class Prefill:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         kind: tuple[Any, ...] = (hidden.device, layer in self.recurrent, id(before), type(cache))
         if self.past or kv.is_fixed(cache):
-            kind += (getattr(cache, "max_cache_len", None), kv.stored(cache))
+            kind += (getattr(cache, "max_cache_len", None), self.stored(cache))
         key = (*kind, *map(id, kwargs.values()))
         made = self._made.get(key)
         if made is None:
@@ -288,7 +288,7 @@ class Prefill:
             if layer in self.recurrent and is_mask(name, value):
                 key, make = ("there", hidden.device), functools.partial(self._alive, hidden.device)
             elif is_mask(name, value):
-                key += (type(cache), getattr(cache, "max_cache_len", None), kv.stored(cache))
+                key += (type(cache), getattr(cache, "max_cache_len", None), self.stored(cache))
                 make = functools.partial(self._mask, before, value, cache, hidden)
             elif self.samples is not None and name.startswith(("cu_seq_lens_", "max_length_")):
                 make = functools.partial(self._lengths, name, value, hidden.device)
@@ -375,6 +375,10 @@ class Prefill:
         there = torch.ones_like(slots, dtype=torch.bool) if filled is None else filled
         gone = torch.ones_like(labels, dtype=torch.bool).scatter(1, slots, ~there)
         labels[:, 1:][gone[:, :-1]] = index
+
+    def stored(self, cache: Any) -> int:
+        """Entries that a layer's cache held before this call; a static one counts on the device."""
+        return kv.stored(cache) if self.past else 0
 
     # -- the cache ----------------------------------------------------------------------------------------------------
     def before(self, layer: int, cache: Any) -> Kept | None:

@@ -125,6 +125,7 @@ class Handle:
         self._traced = compiled.Traced(model, self._adapter, self._calls, prunes=bool(stages))
         self._pending: list[Pending] = []
         self._hooked: set[int] = set()
+        self._unhooked: list[int] = []
         self._gates: WeakSet[layers.Gate] = WeakSet()
         self._lock = threading.Lock()
         self._warned = False
@@ -315,8 +316,10 @@ class Handle:
         if gate is not None:
             gate.open = True
             self._gates.add(gate)
-            if len(self._hooked) < len(self._layers):  # layers that this pruner has no business with, but another had
-                self._hook_layers(i for i, c in enumerate(call.cache.layers) if kv.kept_of(c) is not None)
+            # Layers that this pruner has no business with, but another had.
+            found = [i for i in self._unhooked if kv.kept_of(kv.layer_of(call.cache, i)) is not None]
+            if found:
+                self._hook_layers(found)
         if states is not None and states.shape[1] > 1:  # one token is a decoding step
             call.run = self._begin(call, states, kwargs, call.cache)
         call.idle = call.run is None and gate is None and not call.nested
@@ -327,7 +330,7 @@ class Handle:
         encoded, placed = tuple(call.encoded.calls), tuple(call.encoded.placed)
         notes = call.encoded.notes.copy()
         call.encoded.clear()
-        length, past = states.shape[1], 0 if cache is None else int(cache.get_seq_length())
+        length, past = states.shape[1], kv.length_of(cache)
         real = real_tokens(given, states, past)
         if states.is_floating_point():
             blind = self._adapter is not None and ids is None and past == 0 and not encoded
@@ -400,6 +403,7 @@ class Handle:
             for i in set(numbers) - self._hooked:
                 self._undo.append(before_forward(self._layers[i], functools.partial(self._enter_layer, i)))
                 self._hooked.add(i)
+            self._unhooked = [i for i in range(len(self._layers)) if i not in self._hooked]
 
     def _enter_layer(self, i: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         if torch.compiler.is_compiling():
@@ -464,7 +468,7 @@ class Handle:
             if run.gate is not None:
                 self._gates.add(run.gate)
         if i in self._previous and run.replay is None:
-            self._taps.on(layer).arm(functools.partial(setattr, run, "states"), past=kv.stored(cache))
+            self._taps.on(layer).arm(functools.partial(setattr, run, "states"), past=run.stored(cache))
         if run.slots is None:
             return steps.arguments(i, args, kwargs, cache) or ((args, kwargs) if changed else None)
         return run.arguments(i, args, kwargs, cache)
@@ -496,7 +500,7 @@ class Handle:
                 args, kwargs = fold.arguments(args, kwargs, fold.back(args[0] if args else kwargs["hidden_states"]))
             with torch.no_grad():
                 states = probe(self._taps.on(layer), layer, args, kwargs)
-            past = kv.stored(cache)
+            past = run.stored(cache)
             if past:  # an earlier turn's keys are in the cache, which the probe does not touch
                 states = replace(states, key=torch.cat([cache.keys[:, :, :past], states.key], 2), past=past)
             run.states = states
