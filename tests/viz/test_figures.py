@@ -56,6 +56,16 @@ def test_right_and_wrong_answers_are_marked() -> None:
     assert legend(figure)[-2:] == ["right", "wrong"]
 
 
+def test_long_names_are_smaller_and_whole() -> None:
+    name = "pyramiddrop:keep=[0.5,0.25,0.125],layers=[2,10,20],mode=official"
+    runs = [[Compared(text, trace_of([ImageInfo((2, 2))], [3]))] for text in (name, "fastv")]
+    figure = plot_comparison(runs, SQUARE)
+    figure.draw_without_rendering()
+    titles = {ax.get_title(loc="left"): ax._left_title for ax in figure.axes}
+    boxes = {text: one.get_window_extent() for text, one in titles.items()}
+    assert boxes[name].x1 <= boxes["fastv"].x0 and titles[name].get_fontsize() < titles["fastv"].get_fontsize()
+
+
 def test_heat_maps_have_colour_bars_relative_to_the_mean() -> None:
     scores = np.array([[1.0, 1.0], [3.0, 3.0]])
     figure = plot_heat_maps({0: scores, 1: 10 * scores})

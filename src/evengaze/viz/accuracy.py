@@ -77,8 +77,8 @@ def plot_accuracy(lines: Mapping[str, Sequence[Point]], dense: float | None = No
         ends.update({p.keep: p.tokens for p in points})
     if dense is not None:
         ax.axhline(dense, color=INK, linewidth=1, linestyle=(0, (1, 2)))
-        ax.annotate(f"all tokens {dense:.1%}", (1, dense), (0, 3), ("axes fraction", "data"), "offset points",
-                    ha="right", fontsize=8, color=INK)  # fmt: skip
+        ax.annotate(f"all tokens {dense:.1%}", (0, dense), (4, 3), ("axes fraction", "data"), "offset points",
+                    ha="left", fontsize=8, color=INK)  # fmt: skip
     ax.set_xscale("log", base=2)
     ax.set_xticks(sorted(ends), [f"{100 * k:g} %\n{ends[k]:.1f}" for k in sorted(ends)])
     ax.xaxis.set_minor_locator(NullLocator())

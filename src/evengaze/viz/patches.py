@@ -202,6 +202,7 @@ def draw_panels(rows: Sequence[Sequence[Panel | None]], *, height: float = 3.1, 
     """
     widest = max(panel.canvas.aspect for row in rows for panel in row if panel is not None)
     width = max(2.5, height * widest) * len(rows[0])
+    room = width / len(rows[0]) - 0.15
     figure = new_figure(width, (height + 0.5) * len(rows) + (0.35 if heading else 0) + 0.3)
     if heading:
         shown, families = drawable(heading)
@@ -215,7 +216,7 @@ def draw_panels(rows: Sequence[Sequence[Panel | None]], *, height: float = 3.1, 
             canvas = panel.canvas
             kept = None if panel.kept is None else canvas.mask(panel.kept)
             canvas.draw(ax, kept, None if panel.recycled is None else canvas.mask(panel.recycled))
-            title(ax, panel.head, panel.detail, panel.right)
+            title(ax, panel.head, panel.detail, panel.right, room)
     _legend(figure, [panel for row in rows for panel in row if panel is not None])
     return figure
 

@@ -52,7 +52,7 @@ def save(figure: Figure, path: str | Path, formats: Sequence[str] = ()) -> list[
     return targets
 
 
-def title(ax: Any, text: str, detail: str = "", right: bool | None = None) -> None:
+def title(ax: Any, text: str, detail: str = "", right: bool | None = None, room: float | None = None) -> None:
     """A bold title flush left, with a quieter second line.
 
     Args:
@@ -60,18 +60,26 @@ def title(ax: Any, text: str, detail: str = "", right: bool | None = None) -> No
         text: the title.
         detail: the second line.
         right: put a mark for right or wrong in front of the title; None puts none.
+        room: inches; what is longer is written smaller, never cut.
     """
     mark = {None: "", True: "\u2713 ", False: "\u2717 "}[right]
     color = {None: INK, True: RIGHT, False: WRONG}[right]
     shown, families = drawable(mark + text)
+    size = _fitting(shown, 9.5, 0.72, room)
     ax.set_title(
-        shown, loc="left", fontsize=9.5, fontweight="bold", color=color, pad=17 if detail else 5, fontfamily=families
+        shown, loc="left", fontsize=size, fontweight="bold", color=color, pad=17 if detail else 5, fontfamily=families
     )
     if detail:
         shown, families = drawable(detail)
+        size = _fitting(shown, 8.0, 0.6, room)
         ax.annotate(
-            shown, (0, 1), (0, 4), "axes fraction", "offset points", fontsize=8, color=MUTED, fontfamily=families
+            shown, (0, 1), (0, 4), "axes fraction", "offset points", fontsize=size, color=MUTED, fontfamily=families
         )
+
+
+def _fitting(text: str, size: float, wide: float, room: float | None) -> float:
+    """A font size at which a text fits; characters are about `wide` times as wide as the font is high."""
+    return size if room is None else min(size, 72 * room / (wide * max(1, len(text))))
 
 
 def axes_of_plot(ax: Any, xlabel: str, ylabel: str) -> None:
