@@ -22,6 +22,20 @@ def refuse_decoder(decoder: nn.Module) -> None:
         raise UnsupportedModelError(reason)
 
 
+_BY_TYPE = {
+    "granite4_vision": "it adds features of its tower to the visual tokens between its layers, by a mask over the whole "
+    "prompt inside of its own forward, where the tokens that are left cannot be told from those that are not",
+    "unlimited_ocr": "its cache keeps the prompt and a window behind it in layers of a class of its own",
+}
+"""Types that cannot be pruned for a reason that their modules do not show."""
+
+
+def refuse_type(kind: str) -> None:
+    """Raise an UnsupportedModelError if a model type is known not to be prunable."""
+    if kind in _BY_TYPE:
+        raise UnsupportedModelError(f"{kind!r} cannot be pruned: {_BY_TYPE[kind]}.")
+
+
 def why_not_decoder(decoder: nn.Module) -> str | None:
     """The reason, None if there is none."""
     name = type(decoder).__name__
@@ -86,6 +100,7 @@ def refuse_format(config: Any, source: str = "") -> None:
     """Raise an UnsupportedModelError if a config is in a format that transformers' model class would misread, or that
     of a model around the one that can be pruned."""
     kind = getattr(config, "model_type", "?")
+    refuse_type(kind)
     other = instead_of(source)
     advice = f" Load {other} instead, the same weights in transformers' format." if other else ""
     architectures = getattr(config, "architectures", None) or ()

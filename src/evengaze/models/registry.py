@@ -17,7 +17,7 @@ from evengaze.errors import ConfigError, UnsupportedModelError
 from evengaze.layout import VisualLayout
 from evengaze.models.base import Adapter, Call, VisionTower, find_decoder
 from evengaze.models.generic import generic_for
-from evengaze.models.refusals import refuse_decoder
+from evengaze.models.refusals import refuse_decoder, refuse_type
 
 ENTRY_POINTS = "evengaze.adapters"
 
@@ -105,6 +105,7 @@ def adapter_for(model: nn.Module) -> Adapter:
         )
     adapter = adapter_for_type(config.model_type)
     if adapter is None:
+        refuse_type(config.model_type)
         adapter = generic_for(model)
     if adapter is None:
         reason = why_not(config)

@@ -87,7 +87,8 @@ def tiny(
     queue = iter(tokens)
     rows = [[next(queue) for _ in range(n)] for n in counts]
     if kind.by_row and inputs:
-        inputs = {"pixel_values": _stack_rows(inputs["pixel_values"], [sum(map(_tiles, row)) for row in rows])}
+        tiles = [sum(map(_tiles, row)) for row in rows]
+        inputs = {name: _stack_rows(values, tiles) for name, values in inputs.items()}
     inputs = {**prompts(rows, side=side, seed=seed), **inputs}
     if kind.types is not None:
         inputs[kind.types[0]] = kind.types[1](inputs["input_ids"])

@@ -18,6 +18,7 @@ from evengaze.testing.generic.parts import (
     OPENING,
     PLAIN_VISION,
     QWEN_VISION,
+    SEGMENTS,
     STILLS,
     WHOLE,
     WINDOWED_VISION,
@@ -46,18 +47,6 @@ GLM_MARKS: dict[str, Any] = {
     "video_start_token_id": OPENING,
     "video_end_token_id": CLOSING,
 }
-SEGMENTS = {
-    "hidden_size": 32,
-    "output_channels": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 256,
-    "patch_size": 16,
-    "window_size": 4,
-    "global_attn_indexes": [1],
-    "mlp_dim": 64,
-}
-"""A tiny tower of Segment Anything."""
 
 
 def rows_with_newlines(n: int, generator: torch.Generator) -> Pictures:

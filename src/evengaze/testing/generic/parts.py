@@ -96,6 +96,19 @@ Make = Callable[[dict[str, Any]], Any]
 Draw = Callable[[int, torch.Generator], Pictures]
 UNSET: Any = ...
 
+SEGMENTS = {
+    "hidden_size": 32,
+    "output_channels": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 256,
+    "patch_size": 16,
+    "window_size": 4,
+    "global_attn_indexes": [1],
+    "mlp_dim": 64,
+}
+"""A tiny tower of Segment Anything."""
+
 MARKS = ("mm_token_type_ids", token_types)
 STILLS = native("image", IMAGE_GRIDS)
 CLIPS = native("video", VIDEO_GRIDS)
