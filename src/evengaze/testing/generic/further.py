@@ -242,7 +242,12 @@ FURTHER: dict[str, Family] = {
             },
             out_hidden_size=128,
             projector_hidden_size=64,
-            audio_config={"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_hidden_layers": 4, "out_hidden_size": 64},
+            audio_config={
+                "hidden_sizes": [8] * 4,
+                "depths": [1] * 4,
+                "num_hidden_layers": 4,
+                "out_hidden_size": 64,
+            },
             **IDS,
         ),
         STILLS,
