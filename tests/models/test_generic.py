@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from evengaze.methods import get
 from evengaze.models import BUILT_IN, adapter_for
 from evengaze.models.base import EncoderCall
 from evengaze.models.features import encoded_pictures, newlines
 from evengaze.models.generic import Generic
 from evengaze.testing import families, tiny
 from evengaze.testing.generic import GENERIC
-from evengaze.testing.matrix import METHODS, check
-from models.helpers import layout
+from evengaze.testing.matrix import METHODS, check, greedy
 
 NAMES = families(generic=True)
 VIDEOS = families(generic=True, video=True)
@@ -36,9 +36,10 @@ def test_videos(family: str) -> None:
 def test_every_placeholder_is_a_candidate_or_a_newline(family: str) -> None:
     model, inputs = tiny(family, 2, GENERIC[family].implementations[0])
     assert family in BUILT_IN or isinstance(adapter_for(model), Generic)
-    found = layout(model, inputs)
-    assert found is not None
-    for row, ids in zip(found.rows, inputs["input_ids"], strict=True):
+    with get("fastv")(keep=10**6, layer=2)(model) as run:
+        greedy(model, inputs, 1)
+    assert run.trace is not None
+    for row, ids in zip(run.trace.layout.rows, inputs["input_ids"], strict=True):
         placed = (ids == 290).nonzero()[:, 0].tolist()
         assert set(row.position.tolist()) <= set(placed)
         assert len(row) == sum(i.cells * i.frames for i in row.images)

@@ -23,7 +23,7 @@ def refuse_decoder(decoder: nn.Module) -> None:
 
 
 _BY_TYPE = {
-    "granite4_vision": "it adds features of its tower to the visual tokens between its layers, by a mask over the whole "
+    "granite4_vision": "it adds features of its tower to visual tokens between its layers, by a mask over the whole "
     "prompt inside of its own forward, where the tokens that are left cannot be told from those that are not",
     "unlimited_ocr": "its cache keeps the prompt and a window behind it in layers of a class of its own",
 }
