@@ -90,7 +90,8 @@ class Conclusion:
         """In words; of the plain ranking, or of a debiased one."""
         said = []
         if self.even:
-            said.append(f"{_layers(self.even)}: even" + ("." if debiased else ". Rank by them as they are."))
+            so = "." if debiased else f". Rank by {_it(self.even)} as {_it(self.even, 'it is', 'they are')}."
+            said.append(f"{_layers(self.even)}: even{so}")
         for layers, where in ((self.bottom, "bottom"), (self.top, "top")):
             slight = tuple(layer for layer in layers if layer not in self.strong)
             strong = tuple(layer for layer in layers if layer in self.strong)
@@ -98,7 +99,9 @@ class Conclusion:
                 if some:
                     off = max(abs(self.off[layer]) for layer in some)
                     what = "still " if debiased else ""
-                    so = "" if debiased else " A curve changes little." if how else " Rank by them with a curve."
+                    so = (
+                        "" if debiased else " A curve changes little." if how else f" Rank by {_it(some)} with a curve."
+                    )
                     text = f"{what}{how}biased towards the {where} of the picture, by {off:.2f} of it at most."
                     said.append(f"{_layers(some)}: {text}{so}")
         if self.padding:
@@ -111,6 +114,10 @@ class Conclusion:
     def to_dict(self) -> dict[str, list[int]]:
         """JSON-able values."""
         return {name: list(getattr(self, name)) for name in ("even", "bottom", "top", "strong", "unsure", "padding")}
+
+
+def _it(numbers: tuple[int, ...], one: str = "it", many: str = "them") -> str:
+    return one if len(numbers) == 1 else many
 
 
 def _layers(numbers: tuple[int, ...]) -> str:

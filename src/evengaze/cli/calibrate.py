@@ -270,7 +270,10 @@ def bias(
         for name, row in rows.items():
             if "frames" in row:
                 terminal.echo(f"layer {name}, mean score by frame: {' '.join(f'{v:.2f}' for v in row['frames'])}")
-        terminal.echo("\n" + "\n".join(tables.lines(_advice(conclusion, model, images, method))))
+        terminal.echo(
+            "\n"
+            + "\n".join(tables.lines(conclusion.sentences() if after else _advice(conclusion, model, images, method)))
+        )
         if after:
             terminal.echo(f"\nDebiased with {debias}:")
             terminal.echo("\n".join(tables.lines(Conclusion.of(after).sentences(debiased=True))))

@@ -67,7 +67,8 @@ def demo(
     count = number if full else min(limit or _QUESTIONS, number)
     console.print(
         f"Embedded model: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {dtype_of(model)}; "
-        f"{count} questions, {len(settings())} settings and the dense model",
+        f"{count} questions about synthetic pictures (it knows no others), {len(settings())} settings and the dense "
+        "model",
     )
     columns = (terminal.Description(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=terminal.Screen(stderr=True), transient=True) as progress:
