@@ -23,6 +23,10 @@ class UnsupportedModelError(EvengazeError, TypeError):
     """No adapter matches the model, or the model cannot be pruned in principle."""
 
 
+class NoAdapterError(UnsupportedModelError):
+    """The model's family has visual tokens in its decoder, but no adapter that says where: one can be written."""
+
+
 class AttachError(EvengazeError, RuntimeError):
     """A pruner is already attached, the model cannot be tapped, or a pruned cache is used without a pruner."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from evengaze.cli import main, tables
@@ -48,7 +50,7 @@ def shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, w
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])
-@pytest.mark.parametrize("command", ["presets", "methods", "models"])
+@pytest.mark.parametrize("command", ["presets", "methods", "models", "benchmarks"])
 def test_lists_at_any_width(
     command: str, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,7 +59,12 @@ def test_lists_at_any_width(
     from evengaze.models import BUILT_IN
 
     out = shown(capsys, monkeypatch, width, "list", command)
-    known = {"presets": preset_names(), "methods": names(), "models": tuple(BUILT_IN)}[command]
+    from evengaze.evaluate.benchmarks import BENCHMARKS
+
+    out = out if command != "benchmarks" else out.partition("\n\n")[0]
+    known = {"benchmarks": tuple(BENCHMARKS), "presets": preset_names(), "methods": names(), "models": tuple(BUILT_IN)}[
+        command
+    ]
     firsts = {line.split()[0] for line in out.splitlines() if line.strip()}
     assert not set(known) - firsts
     assert max(map(len, out.splitlines())) <= width
@@ -87,3 +94,10 @@ def test_plan_at_any_width(width: int, capsys: pytest.CaptureFixture[str], monke
     out = shown(capsys, monkeypatch, width, "plan", "-m", NAME, "-m", "fastv:keep=12.5%")
     assert NAME in out and "576 -> 72 at layer 2" in " ".join(out.split())
     assert all(len(line) <= width or line == NAME for line in out.splitlines())
+
+
+def test_no_command_prints_a_table_of_another_kind() -> None:
+    import evengaze.cli
+
+    folder = Path(evengaze.cli.__file__).parent
+    assert not [path.name for path in folder.glob("*.py") if "rich.table" in path.read_text(encoding="utf-8")]

@@ -10,8 +10,6 @@ import typer
 from evengaze.cli import output, terminal
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from evengaze.demo.experiment import Result
 
 _QUESTIONS = 200
@@ -80,7 +78,7 @@ def demo(
         f"Calibrated on {calibration.samples} other pictures in {calibration.seconds:.0f} s: "
         f"{calibration.curve.trend.family} trend at layer {calibration.curve.origin.layer}",
     )
-    console.print(_table(result))
+    console.print(_table(result), soft_wrap=True)
     seconds = perf_counter() - start
     page = report.write(result, out, seconds)
     figures = json.dumps(report.to_dict(result, seconds), indent=1)
@@ -94,27 +92,28 @@ def demo(
         terminal.echo(f"Report: {page}")
 
 
-def _table(result: Result) -> Table:
-    from rich.table import Table
-
+def _table(result: Result) -> str:
+    from evengaze.cli import tables
     from evengaze.demo.report import difference, kept, points, rows
 
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    for head in ("kept", "setting", "%", "against dense", "against plain", "tokens", "s"):
-        table.add_column(head, justify="left" if head == "setting" else "right", no_wrap=True)
+    heads = ("%", "against dense", "against plain", "tokens", "s")
+    columns = [tables.name("kept"), tables.name("setting"), *map(tables.Column, heads)]
+    lines: list[list[str]] = []
     last = ""
     for row in rows(result):
         share = kept(row.cell)
         if last not in ("", share):
-            table.add_row()
-        table.add_row(
-            "" if share == last else share,
-            "dense" if row.cell is None else row.cell.label,
-            points(row.accuracy),
-            difference(row.against_dense),
-            difference(row.against_plain),
-            f"{row.average_tokens:.1f}",
-            f"{row.seconds:.0f}",
+            lines.append([])
+        lines.append(
+            [
+                "" if share == last else share,
+                "dense" if row.cell is None else row.cell.label,
+                points(row.accuracy),
+                difference(row.against_dense),
+                difference(row.against_plain),
+                f"{row.average_tokens:.1f}",
+                f"{row.seconds:.0f}",
+            ]
         )
         last = share
-    return table
+    return tables.table(columns, lines)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evengaze.cli import terminal
+from evengaze.cli import tables, terminal
 
 if TYPE_CHECKING:
     from evengaze.models.inspect import Diagnosis
@@ -35,7 +35,7 @@ def doctor(
 
     from evengaze.demo.model import FOLDER
     from evengaze.engine import selfcheck
-    from evengaze.errors import ConfigError, DataError, UnsupportedModelError
+    from evengaze.errors import ConfigError, DataError, NoAdapterError, UnsupportedModelError
     from evengaze.models.inspect import diagnose, skeleton
     from evengaze.models.loading import load_config
     from evengaze.models.refusals import instead_of
@@ -66,7 +66,7 @@ def doctor(
             terminal.echo(json.dumps({"model_type": config.model_type, "supported": False, "reason": reason}, indent=2))
         else:
             terminal.secho(f"Not supported: {reason}", fg=typer.colors.RED)
-            if "no adapter" in reason:
+            if isinstance(error, NoAdapterError):
                 terminal.echo(f"\n# An adapter to fill in:\n\n{skeleton(config.model_type)}")
         raise typer.Exit(1) from None
     if as_json:
@@ -79,18 +79,14 @@ def _every_type(as_json: bool) -> None:
     import json
     from dataclasses import asdict
 
-    from rich.table import Table
-
     from evengaze.models.support import all_support
 
     found = list(all_support())
     if as_json:
         terminal.echo(json.dumps([asdict(row) for row in found], indent=2))
         return
-    table = Table("model type", "pruning", "adapter, or why not", box=None, padding=(0, 2, 0, 0))
-    for row in found:
-        table.add_row(row.model_type, row.how, row.adapter or row.reason)
-    terminal.Screen().print(table)
+    columns = [tables.name("model type"), tables.name("pruning"), tables.text("adapter, or why not")]
+    terminal.echo(tables.table(columns, [[row.model_type, row.how, row.adapter or row.reason] for row in found]))
     counts = {how: sum(row.how == how for row in found) for how in ("checked", "generic", "refused")}
     terminal.echo(f"{len(found)} types: " + ", ".join(f"{n} {how}" for how, n in counts.items()))
 
@@ -114,31 +110,27 @@ def _as_dict(found: Diagnosis) -> dict[str, Any]:
 
 def _show(found: Diagnosis, distance: float) -> None:
     import transformers
-    from rich.table import Table
 
     from evengaze import compat
     from evengaze.models.support import how_supported
 
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_row("model type", found.model_type)
+    rows = [("model type", found.model_type)]
     known = {
         "checked": "a tiny model of this type passes the family matrix",
         "generic": "not tried before: pruning is checked at the first prompt, geometry is inferred",
     }
-    table.add_row("adapter", f"{found.adapter.name} ({known[how_supported(found.model_type)]})")
-    table.add_row("decoder layers", f"{found.layers} ({found.depth})")
+    rows.append(("adapter", f"{found.adapter.name} ({known[how_supported(found.model_type)]})"))
+    rows.append(("decoder layers", f"{found.layers} ({found.depth})"))
     if not found.full:
-        table.add_row("rank at", "no layer attends to the whole sequence: rankings see a sliding window only")
+        rows.append(("rank at", "no layer attends to the whole sequence: rankings see a sliding window only"))
     elif len(found.full) < found.depth:
         after = ", ".join(str(i + 1) for i in found.full if i + 1 < found.depth)
-        table.add_row("rank at", f"layers {', '.join(map(str, found.full))} attend to everything: use layer={after}")
+        rows.append(("rank at", f"layers {', '.join(map(str, found.full))} attend to everything: use layer={after}"))
     kept = ", ".join(found.attention) or "none: the model's attention does not go through transformers' interface"
-    table.add_row("attention", kept)
-    table.add_row("padding", found.adapter.padding)
+    rows.append(("attention", kept))
+    rows.append(("padding", found.adapter.padding))
     for k, limit in enumerate(found.cannot):
-        table.add_row("" if k else "does not work", limit)
-    table.add_row("transformers", f"{transformers.__version__}: {compat.untested() or 'tested'}")
-    table.add_row("self-check", f"passed: a pruned tiny decoder equals a masked one within {distance:.0e}")
-    terminal.Screen().print(table)
+        rows.append(("" if k else "does not work", limit))
+    rows.append(("transformers", f"{transformers.__version__}: {compat.untested() or 'tested'}"))
+    rows.append(("self-check", f"passed: a pruned tiny decoder equals a masked one within {distance:.0e}"))
+    terminal.echo(tables.pairs(rows))

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from evengaze.cli import terminal
+from evengaze.cli import tables, terminal
 from evengaze.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -83,10 +82,9 @@ def list_benchmarks(
         terminal.echo(terminal.as_json(items))
         return
     console = terminal.Screen()
-    table = Table("name", "split", "metric", "ready to" if data else "files")
-    for item in items:
-        table.add_row(item["name"], item["split"], item["metric"], _readiness(item))
-    console.print(table)
+    columns = [tables.name("name"), *map(tables.text, ("split", "metric", "ready to" if data else "files"))]
+    rows = [[item["name"], item["split"], item["metric"], _readiness(item)] for item in items]
+    terminal.echo(tables.table(columns, rows))
     for item in items:
         wanted = [entry for entry in item["files"] if not entry.get("present", False)]
         if wanted:

@@ -97,6 +97,7 @@ class Adapter:
         limits: in words, what does not work with the family (apart from dropping patches in its tower).
         mixes: in words, what happens to patches between the tower and the decoder, if it is more than a projection.
         reads_ahead: whether the text of a prompt attends to what stands behind it.
+        flash: whether flash attention can express the family's attention, pruned or not.
     """
 
     name: ClassVar[str]
@@ -105,6 +106,7 @@ class Adapter:
     limits: ClassVar[tuple[str, ...]] = ()
     mixes: ClassVar[str] = "what a patch of the vision tower becomes in the decoder is not known"
     reads_ahead: ClassVar[bool] = False
+    flash: ClassVar[bool] = True
 
     def decoder(self, model: nn.Module) -> nn.Module:
         """The module whose `layers` the engine hooks."""

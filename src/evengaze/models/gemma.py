@@ -23,6 +23,7 @@ class PaliGemma(Adapter):
         "flash attention: it cannot express bidirectional attention among a prompt's images, pruned or not",
     )
     reads_ahead: ClassVar[bool] = True
+    flash: ClassVar[bool] = False
 
     def grid(self, config: Any, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of visual tokens of a picture."""

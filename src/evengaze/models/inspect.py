@@ -111,7 +111,7 @@ def _attention(model: Any, adapter: Adapter) -> tuple[str, ...]:
         return ()
     found = ["eager"]
     for name, flag in (("sdpa", "sdpa"), ("flash_attention_2", "flash_attn"), ("flex_attention", "flex_attn")):
-        blocked = any(limit.startswith("flash attention") for limit in adapter.limits) and name.startswith("flash")
+        blocked = flag == "flash_attn" and not adapter.flash
         if getattr(cls, f"_supports_{flag}", False) and not blocked:
             found.append(name)
     return tuple(found)
@@ -124,8 +124,8 @@ def _line(error: Exception) -> str:
 def _tower(adapter: Adapter, model: nn.Module) -> tuple[str, ...]:
     try:
         adapter.vision_tower(model)
-    except UnsupportedModelError as error:
-        return (f"dropping patches in the vision tower: {str(error).partition(': ')[2]}",)
+    except UnsupportedModelError:
+        return (f"dropping patches in the vision tower: {adapter.mixes}. Prune in the decoder instead.",)
     return ()
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from evengaze.errors import ConfigError, UnsupportedModelError
+from evengaze.errors import ConfigError, NoAdapterError, UnsupportedModelError
 from evengaze.layout import VisualLayout
 from evengaze.models.base import Adapter, Call, VisionTower, find_decoder
 from evengaze.models.generic import generic_for
@@ -95,8 +95,7 @@ def adapter_for(model: nn.Module) -> Adapter:
     A text decoder without a vision side gets a `BareDecoder`, which needs an explicit layout.
 
     Raises:
-        UnsupportedModelError: no adapter matches, or the family cannot be pruned in principle
-            for it.
+        UnsupportedModelError: the family cannot be pruned in principle, or (`NoAdapterError`) no adapter matches.
     """
     config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", None) is None:
@@ -108,27 +107,27 @@ def adapter_for(model: nn.Module) -> Adapter:
         refuse_type(config.model_type)
         adapter = generic_for(model)
     if adapter is None:
-        reason = why_not(config)
-        if reason is not None:
-            raise UnsupportedModelError(reason)
+        refusal = why_not(config)
+        if refusal is not None:
+            raise refusal
         find_decoder(model)
         adapter = BareDecoder()
     refuse_decoder(adapter.decoder(model))
     return adapter
 
 
-def why_not(config: Any) -> str | None:
+def why_not(config: Any) -> UnsupportedModelError | None:
     """Why a config without an adapter cannot be served; None if it is a plain text decoder."""
     kind, text = config.model_type, config.get_text_config()
     if getattr(text, "cross_attention_layers", None):
-        return (
+        return UnsupportedModelError(
             f"{kind!r} feeds its images to cross-attention layers: there are no visual tokens in the decoder's "
             "sequence, so there is nothing to prune in it."
         )
     if getattr(config, "is_encoder_decoder", False):
-        return f"{kind!r} is an encoder-decoder; only decoder-only models can be pruned."
+        return UnsupportedModelError(f"{kind!r} is an encoder-decoder; only decoder-only models can be pruned.")
     if text is not config or getattr(config, "vision_config", None) is not None:
-        return (
+        return NoAdapterError(
             f"no adapter for config.model_type {kind!r}. Looked for it in evengaze.models.register(), in the entry "
             f"points {ENTRY_POINTS!r} and among the built-in families ({', '.join(sorted(BUILT_IN))}). Write an "
             "Adapter subclass (`evengaze doctor MODEL` prints a skeleton) and pass it to evengaze.models.register()."
