@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ def read_xlsx(path: Path, required: Sequence[str]) -> list[dict[str, Any]]:
     try:
         book = _openpyxl().load_workbook(path, read_only=True, data_only=True)
         lines = list(book.worksheets[0].iter_rows(values_only=True))
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
+    except Exception as error:  # damaged archives and XML raise whatever their readers stumble over
         raise DataError(f"{path} is not a readable xlsx file: {error}. Write it again.") from error
     header = [str(cell) for cell in lines[0]] if lines else []
     absent = [name for name in required if name not in header]
