@@ -170,6 +170,16 @@ def test_huge_pictures_get_advice_that_helps(tmp_path: Path, monkeypatch: pytest
         session.read_pictures([tmp_path / "huge.png"])
 
 
+def test_large_pictures_are_read_and_pillows_alarm_is_put_into_words(
+    scene: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Image.open(scene) as picture:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", picture.width * picture.height * 2 // 3)
+    given = ("run", "-i", scene, "-p", "what is it?", "-m", "fastv:keep=9", "--max-new-tokens", 1)
+    code, _, err = call(capsys, *given)
+    assert code == 0 and "very many pixels" in err and "attack" not in err
+
+
 def test_files_are_never_replaced_without_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from evengaze.cli import session
 

@@ -77,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _warn(message: Warning | str, *where: object, **more: object) -> None:
     """A warning as one line, without the place in the code that it comes from."""
+    if type(message).__name__ == "DecompressionBombWarning":  # Pillow's, which speaks of an attack
+        message = "a picture has very many pixels; models see about a thousand a side, so a smaller copy is quicker"
     output.warn(message)
 
 

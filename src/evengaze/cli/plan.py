@@ -42,19 +42,20 @@ def plan(
     Nothing is loaded and nothing is timed: for what a machine makes of it, see `evengaze profile`. FLOPs are those of
     the decoder's prefill; the vision tower's come on top, the same for all methods that do not prune in it.
     """
-    from evengaze.cli import session
     from evengaze.errors import ConfigError
+    from evengaze.methods import parse, split
     from evengaze.methods import spec as spelled
-    from evengaze.methods import split
     from evengaze.profile.plan import picture_tokens
     from evengaze.profile.plan import plan as costs_of
     from evengaze.schedule import DecoderShape, solve_for_budget
 
-    pruners = {one: session.method(one) for one in split(methods or [DEFAULT])}
+    pruners = {one: parse(one) for one in split(methods or [DEFAULT])}
     shape, layers = DecoderShape(), _LAYERS
     if model is None:
         visual = visual or _VISUAL
     else:
+        from evengaze.cli import session
+
         config = session.config_of(model, revision)
         shape, layers = DecoderShape.from_config(config), int(config.get_text_config().num_hidden_layers)
         visual = visual or picture_tokens(config)
@@ -66,7 +67,7 @@ def plan(
     if budget is not None:
         solved = [solve_for_budget(one, budget, layers=layers, visual=visual) for one in pruners.values()]
         pruners = {spelled(one): one for one in solved}
-    every = {"dense": session.method("dense"), **pruners}
+    every = {"dense": parse("dense"), **pruners}
     costs = costs_of(every, shape, layers, visual, text, entry_bytes=cache_bits / 8)
     if as_json:
         found = {"layers": layers, "visual": visual, "text": text, "methods": [one.to_dict() for one in costs]}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evengaze.cli import tables, terminal
+from evengaze.cli import output, tables, terminal
 from evengaze.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,6 +47,9 @@ def score(
     from evengaze.evaluate.scoring import score_file
     from evengaze.files import write_whole
 
+    for path in (out, submission):
+        if path is not None:
+            output.replaces(path)
     options = ScoreOptions(
         rule=rule,
         consistency=consistency,

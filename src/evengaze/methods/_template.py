@@ -3,7 +3,6 @@
 `evengaze run --plugin FILE.py --method norm:keep=64`, or `FILE:Norm:keep=64`, uses it from the command line. In this
 package, the module's name also goes into the list in `registry.py`.
 
-
 It keeps the tokens with the largest hidden states, a signal that needs no attention at all. Where yours comes from
 (paper, equation, upstream file) belongs here.
 """
