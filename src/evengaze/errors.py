@@ -19,6 +19,10 @@ class LayoutWarning(UserWarning):
     """It cannot be known whether a call has visual tokens."""
 
 
+class QuestionWarning(UserWarning):
+    """Prompt and answer in one call do not give what generating the answer gives."""
+
+
 class UnsupportedModelError(EvengazeError, TypeError):
     """No adapter matches the model, or the model cannot be pruned in principle."""
 

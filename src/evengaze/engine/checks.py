@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from torch import nn
 
 from evengaze.engine.attention import attention_module, implementation_of
-from evengaze.errors import AttachError, ConfigError, LayoutWarning, NothingPrunedError
+from evengaze.errors import AttachError, ConfigError, LayoutWarning, NothingPrunedError, QuestionWarning
 from evengaze.models.base import attending_layers
 from evengaze.protocol import Method, Stage
 
@@ -72,6 +72,17 @@ def check_lending(pruner: Method, stages: Sequence[Stage], lending: Collection[i
             f"of layers {', '.join(map(str, sorted(lending)))}, which still hold them. The last layer that works is "
             f"{min(lending)}."
         )
+
+
+def warn_answers(pruner: Method) -> None:
+    """Warn that an answer which is read together with its prompt sees more than one that is generated."""
+    warnings.warn(
+        f"{pruner.name} drops tokens from the caches of layers that have read them. Where prompt and answer are one "
+        "call, these layers show the answer the whole picture: the tokens kept are those of generate(), but the "
+        "answer's logits are not the same. Use a method without trims_below where they have to be (RL, likelihoods).",
+        QuestionWarning,
+        stacklevel=2,
+    )
 
 
 def warn_blind(model: nn.Module, pruner: Method) -> None:

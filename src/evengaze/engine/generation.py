@@ -48,6 +48,16 @@ class Request:
         return value if isinstance(value, Tensor) and value.dim() >= 2 else None
 
     @property
+    def cache(self) -> Any:
+        """The cache that the call goes on with; None without one."""
+        return cache_in((), self._given)
+
+    @property
+    def brings_pictures(self) -> bool:
+        """Whether it is given pictures."""
+        return brings_pictures(self._given)
+
+    @property
     def drafted_from(self) -> int | None:
         """Length of the prompt if candidates of a draft may follow it in the first forward call; None if none do."""
         drafts = self.assistant is not None or self.option("prompt_lookup_num_tokens") is not None

@@ -235,6 +235,18 @@ def questions(layout: VisualLayout, real: Tensor | None, length: int, known: Clu
     return tuple(found)
 
 
+def answered_in(asked: Questions, real: Tensor | None, known: Clues, length: int) -> bool:
+    """Whether a call holds tokens behind a prompt that belong to the same sample: its answer, or a later turn."""
+    samples = _host(known.samples, len(asked))
+    for b, row in enumerate(asked):
+        order = torch.arange(length) if real is None else real[b].nonzero()[:, 0]
+        for question in row:
+            later = order[order > question.query][:1]
+            if len(later) and (samples is None or bool(samples[b, later] == samples[b, question.query])):
+                return True
+    return False
+
+
 def _ends_in_picture(layout: VisualLayout, real: Tensor | None, length: int) -> bool:
     for b, table in enumerate(layout.rows):
         if len(table):

@@ -13,7 +13,7 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
@@ -33,7 +33,8 @@ from evengaze.engine.generation import Request, brings_pictures, refuse_packing
 from evengaze.engine.intercept import Mark, before_forward, behind_forward, intercept, put
 from evengaze.engine.masks import read_prompt, real_tokens
 from evengaze.engine.prefill import Prefill, restored
-from evengaze.engine.question import Said, check_said, clues, questions, said_of
+from evengaze.engine.question import Said, answered_in, check_said, clues, questions, said_of
+from evengaze.engine.rerank import ranked_anew
 from evengaze.engine.rotary import Rotary, Served
 from evengaze.engine.sharing import Fold, borrowed, lenders
 from evengaze.engine.tap import Taps, probe
@@ -61,6 +62,7 @@ class Handle:
         pruner: the method.
         layout: where the visual tokens are; found by the family's adapter if left out.
         question: where prompts end, if not at the end of their calls; see `Pruner.__call__`.
+        rerank: let a later turn of a conversation rank anew, by its own question; see `Pruner.__call__`.
         freeze: without a cache, every token of a generation repeats the prefill; repeat the first one's selection then
             (as a cache would), or rank anew each time.
 
@@ -80,6 +82,7 @@ class Handle:
         layout: VisualLayout | None = None,
         *,
         question: Said = None,
+        rerank: bool = False,
         freeze: bool = True,
     ) -> None:
         wrapper, model = model, compiled.inner(model)
@@ -88,7 +91,7 @@ class Handle:
         self.model, self.pruner = model, pruner
         self.trace: Trace | None = None
         self.traces: deque[Trace] = deque(maxlen=_TRACES)
-        self._layout, self._freeze = layout, freeze
+        self._layout, self._rerank, self._freeze = layout, rerank, freeze
         self.question = question
         self._adapter: Adapter | None = None if layout is not None else adapter_for(model)
         if isinstance(self._adapter, BareDecoder):
@@ -128,7 +131,7 @@ class Handle:
         self._unhooked: list[int] = []
         self._gates: WeakSet[layers.Gate] = WeakSet()
         self._lock = threading.Lock()
-        self._warned = False
+        self._warned = self._told = False
         self._unseen = isinstance(self._adapter, Generic)
         self._shared = Shared(lambda: self._encoded().notes, lambda: self._calls.alive().own)
         self._undo: list[Callable[[], Any]] = []
@@ -249,7 +252,10 @@ class Handle:
             trims = any(stage.trims_below for _, stage in self._stages.values())
             ahead = self._adapter is not None and self._adapter.reads_ahead
             request.check(self.pruner, self._decoder, self._layers, trims=trims, ahead=ahead)
-        with self._calls.generate(request):
+        with (
+            ranked_anew(request, pictures=self._adapter is not None) if self._rerank else nullcontext(),
+            self._calls.generate(request),
+        ):
             yield
 
     def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
@@ -360,10 +366,15 @@ class Handle:
         known = clues(
             kwargs, call, length=length, masked=given is not None, past=past, said=said_of(self.question, ids, past)
         )
+        asked = None if frozen is not None else questions(VisualLayout(rows), padded, length, known)
+        trims = any(stage.trims_below for _, stage in self._stages.values())
+        if trims and asked is not None and not self._told and answered_in(asked, padded, known, length):
+            self._told = True
+            checks.warn_answers(self.pruner)
         return Prefill(
             layout=VisualLayout(rows),
             padded=padded,
-            asked=None if frozen is not None else questions(VisualLayout(rows), padded, length, known),
+            asked=asked,
             samples=known.samples_of(states),
             real=real,
             inputs=states,

@@ -232,7 +232,14 @@ class Pruner(ABC):
         return debiased(debias, raw, view, official=self.mode == "official")
 
     # -- use ----------------------------------------------------------------------------------------------------
-    def __call__(self, model: nn.Module, *, layout: VisualLayout | None = None, question: Said = None) -> Handle:
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        layout: VisualLayout | None = None,
+        question: Said = None,
+        rerank: bool = False,
+    ) -> Handle:
         """Attach to a model; use the result as a context manager, or call its `remove()`.
 
         Args:
@@ -240,11 +247,15 @@ class Pruner(ABC):
             layout: where the visual tokens are; found by the family's adapter if left out.
             question: where prompts end, if prompt and answer are one call and no `labels` or `logits_to_keep` say it:
                 the number of tokens of the prompt (one for all rows or one for each, batch padding in front counted
-                in), a (B, L) bool mask of the tokens that ask, or a function of the (B, L) token ids that gives either
-                for each call. `handle.question` may be set anew between calls. See docs/training.md.
+                in), a (B, L) bool mask of the tokens that ask, a function of the (B, L) token ids that gives either for
+                each call, or "logits_to_keep": the first token whose logits are asked for ends the prompt.
+                `handle.question` may be set anew between calls. See docs/training.md.
+            rerank: whether a later turn in `generate` with the cache of earlier ones ranks their pictures anew, by its
+                own question. It reads the whole conversation again, and so needs all of its pictures again. By default
+                a picture's tokens stay as the first question chose them.
         """
         selfcheck.ensure()
-        handle = Handle(model, self, layout, question=question)
+        handle = Handle(model, self, layout, question=question, rerank=rerank)
         method: Any = handle.pruner  # this one, or the same at layers that attend
         if self.debiasing is not None and method.stages(handle.depth):
             layer = method.ranked_layer(handle.depth)
@@ -285,7 +296,14 @@ def _one_of(cls: type, name: str, allowed: Sequence[Any]) -> None:
         raise ConfigError(f"{cls.__qualname__}: {name} must be one of {known}, not {value!r}")
 
 
-def attach(model: nn.Module, pruner: Pruner, *, layout: VisualLayout | None = None, question: Said = None) -> Handle:
+def attach(
+    model: nn.Module,
+    pruner: Pruner,
+    *,
+    layout: VisualLayout | None = None,
+    question: Said = None,
+    rerank: bool = False,
+) -> Handle:
     """Prune a model's visual tokens from now on, until the returned handle is removed.
 
     Args:
@@ -294,6 +312,7 @@ def attach(model: nn.Module, pruner: Pruner, *, layout: VisualLayout | None = No
         layout: where the visual tokens are, for a bare decoder or an unknown family; found by the family's adapter if
             left out.
         question: where prompts end, if not at the end of their calls; see `Pruner.__call__`.
+        rerank: whether later turns in `generate` rank anew; see `Pruner.__call__`.
 
     Raises:
         AttachError: the model is attached already, or its attention cannot be read.
@@ -301,4 +320,4 @@ def attach(model: nn.Module, pruner: Pruner, *, layout: VisualLayout | None = No
         ConfigError: the method's stages do not fit the model.
         IncompatibleReleaseError: pruning does not work with the installed transformers.
     """
-    return pruner(model, layout=layout, question=question)
+    return pruner(model, layout=layout, question=question, rerank=rerank)

@@ -25,9 +25,16 @@ from evengaze.protocol import Mode
 class _Recompute(Pruner):
     mode: Mode = field(default="official", kw_only=True)
 
-    def __call__(self, model: nn.Module, *, layout: VisualLayout | None = None, question: Said = None) -> Handle:
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        layout: VisualLayout | None = None,
+        question: Said = None,
+        rerank: bool = False,
+    ) -> Handle:
         """Attach to a model, to rank anew in each call of a generation."""
-        return Handle(model, self, layout, question=question, freeze=False)
+        return Handle(model, self, layout, question=question, rerank=rerank, freeze=False)
 
 
 @register
