@@ -30,6 +30,20 @@ process_results: !function tiny_pope.results
 metric_list:
 - {{metric: exact, aggregation: mean, higher_is_better: true}}
 """
+CHOICES = """
+dataset_path: parquet
+dataset_kwargs:
+  data_files: {{test: {data}}}
+task: tiny_choices
+test_split: test
+output_type: multiple_choice
+doc_to_visual: !function tiny_pope.visual
+doc_to_text: !function tiny_pope.text
+doc_to_choice: ["yes", "no", "maybe"]
+doc_to_target: 0
+metric_list:
+- {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
 CODE = """
 from io import BytesIO
 from PIL import Image
@@ -61,11 +75,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pq.write_table(pa.Table.from_pylist(rows), root / "test.parquet")
     (root / "tasks").mkdir()
     (root / "tasks" / "tiny_pope.yaml").write_text(TASK.format(data=root / "test.parquet"))
+    (root / "tasks" / "tiny_choices.yaml").write_text(CHOICES.format(data=root / "test.parquet"))
     (root / "tasks" / "tiny_pope.py").write_text(CODE)
     return root
 
 
-def evaluate(place: Path, model_args: str, **options: Any) -> Any:
+def evaluate(place: Path, model_args: str, task: str = "tiny_pope", **options: Any) -> Any:
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
@@ -73,7 +88,7 @@ def evaluate(place: Path, model_args: str, **options: Any) -> Any:
     return simple_evaluate(
         model="evengaze",
         model_args=f"pretrained={place / 'model'},device=cpu,{model_args}",
-        tasks=["tiny_pope"],
+        tasks=[task],
         task_manager=tasks,
         log_samples=True,
         **options,
@@ -117,6 +132,22 @@ def test_the_response_cache_tells_settings_apart(place: Path, tmp_path: Path) ->
         for arguments in ("method=none", "method=fastv,keep=4", "method=fastv,keep=4"):
             evaluate(place, arguments, batch_size=4, use_cache=str(tmp_path / "cache"))
     assert sum(asked) == 16
+
+
+def test_options_are_compared_by_their_likelihoods(place: Path) -> None:
+    result = evaluate(place, "method=fastv,keep=4", "tiny_choices", force_simple=True)
+    samples = result["samples"]["tiny_choices"]
+    assert len(samples) == 8 and all(len(sample["resps"]) == 3 for sample in samples)
+    losses = [float(loss) for sample in samples for ((loss, _),) in sample["resps"]]
+    assert min(losses) > 0 and len(set(losses)) > 8
+    best = [min(range(3), key=lambda k: float(sample["resps"][k][0][0])) for sample in samples]
+    accuracy = next(v for k, v in result["results"]["tiny_choices"].items() if k.startswith("acc,"))
+    assert accuracy == best.count(0) / 8
+
+
+def test_older_tasks_of_generation_give_the_same_answers(place: Path) -> None:
+    simple = evaluate(place, "method=fastv,keep=4", batch_size=2, force_simple=True)
+    assert len(answers(simple)) == 8
 
 
 def test_wrong_parameters_are_refused(place: Path) -> None:

@@ -3,6 +3,9 @@
     lmms_eval --model evengaze --tasks pope \\
         --model_args pretrained=llava-hf/llava-1.5-7b-hf,method=fastv,keep=128,layer=2,debias=llava-1.5-7b/fastv
 
+Tasks that compare likelihoods (output types multiple_choice and loglikelihood) need ``--force_simple``: lmms-eval hands
+chat models tasks of generation only.
+
 Everything that changes answers travels in ``--model_args``, because lmms-eval keeps answers in a cache under that
 string. A curve file's content is not part of it: give a changed curve another name.
 """
@@ -14,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from loguru import logger
@@ -23,6 +26,7 @@ from tqdm import tqdm
 from evengaze.errors import ConfigError
 from evengaze.evaluate.benchmarks.types import Record
 from evengaze.evaluate.conversation import Style, render
+from evengaze.evaluate.likelihood import likelihood
 from evengaze.evaluate.media import as_rgb, open_media
 from evengaze.evaluate.predictor import ModelSpec, Predictor
 from evengaze.evaluate.runner import rank_and_world
@@ -33,7 +37,8 @@ _PASSED_ON = ("max_new_tokens", "num_beams", "temperature", "top_p", "top_k", "d
 
 def manifest() -> ModelManifest:
     """What the entry point gives to lmms-eval."""
-    return ModelManifest(model_id="evengaze", chat_class_path="evengaze.evaluate.lmms_eval.Evengaze")
+    here = "evengaze.evaluate.lmms_eval"
+    return ModelManifest("evengaze", simple_class_path=f"{here}.EvengazeSimple", chat_class_path=f"{here}.Evengaze")
 
 
 def pruner_of(method: str, parameters: dict[str, Any]) -> Pruner:
@@ -183,12 +188,52 @@ class Evengaze(lmms):  # type: ignore[misc]
         return [(_cut(text, stops), trace) for text, trace in answers]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Not offered: pruning depends on the question, not on the continuations that would be compared."""
-        raise NotImplementedError("evengaze answers generation tasks only (output_type: generate_until)")
+        """Offered by `EvengazeSimple`: lmms-eval asks chat models for nothing but generation."""
+        raise NotImplementedError("tasks that compare likelihoods need --force_simple")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Not offered."""
         raise NotImplementedError("evengaze answers single-round tasks only (output_type: generate_until)")
+
+
+class EvengazeSimple(Evengaze):
+    """The same for lmms-eval's older kind of tasks, with ``--force_simple``: likelihoods, and generation."""
+
+    is_simple = True
+
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """For each request the answer's loss, and whether greedy decoding gives it.
+
+        lmms-eval calls it a log-likelihood, and takes the option with the smallest one: its own models return the mean
+        negative log-probability of the answer's tokens, and so does this. Pairs are wrapped, as lmms-eval 0.7 makes
+        text of bare ones, which its metrics cannot read.
+        """
+        found = []
+        for request in tqdm(requests, disable=self._rank != 0, desc="evengaze"):
+            context, target, *where = request.args
+            images: list[Any] = []
+            if where:  # options without their context (mutual information) have no picture either
+                to_visual, doc, task, split = where
+                record = self.task_dict[task][split][doc]
+                target = target(record) if callable(target) else target
+                images = [self._picture(picture, task) for picture in to_visual(record) or ()]
+            content = [{"type": "image"} for _ in images] + [{"type": "text", "text": context}]
+            prompt = self._text([{"role": "user", "content": content}])
+            media = {"images": [images[0] if len(images) == 1 else images]} if images else {}
+            said = likelihood(self.predictor, prompt, str(target), media, self.pruner)
+            found.append(GenerationResult((said.loss, said.greedy)))
+        return found
+
+    def _prepare(self, request: Instance) -> tuple[str, list[Any], list[Any], dict[str, Any]]:
+        context, generation, to_visual, doc, task, split = request.args
+        images = [self._picture(picture, task) for picture in to_visual(self.task_dict[task][split][doc]) or ()]
+        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": context}]
+        return self._text([{"role": "user", "content": content}]), images, [], dict(generation)
+
+    def _picture(self, picture: Any, task: str) -> Any:
+        if not hasattr(picture, "convert"):
+            raise ConfigError(f"task {task} has other input than pictures; run it without --force_simple")
+        return as_rgb(picture, official=self.predictor.spec.official)
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
