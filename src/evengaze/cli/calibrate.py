@@ -316,7 +316,7 @@ def _warn_of_misuse(steps: Debias | dict[int, Debias] | None, found: Observation
 
 def _table(title: str, before: Mapping[int, Mapping[str, Measure]], after: Mapping[int, Any]) -> str:
     """One line a layer, and one for it debiased; what is off is off what no bias would give."""
-    from evengaze.calibration.conclude import keeps_padding, verdict
+    from evengaze.calibration.conclude import STRONG, keeps_padding, verdict
 
     video = any("spearman_frame" in measures for measures in before.values())
     heads = [
@@ -331,6 +331,8 @@ def _table(title: str, before: Mapping[int, Mapping[str, Measure]], after: Mappi
     def cells(name: str, measures: Mapping[str, Measure]) -> list[str]:
         said = verdict(measures)
         where = {"even": "even", "unsure": "too few to tell"}.get(said, said)
+        if where == said != "even" and abs(measures["kept_index"].value - measures["kept_index"].even) <= STRONG:
+            where = f"slightly {said}"
         return [
             name,
             _spread(measures.get("sigma")),

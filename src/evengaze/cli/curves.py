@@ -96,11 +96,12 @@ def _described(curve: Curve) -> list[tuple[str, str]]:
     """A curve in words: what it is, what it was measured on, how good it is."""
     origin, summary = curve.origin, dict(curve.summary)
     architecture = f"({origin.architecture})" if origin.architecture else ""
+    where = f"of layer {origin.layer}" if origin.layer is not None else "of any layer"
     also = f"; trends of layers {', '.join(map(str, curve.layers))} are in the file, too" if curve.layers else ""
     lines = [
         ("trend", f"{curve.trend.family}{f', {curve.fit} fit' if curve.fit else ''}"),
         ("last/first", f"{_ratio(curve.trend)}: how much more the last place gets than the first"),
-        ("ranking", f"{origin.method or 'any method'}, {origin.target}, attention of layer {origin.layer}{also}"),
+        ("ranking", f"{origin.method or 'any method'} by {_TARGET.get(origin.target, origin.target)} {where}{also}"),
         ("model", " ".join(filter(None, (origin.model, origin.revision, architecture)))),
         ("data", origin.data + (f", {origin.samples} samples" if origin.samples else "")),
     ]
@@ -111,6 +112,7 @@ def _described(curve: Curve) -> list[tuple[str, str]]:
     return [*lines, ("fingerprint", curve.fingerprint)]
 
 
+_TARGET = {"attention": "the mean attention", "frequency": "how often tokens are kept by the attention"}
 _MEASURED = {
     "tokens": ("tokens", "averaged, padding left out"),
     "r2": ("R\u00b2", "of the fit, to the means by place"),
@@ -136,7 +138,8 @@ def _summary(summary: dict[str, float]) -> list[tuple[str, str]]:
         summary.pop(known, None)
     for key, value in summary.items():
         label, what = _MEASURED.get(key, (key.replace("_", " "), ""))
-        lines.append((label, f"{value:.3g}{f': {what}' if what else ''}"))
+        said = f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+        lines.append((label, f"{said}{f': {what}' if what else ''}"))
     return lines
 
 

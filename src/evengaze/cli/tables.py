@@ -59,12 +59,14 @@ def table(
     """A table as text.
 
     Args:
-        columns: the first one names the rows.
+        columns: the first one names the rows; others in which nothing is written are left out.
         rows: equally long; an empty row is an empty line.
         title: a line above.
         limit: columns of the screen; the terminal's by default.
     """
     limit = limit or width()
+    written = [i for i in range(len(columns)) if i == 0 or not rows or any(row and row[i] for row in rows)]
+    columns, rows = [columns[i] for i in written], [[row[i] for i in written] if row else row for row in rows]
     filled = [row for row in rows if row]
     widths = _fit(columns, filled, limit)
     lines = [*textwrap.wrap(title, limit), ""] if title else []
