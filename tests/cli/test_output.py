@@ -241,7 +241,7 @@ def test_commands_that_load_a_model_have_the_same_options() -> None:
     app = typer.main.get_command(build())
     commands = dict(app.commands)  # type: ignore[attr-defined]
     commands |= {f"curves {k}": v for k, v in commands["curves"].commands.items()}
-    for name in ("run", "compare", "profile", "calibrate", "bias", "curves validate", "evaluate"):
+    for name in ("run", "compare", "profile", "calibrate", "bias", "curves validate", "evaluate", "serve", "explore"):
         options = {o for p in commands[name].params for o in p.opts}
         assert not LOADING - options, name
     for name, command in commands.items():

@@ -74,6 +74,21 @@ def test_heat_maps_have_colour_bars_relative_to_the_mean() -> None:
     assert all(np.allclose(ax.images[0].get_array(), scores / 2) for ax in maps)
 
 
+@pytest.mark.parametrize("layers", [(1,), (0, 1, 2), tuple(range(32))])
+def test_layers_have_whole_numbers_and_a_line_for_even(layers: tuple[int, ...]) -> None:
+    from evengaze.calibration.measures import Measure
+    from evengaze.viz.bias import plot_layers
+
+    figure = plot_layers({k: {"kept_index": Measure(0.6, 0.55, 0.65, 0.5, 9, True)} for k in layers})
+    figure.draw_without_rendering()
+    (ax,) = [ax for ax in figure.axes if ax.lines]
+    low, high = ax.get_xlim()
+    ticks = [tick for tick in ax.get_xticks() if low <= tick <= high]
+    assert ticks and all(tick == round(tick) for tick in ticks) and (low, high) == (layers[0] - 0.5, layers[-1] + 0.5)
+    assert max(line.get_xdata()[-1] - line.get_xdata()[0] for line in ax.lines if len(line.get_xdata())) >= 1
+    assert legend(figure) == ["even", "plain"]
+
+
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
 def test_equal_figures_give_equal_files(ending: str, tmp_path: Path) -> None:
     for name in ("a", "b"):

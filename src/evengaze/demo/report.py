@@ -247,7 +247,7 @@ th,td{padding:.28rem .7rem;text-align:right;white-space:nowrap}th:first-child,td
 th{border-bottom:2px solid #d7dbe2;color:#6b7280;font-weight:600}tr.top td{border-top:1px solid #d7dbe2}
 @media(max-width:600px){figure{overflow-x:auto}figure img{max-width:none;width:46rem}}
 @media print{body{max-width:none;margin:0}.scroll{overflow-x:visible}table{font-size:.68rem}th,td{padding:.2rem .4rem}
-figure,table{break-inside:avoid}}
+figure,tr{break-inside:avoid}}
 """
 
 

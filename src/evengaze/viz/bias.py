@@ -114,10 +114,13 @@ def plot_layers(
         _line(ax, before, name, PLAIN, "plain", "o")
         if after:
             _line(ax, after, name, DEBIASED, "debiased", "s")
-        even = [(k, m[name].even) for k, m in before.items() if name in m]
+        even = [(float(k), m[name].even) for k, m in before.items() if name in m]
+        first, last = even[0], even[-1]
+        even = [(first[0] - 0.5, first[1]), *even, (last[0] + 0.5, last[1])]  # a single layer has a line, too
         ax.plot(*zip(*even, strict=True), color=MUTED, linewidth=1, linestyle="--", label="even")
         axes_of_plot(ax, "layer", "")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_xlim(even[0][0], even[-1][0])
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if name == "padding_ratio":
             ax.set_yscale("log")
             ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
