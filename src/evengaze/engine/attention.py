@@ -192,5 +192,6 @@ def hidden_attention(module: nn.Module) -> AttachError:
     """The error for a module whose attention does not go through the interface."""
     return AttachError(
         f"{type(module).__name__} did not call transformers' attention interface, so its queries and keys are hidden. "
-        "A custom kernel or a patched forward replaces it; use the stock module with 'sdpa', 'eager' or flash."
+        "A custom kernel or a patched forward replaces it (use the stock module with 'sdpa', 'eager' or flash), or it "
+        "was compiled after the pruner was attached (attach it afterwards)."
     )
