@@ -499,7 +499,7 @@ class Handle:
         """See to it that `run.states` is the attention that a stage ranks by."""
         if stage.attention == "previous":
             tap = self._taps.on(self._layers[i - 1])
-            if tap.disarm():
+            if tap.disarm() or run.states is None:  # the layer did not run, or compiled code ran in its place
                 raise hidden_attention(tap.module)
         elif stage.attention == "own":
             kwargs = dict(kwargs)  # the layer itself is still to be called with them
