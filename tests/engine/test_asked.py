@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import evengaze as eg
 from evengaze.compat import cache_argument, cache_of
@@ -427,3 +427,90 @@ def test_a_refused_or_failed_turn_leaves_the_cache_as_it_was() -> None:
         tokens = model.generate(**whole, max_new_tokens=4, **cache_argument(model, cache))
         assert torch.equal(tokens, model.generate(**whole, max_new_tokens=4))
         assert len(run.traces) == 3
+
+
+# -- mixtures --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", [*METHODS, *OTHERS])
+def test_rows_of_every_kind_in_one_batch(name: str) -> None:
+    """Two packed rows of unlike division, one of them ending in a picture: each as it is alone."""
+    _, _, single = packed()
+    model, _ = tiny("llava", batch=1)
+    ids = [sample["input_ids"][0] for sample in single]
+    image = model.config.image_token_id
+    rows = [torch.cat([ids[0], ids[2], ids[3]]), torch.cat([ids[2], ids[1], ids[0]])]
+    length = max(map(len, rows))
+    filler = [torch.arange(5, 5 + length - len(row)) for row in rows]  # further samples without pictures
+    rows = [torch.cat([more, row]) for more, row in zip(filler, rows, strict=True)]
+    order = [(0, 2, 3), (2, 1, 0)]
+    positions = [
+        torch.cat([torch.arange(len(more)), *(torch.arange(len(ids[k])) for k in numbers)])
+        for more, numbers in zip(filler, order, strict=True)
+    ]
+    pictures = {k: single[k].get("pixel_values") for k in range(4)}
+    pixels = torch.cat([pictures[k] for numbers in order for k in numbers if pictures[k] is not None])
+    together = {
+        "input_ids": torch.stack(rows),
+        "position_ids": torch.stack(positions),
+        "pixel_values": pixels,
+        "use_cache": False,
+    }
+    assert int((together["input_ids"] == image).sum()) == 16 * len(pixels)
+    with torch.no_grad(), pruner_of(name)(model) as run:
+        logits = model(**together).logits
+        found = kept(run)
+        for b, numbers in enumerate(order):
+            expected, before, end = [], 0, len(filler[b])
+            for k in numbers:
+                alone = model(**single[k]).logits[0, -1]
+                end += len(ids[k])
+                assert torch.allclose(logits[b, end - 1], alone, atol=2e-4)
+                if pictures[k] is not None:
+                    expected += [before + t for t in run.trace.kept().tolist()]
+                    before += len(run.trace.layout.rows[0])
+            assert found[b] == expected
+
+
+@pytest.mark.parametrize("name", [*METHODS, "random"])
+def test_a_batch_in_which_some_prompts_end_in_the_picture(name: str) -> None:
+    model, inputs = tiny("llava", batch=3, side="left")
+    ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"]
+    visual = ids[1] == model.config.image_token_id
+    ids[1] = torch.cat([ids[1][~visual], ids[1][visual]])
+    batch = {**inputs, "input_ids": ids}
+    with torch.no_grad(), pruner_of(name)(model) as run:
+        tokens, logits = greedy(model, batch)
+        together = kept(run)
+        for b in range(3):
+            real = mask[b].bool()
+            one = {"input_ids": ids[b : b + 1, real], "pixel_values": inputs["pixel_values"][b : b + 1]}
+            alone, steps = greedy(model, one)
+            assert kept(run) == [together[b]]
+            assert torch.equal(tokens[b], alone[0]) and torch.allclose(logits[b], steps[0], atol=1e-4)
+    assert 15 in together[1]
+
+
+def test_a_static_cache_ranks_anew_too() -> None:
+    model, inputs, whole = turns("llava")
+    with torch.no_grad(), pruner_of("fastv")(model, rerank=True) as run:
+        fresh, _ = greedy(model, whole)
+        anew = kept(run)
+        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+        greedy(model, inputs, 1, **cache_argument(model, cache))
+        first = kept(run)
+        tokens, _ = greedy(model, whole, **cache_argument(model, cache))
+        assert kept(run) == anew != first
+        assert torch.equal(tokens, fresh)
+
+
+def test_packed_rows_can_be_trained_on() -> None:
+    model, whole, single = packed()
+    labels = whole["input_ids"].clone()
+    labels[labels == model.config.image_token_id] = -100
+    ends = torch.tensor([len(sample["input_ids"][0]) for sample in single]).cumsum(0)
+    labels[0, : ends[0] - 2] = -100
+    model.train()
+    with pruner_of("fastv")(model) as run:
+        loss = model(**whole, labels=labels).loss
+        loss.backward()
+    assert torch.isfinite(loss)
+    assert sum(k < 16 for k in run.trace.kept().tolist()) == 5
