@@ -29,7 +29,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 
 def pruner_of(name: str, **more: Any) -> Pruner:
-    return get(name)(**{**(METHODS | OTHERS)[name], **more})
+    return get(name)(**{**(METHODS | OTHERS | {"fastv-masked": {"keep": 5}})[name], **more})
 
 
 def kept(run: Any) -> list[list[int]]:
@@ -201,7 +201,7 @@ def packed(lengths_of: str = "positions") -> tuple[Any, dict[str, Any], list[dic
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", [*METHODS, *OTHERS])
+@pytest.mark.parametrize("name", [*METHODS, *OTHERS, "fastv-masked"])
 def test_packed_samples_are_pruned_as_if_each_were_alone(name: str, attention: str) -> None:
     model, whole, single = packed()
     model.set_attn_implementation(attention)

@@ -121,7 +121,10 @@ class _Masks:
         """Note what stays visible of new pictures."""
         for b, keep in zip(chosen.rows or range(len(view.rows)), chosen.keep, strict=True):
             tokens = view.tokens.select([b])
-            self.call.new[view.rows[b]] = [(replace(tokens, position=tokens.position + self.call.past), keep)]
+            moved = replace(tokens, position=tokens.position + self.call.past)
+            self.call.new.setdefault(view.rows[b], []).append(
+                (moved, keep)
+            )  # of a packed row each sample comes by itself
 
     def listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the attention that ranks the pictures of earlier calls."""
