@@ -159,7 +159,7 @@ def accuracy(model, processor, pairs, variants, budgets):
         for name, debias in variants.items():
             for budget in budgets:
                 pruner = FastV(keep=budget, layer=2, debias=debias)
-                outcome = experiment.Outcome()
+                outcome = experiment.Answers()
                 experiment._answer(model, processor, batch, pruner, outcome)
                 for q in batch.questions:
                     right.setdefault((name, budget), {})[q.question_id] = outcome.answers[q.question_id] == q.answer

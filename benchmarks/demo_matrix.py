@@ -30,8 +30,8 @@ from evengaze.demo.experiment import (
     BATCH,
     DEBIAS,
     ORIGIN,
-    Cell,
-    Outcome,
+    Answers,
+    Trial,
     ask,
     calibration_samples,
     debias_steps,
@@ -71,8 +71,8 @@ def layers_part(model, processor, samples, options):
         for k in depths
         for keep in map(float, options.keeps.split(","))
         for cell in (
-            *(Cell(keep, steps, layer=k) for steps in DEBIAS),
-            *(Cell(keep, baseline=blind, layer=k) for blind in BASELINES),
+            *(Trial(keep, steps, layer=k) for steps in DEBIAS),
+            *(Trial(keep, baseline=blind, layer=k) for blind in BASELINES),
         )
     ]
 
@@ -209,7 +209,7 @@ def results(folder, stored, count):
     outcomes = {}
     for name in settings:
         texts, tokens = zip(*(found[name][q.question_id] for q in questions), strict=True)
-        outcomes[name] = Outcome(dict(zip((q.question_id for q in questions), texts, strict=True)), list(tokens))
+        outcomes[name] = Answers(dict(zip((q.question_id for q in questions), texts, strict=True)), list(tokens))
     credits = {name: outcome.credits(questions) for name, outcome in outcomes.items()}
     dense, *_ = credits.values()
     rows = []

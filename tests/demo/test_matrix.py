@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from evengaze.demo import load, make_dataset
-from evengaze.demo.experiment import Outcome, ask, calibration_samples
+from evengaze.demo.experiment import Answers, ask, calibration_samples
 from evengaze.schedule import Schedule
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "demo_matrix.py"
@@ -116,7 +116,7 @@ def test_a_method_need_not_answer_again(matrix, loaded):
     asked = pictures[0].questions[:1]
     found = {n: o for n, _, o, _ in ask(*loaded, pictures, asked, pruners, skip=lambda name, batch: name == "a")}
     assert set(found) == {"b"}
-    total = Outcome({7: "red"}, [9.0], 1.0)
+    total = Answers({7: "red"}, [9.0], 1.0)
     total.add(found["b"])
     assert total.answers == {7: "red", **found["b"].answers}
     assert total.average_tokens == [9.0, (196 + 9 * 6) / 10] and total.seconds > 1

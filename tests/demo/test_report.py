@@ -11,7 +11,7 @@ import torch
 from evengaze.debias import Curve, Exponential
 from evengaze.debias.curve import Origin, Samples
 from evengaze.demo import make_dataset
-from evengaze.demo.experiment import EXAMPLES, KEEPS, Calibration, Cell, Example, Outcome, Result, settings
+from evengaze.demo.experiment import EXAMPLES, KEEPS, Answers, Calibration, Example, Experiment, Trial, settings
 from evengaze.demo.report import headline, rows, to_dict, wilson, write
 from evengaze.layout import ImageInfo as Info
 from evengaze.layout import VisualLayout, VisualTokens
@@ -41,7 +41,7 @@ def result():
 
     def outcome(right, tokens):
         answers = {q.question_id: q.answer if i < right * len(questions) else "?" for i, q in enumerate(questions)}
-        return Outcome(answers, [tokens] * len(questions), 2.0)
+        return Answers(answers, [tokens] * len(questions), 2.0)
 
     share = dict(zip(LABELS, (0.5, 0.7, 0.6, 0.8, 0.4, 0.45), strict=True))
     cells = [(cell, outcome(share[cell.label], 196 * cell.keep)) for cell in settings()]
@@ -58,7 +58,7 @@ def result():
         {"layer": 1, "sigma": 2.0, "r2": 0.7, "spearman": 0.8},
     ]
     examples = [Example(p, p.questions[0], trace([0, 1]), trace([5, 195]), 0) for p in pictures[:EXAMPLES]]
-    return Result(questions, outcome(0.9, 196.0), cells, Calibration(curve, bias, 12, 1.5), examples)
+    return Experiment(questions, outcome(0.9, 196.0), cells, Calibration(curve, bias, 12, 1.5), examples)
 
 
 def test_every_budget_has_every_setting():
@@ -71,14 +71,14 @@ def test_every_budget_has_every_setting():
 
 def test_the_pruners_are_what_the_labels_say():
     curve = Curve(Exponential(2.0), Origin(layer=1))
-    assert Cell(0.25).pruner(curve).debias is None
-    trend, padding, both = (Cell(0.25, d).pruner(curve).debias for d in ("trend", "padding", "both"))
+    assert Trial(0.25).pruner(curve).debias is None
+    trend, padding, both = (Trial(0.25, d).pruner(curve).debias for d in ("trend", "padding", "both"))
     assert trend.trend == curve.trend and trend.padding is None
     assert padding.trend is None and padding.padding is not None
     assert both.trend == curve.trend and both.padding is not None
-    early = Cell(0.25, "both", layer=1).pruner(Curve(Exponential(2.0), Origin(layer=1), layers={0: Exponential(0.5)}))
+    early = Trial(0.25, "both", layer=1).pruner(Curve(Exponential(2.0), Origin(layer=1), layers={0: Exponential(0.5)}))
     assert (early.layer, early.debias.trend) == (1, Exponential(0.5))
-    blind = Cell(0.25, baseline="uniform").pruner(curve)
+    blind = Trial(0.25, baseline="uniform").pruner(curve)
     assert (blind.name, blind.keep, blind.layer, blind.debias) == ("uniform", 0.25, 2, None)
 
 
@@ -131,7 +131,7 @@ def test_the_page_is_self_contained(result, tmp_path):
 
 def test_the_headline_says_which_way_it_went(result):
     assert "better" in headline(result)
-    turned = Result(
+    turned = Experiment(
         result.questions,
         result.dense,
         [

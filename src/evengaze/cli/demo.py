@@ -10,7 +10,7 @@ import typer
 from evengaze.cli import output, terminal
 
 if TYPE_CHECKING:
-    from evengaze.demo.experiment import Result
+    from evengaze.demo.experiment import Experiment
 
 _QUESTIONS = 200
 
@@ -92,7 +92,7 @@ def demo(
         terminal.echo(f"Report: {page}")
 
 
-def _table(result: Result) -> str:
+def _table(result: Experiment) -> str:
     from evengaze.cli import tables
     from evengaze.demo.report import difference, kept, points, rows
 

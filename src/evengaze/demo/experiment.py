@@ -49,7 +49,7 @@ ORIGIN = Origin(model="evengaze demo", data="calibration set of the embedded mod
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One setting.
 
     Attributes:
@@ -91,7 +91,7 @@ def debias_steps(name: str, curve: Curve, layer: int) -> Debias | None:
 
 
 @dataclass
-class Outcome:
+class Answers:
     """Answers of one setting.
 
     Attributes:
@@ -104,7 +104,7 @@ class Outcome:
     average_tokens: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
-    def add(self, more: Outcome) -> None:
+    def add(self, more: Answers) -> None:
         """Take in the answers to further questions."""
         self.answers.update(more.answers)
         self.average_tokens += more.average_tokens
@@ -156,31 +156,31 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Result:
+class Experiment:
     """The whole experiment."""
 
     questions: list[DemoQuestion]
-    dense: Outcome
-    cells: list[tuple[Cell, Outcome]]
+    dense: Answers
+    cells: list[tuple[Trial, Answers]]
     calibration: Calibration
     examples: list[Example]
     dtype: str = "float32"
     """What the model computes in."""
 
-    def outcome(self, keep: float, label: str, layer: int = LAYER) -> Outcome:
+    def outcome(self, keep: float, label: str, layer: int = LAYER) -> Answers:
         """The outcome of the setting with that budget, label and layer."""
         return next(o for c, o in self.cells if (c.keep, c.label, c.layer) == (keep, label, layer))
 
 
-def settings() -> list[Cell]:
+def settings() -> list[Trial]:
     """All cells: every budget plain, with each step, with both, and the two baselines; one budget a layer earlier."""
     budgets = [(keep, LAYER, tuple(DEBIAS)) for keep in KEEPS] + [(KEEPS[1], EARLY, ("none", "both"))]
     return [
         cell
         for keep, layer, steps in budgets
         for cell in (
-            *(Cell(keep, d, layer=layer) for d in steps),
-            *(Cell(keep, baseline=b, layer=layer) for b in BASELINES),
+            *(Trial(keep, d, layer=layer) for d in steps),
+            *(Trial(keep, baseline=b, layer=layer) for b in BASELINES),
         )
     ]
 
@@ -267,7 +267,7 @@ def run(
     *,
     limit: int | None = 200,
     advance: Callable[[int], None] = lambda answered: None,
-) -> Result:
+) -> Experiment:
     """Ask everything.
 
     Args:
@@ -279,9 +279,9 @@ def run(
         advance: told how many answers have come in.
     """
     questions = [q for p in pictures for q in p.questions][:limit]
-    dense = Outcome()
-    cells = [(cell, Outcome()) for cell in settings()]
-    outcomes: dict[Cell | None, Outcome] = {None: dense, **dict(cells)}
+    dense = Answers()
+    cells = [(cell, Answers()) for cell in settings()]
+    outcomes: dict[Trial | None, Answers] = {None: dense, **dict(cells)}
     pruners = {cell: get("dense")() if cell is None else cell.pruner(calibration.curve) for cell in outcomes}
     wanted = {p.questions[0].question_id: p for p in pictures[:EXAMPLES] if p.questions[0] in questions}
     traces: dict[tuple[int, str], tuple[Trace, int]] = {}
@@ -296,7 +296,7 @@ def run(
         Example(picture, picture.questions[0], traces[number, "plain"][0], *traces[number, "both"])
         for number, picture in wanted.items()
     ]
-    return Result(questions, dense, cells, calibration, examples, dtype_of(model))
+    return Experiment(questions, dense, cells, calibration, examples, dtype_of(model))
 
 
 def ask(
@@ -307,7 +307,7 @@ def ask(
     pruners: Mapping[Name, Pruner],
     *,
     skip: Callable[[Name, Sequence[DemoQuestion]], bool] = lambda name, batch: False,
-) -> Iterator[tuple[Name, list[DemoQuestion], Outcome, Trace]]:
+) -> Iterator[tuple[Name, list[DemoQuestion], Answers, Trace]]:
     """Ask batches of questions, each of all methods in turn.
 
     Args:
@@ -324,13 +324,13 @@ def ask(
     for batch in encode(model, processor, pictures, questions):
         for name, pruner in pruners.items():
             if not skip(name, batch.questions):
-                outcome = Outcome()
+                outcome = Answers()
                 trace = _answer(model, processor, batch, pruner, outcome)
                 yield name, batch.questions, outcome, trace
 
 
 @torch.inference_mode()
-def _answer(model: Any, processor: Any, batch: _Encoded, pruner: Pruner, outcome: Outcome) -> Trace:
+def _answer(model: Any, processor: Any, batch: _Encoded, pruner: Pruner, outcome: Answers) -> Trace:
     """Answer one batch with one method, in an unmodified `generate`."""
     tokenizer = processor.tokenizer
     start = perf_counter()

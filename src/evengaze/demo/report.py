@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from evengaze.demo.experiment import EARLY, KEEPS, LAYER, Cell, Outcome, Result
+from evengaze.demo.experiment import EARLY, KEEPS, LAYER, Answers, Experiment, Trial
 from evengaze.evaluate.metrics.paired import Paired, compare, wilson
 from evengaze.version import __version__
 from evengaze.viz.accuracy import Point, plot_accuracy
@@ -25,7 +25,7 @@ from evengaze.viz.style import save
 
 
 @dataclass(frozen=True)
-class Row:
+class Line:
     """One setting's figures.
 
     Attributes:
@@ -38,7 +38,7 @@ class Row:
         seconds: time in `generate`.
     """
 
-    cell: Cell | None
+    cell: Trial | None
     accuracy: float
     ci95: tuple[float, float]
     against_dense: Paired | None
@@ -47,7 +47,7 @@ class Row:
     seconds: float
 
 
-def rows(result: Result) -> list[Row]:
+def rows(result: Experiment) -> list[Line]:
     """The dense model first, then every setting in the order in which it was asked for."""
     dense = result.dense.credits(result.questions)
     found = [_row(result, None, result.dense, None, None)]
@@ -59,13 +59,13 @@ def rows(result: Result) -> list[Row]:
     return found
 
 
-def _row(result: Result, cell: Cell | None, outcome: Outcome, dense: Paired | None, plain: Paired | None) -> Row:
+def _row(result: Experiment, cell: Trial | None, outcome: Answers, dense: Paired | None, plain: Paired | None) -> Line:
     accuracy = outcome.accuracy(result.questions)
     tokens = sum(outcome.average_tokens) / len(outcome.average_tokens)
-    return Row(cell, accuracy, wilson(accuracy, len(result.questions)), dense, plain, tokens, outcome.seconds)
+    return Line(cell, accuracy, wilson(accuracy, len(result.questions)), dense, plain, tokens, outcome.seconds)
 
 
-def to_dict(result: Result, seconds: float) -> dict[str, Any]:
+def to_dict(result: Experiment, seconds: float) -> dict[str, Any]:
     """The figures as JSON-able values.
 
     `ci95` is the interval of `accuracy`; `against_dense` and `against_plain` are paired differences with theirs.
@@ -95,7 +95,7 @@ def to_dict(result: Result, seconds: float) -> dict[str, Any]:
     }
 
 
-def _cell_dict(result: Result, row: Row) -> dict[str, Any]:
+def _cell_dict(result: Experiment, row: Line) -> dict[str, Any]:
     cell = row.cell
     assert cell is not None
     return {
@@ -114,7 +114,7 @@ def _cell_dict(result: Result, row: Row) -> dict[str, Any]:
     }
 
 
-def by_type(result: Result, outcome: Outcome) -> dict[str, float]:
+def by_type(result: Experiment, outcome: Answers) -> dict[str, float]:
     """Accuracy by question type."""
     kinds = list(dict.fromkeys(q.type for q in result.questions))
     return {kind: outcome.accuracy([q for q in result.questions if q.type == kind]) for kind in kinds}
@@ -126,7 +126,7 @@ def versions() -> dict[str, str]:
     return {**found, "python": platform.python_version(), "threads": str(torch.get_num_threads())}
 
 
-def figures(result: Result) -> dict[str, tuple[str, Any]]:
+def figures(result: Experiment) -> dict[str, tuple[str, Any]]:
     """Caption and figure by file name."""
     made: dict[str, tuple[str, Any]] = {}
     share = f"{100 * KEEPS[1]:g} %"
@@ -159,7 +159,7 @@ def figures(result: Result) -> dict[str, tuple[str, Any]]:
     return made
 
 
-def _kept(result: Result) -> Any:
+def _kept(result: Experiment) -> Any:
     """Two examples a line: the picture, plain, both steps."""
     budget = KEEPS[1]
     plain, both = result.outcome(budget, "plain").answers, result.outcome(budget, "both").answers
@@ -176,7 +176,7 @@ def _kept(result: Result) -> Any:
     return draw_panels([panels[i : i + 6] for i in range(0, len(panels), 6)], height=2.4)
 
 
-def write(result: Result, out: Path, seconds: float) -> Path:
+def write(result: Experiment, out: Path, seconds: float) -> Path:
     """Write the pictures (PNG, PDF and SVG) and the page.
 
     Args:
@@ -211,7 +211,7 @@ def difference(pair: Paired | None) -> str:
     return "" if pair is None else f"{100 * pair.delta:+.1f} [{100 * pair.low:.1f}, {100 * pair.high:.1f}]"
 
 
-def headline(result: Result) -> str:
+def headline(result: Experiment) -> str:
     """What came out at the middle budget, at both layers."""
     share, dense = f"{100 * KEEPS[1]:g} %", points(result.dense.accuracy(result.questions))
     every = {(r.cell.layer, r.cell.label): r for r in rows(result) if r.cell is not None and r.cell.keep == KEEPS[1]}
@@ -229,7 +229,7 @@ def headline(result: Result) -> str:
     return " ".join(sentences)
 
 
-def kept(cell: Cell | None) -> str:
+def kept(cell: Trial | None) -> str:
     """A setting's budget and layer, for tables."""
     if cell is None:
         return "all"
@@ -251,7 +251,7 @@ figure,tr{break-inside:avoid}}
 """
 
 
-def _page(result: Result, pictures: Mapping[str, tuple[str, str]], seconds: float) -> str:
+def _page(result: Experiment, pictures: Mapping[str, tuple[str, str]], seconds: float) -> str:
     shown = {
         name: f'<figure><img alt="{name}" src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}'
         "</figcaption></figure>"
@@ -297,7 +297,7 @@ def _table(heads: Sequence[str], lines: Sequence[Sequence[str]], tops: Sequence[
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _settings_table(result: Result) -> str:
+def _settings_table(result: Experiment) -> str:
     heads = ("setting", "kept", "accuracy %", "against dense", "against plain", "average tokens", "time s")
     lines: list[Sequence[str]] = []
     tops: list[int] = []
@@ -335,7 +335,7 @@ def _bias_table(bias: Sequence[Mapping[str, float]]) -> str:
     return _table([head for head, _ in _BIAS.values()], lines)
 
 
-def _types_table(result: Result) -> str:
+def _types_table(result: Experiment) -> str:
     named = {"dense": result.dense}
     named |= {f"{kept(c)} {c.label}": o for c, o in result.cells if (c.keep, c.layer) == (KEEPS[1], LAYER)}
     found = {name: by_type(result, outcome) for name, outcome in named.items()}

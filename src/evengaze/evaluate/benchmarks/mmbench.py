@@ -29,7 +29,7 @@ from evengaze.evaluate.metrics.mmbench import (
 )
 from evengaze.files import read_bytes
 
-Row = dict[str, str | None]
+TableRow = dict[str, str | None]
 
 LETTERS = "ABCD"
 DEFAULT_RULE = "vlmevalkit"
@@ -44,7 +44,7 @@ _NOT_SUBMITTED = ("hint", "category", "source", "image", "comment", "l2-category
 _EMPTY_CELL = "nan"
 
 
-def read_tsv(path: Path, hint: str = "") -> list[Row]:
+def read_tsv(path: Path, hint: str = "") -> list[TableRow]:
     """Read an MMBench table as pandas would; missing values are None.
 
     Raises:
@@ -57,11 +57,11 @@ def read_tsv(path: Path, hint: str = "") -> list[Row]:
     absent = [name for name in ("index", "question", "A", "B") if name not in header]
     if absent:
         raise DataError(f"{path} has no column {', '.join(absent)}: its first line must name the columns. {hint}")
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for cells in reader:
         if not cells:
             continue
-        row: Row = {name: None if cell in _MISSING else cell for name, cell in zip(header, cells, strict=False)}
+        row: TableRow = {name: None if cell in _MISSING else cell for name, cell in zip(header, cells, strict=False)}
         if len(cells) != len(header) or not (row["index"] or "").isdigit():
             raise DataError(
                 f"{path} line {reader.line_num}: {len(cells)} columns and index {row['index']!r}, {len(header)} "
@@ -88,7 +88,7 @@ def is_none(value: str | None) -> bool:
     return value is None or value.lower() in ("nan", "none")
 
 
-def options_of(row: Row) -> list[str]:
+def options_of(row: TableRow) -> list[str]:
     """Return the options up to the first missing one."""
     options = []
     for letter in LETTERS:
@@ -99,12 +99,12 @@ def options_of(row: Row) -> list[str]:
     return options
 
 
-def choices_of(row: Row) -> dict[str, str]:
+def choices_of(row: TableRow) -> dict[str, str]:
     """Return all options that are not missing, by letter."""
     return {letter: value for letter in LETTERS if (value := row.get(letter)) is not None}
 
 
-def rotations(group: Sequence[Row]) -> int:
+def rotations(group: Sequence[TableRow]) -> int:
     """How many rotations a question should have, by its first two: the turn repeats until all options are back.
 
     A last option such as "All above are not right" keeps its place, so that four options may have three rotations.
@@ -144,7 +144,7 @@ class MMBench(Benchmark):
     def __init__(self, all_rounds: bool = False) -> None:
         self.all_rounds = all_rounds
 
-    def _rows(self, data: Path) -> dict[int, Row]:
+    def _rows(self, data: Path) -> dict[int, TableRow]:
         rows = read_tsv(self.path(data, self.table), self.source(self.table))
         return {int(row["index"] or 0): row for row in rows}
 
@@ -218,7 +218,7 @@ class MMBench(Benchmark):
                 found[str(answer["question_id"])] = text
         return found
 
-    def _truth(self, answers: Lines, data: Path) -> dict[int, Row]:
+    def _truth(self, answers: Lines, data: Path) -> dict[int, TableRow]:
         """Return the rows of the table; without it those of a submission xlsx, which carries the answers as well."""
         try:
             rows = self._rows(data)
@@ -280,7 +280,7 @@ class MMBench(Benchmark):
         self,
         mode: Mode,
         texts: dict[int, str],
-        rows: dict[int, Row],
+        rows: dict[int, TableRow],
         options: ScoreOptions,
         problems: Problems,
         notes: list[str],

@@ -13,7 +13,7 @@ from evengaze.evaluate.benchmarks.base import (
     Benchmark,
     clean_or_stop,
 )
-from evengaze.evaluate.benchmarks.rows import Row, read_rows
+from evengaze.evaluate.benchmarks.rows import QuestionRow, read_rows
 from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, OfficialError, Record, Score, ScoreOptions
 from evengaze.evaluate.jsonl import Lines, read_jsonl, require_clean
 from evengaze.evaluate.metrics.forms import is_yes_or_no
@@ -50,14 +50,14 @@ class POPE(Benchmark):
         "it divides by zero when a split has no answer or no yes",
     )
 
-    def _questions(self, data: Path, answers: Lines | None = None) -> tuple[Row, ...]:
+    def _questions(self, data: Path, answers: Lines | None = None) -> tuple[QuestionRow, ...]:
         """The question file's rows; without it, for scoring, those of the label files under LLaVA's ids."""
         path = self.path(data, QUESTIONS)
         if answers is not None and not path.is_file():
             return self._labelled_questions(data, answers)
         return read_rows(path, EVAL_ZIP, ("question_id", "image", "text", "category"))
 
-    def _labelled_questions(self, data: Path, answers: Lines) -> tuple[Row, ...]:
+    def _labelled_questions(self, data: Path, answers: Lines) -> tuple[QuestionRow, ...]:
         """LLaVA's ids are the label files', plus ten million for each category; the answers' prompts must agree."""
         labels, rows = self._labels(data), []
         prompts = {str(answer["question_id"]): answer.get("prompt") for answer in answers.records}
@@ -96,7 +96,7 @@ class POPE(Benchmark):
                 str(row["question_id"]), row["question_id"], row["text"], images / row["image"], metadata=metadata
             )
 
-    def _labels(self, data: Path) -> dict[str, tuple[Row, ...]]:
+    def _labels(self, data: Path) -> dict[str, tuple[QuestionRow, ...]]:
         """Read the label files by category, in the order in which ``os.listdir`` gives them."""
         self.require(data, "score")
         folder = self.path(data, "coco")
@@ -116,7 +116,7 @@ class POPE(Benchmark):
         questions, labels = self._questions(data, answers), self._labels(data)
         joined = self.join([str(row["question_id"]) for row in questions], answers)
         notes = self.check_prompts(joined, {str(row["question_id"]): _question(row["text"]) for row in questions})
-        by_category: dict[str, list[Row]] = defaultdict(list)
+        by_category: dict[str, list[QuestionRow]] = defaultdict(list)
         for row in questions:
             by_category[row["category"]].append(row)
         metrics: dict[str, dict[str, float]] = {}
@@ -210,7 +210,9 @@ def _question(text: str) -> str:
     return text.split("\n")[0].strip()
 
 
-def align(questions: Sequence[Row], labels: Sequence[Row], category: str) -> tuple[dict[str, str], list[str]]:
+def align(
+    questions: Sequence[QuestionRow], labels: Sequence[QuestionRow], category: str
+) -> tuple[dict[str, str], list[str]]:
     """Find the label of every question by image and wording.
 
     LLaVA's question file fits the label files of one old POPE commit; with today's the random split has other rows and
@@ -225,7 +227,7 @@ def align(questions: Sequence[Row], labels: Sequence[Row], category: str) -> tup
         Label per key, and notes when the two files do not line up.
     """
 
-    def same(row: Row, label: Row) -> bool:
+    def same(row: QuestionRow, label: QuestionRow) -> bool:
         return bool(row["image"] == label["image"] and _question(row["text"]) == _question(label["text"]))
 
     in_line = [i < len(labels) and same(row, labels[i]) for i, row in enumerate(questions)]

@@ -13,7 +13,7 @@ from evengaze.evaluate.jsonl import read_jsonl, require_clean
 if TYPE_CHECKING:
     from evengaze.evaluate.benchmarks.base import Benchmark
 
-Row = dict[str, Any]
+QuestionRow = dict[str, Any]
 FIELDS = ("question_id", "image", "text")
 
 
@@ -27,7 +27,7 @@ def number_repeats(bases: Iterable[str]) -> list[str]:
     return keys
 
 
-def read_rows(path: Path, hint: str = "", fields: tuple[str, ...] = FIELDS) -> tuple[Row, ...]:
+def read_rows(path: Path, hint: str = "", fields: tuple[str, ...] = FIELDS) -> tuple[QuestionRow, ...]:
     """Read a question file in LLaVA's format.
 
     Raises:
@@ -38,7 +38,7 @@ def read_rows(path: Path, hint: str = "", fields: tuple[str, ...] = FIELDS) -> t
     return rows
 
 
-def check_rows(path: Path, rows: Sequence[Row], hint: str = "") -> None:
+def check_rows(path: Path, rows: Sequence[QuestionRow], hint: str = "") -> None:
     """Check what is in rows of questions.
 
     Raises:
@@ -59,7 +59,7 @@ def check_rows(path: Path, rows: Sequence[Row], hint: str = "") -> None:
                 )
 
 
-def question_rows(benchmark: Benchmark, data: Path, name: str) -> dict[str, Row]:
+def question_rows(benchmark: Benchmark, data: Path, name: str) -> dict[str, QuestionRow]:
     """Read a benchmark's question file, in order, by key.
 
     Raises:
@@ -69,7 +69,7 @@ def question_rows(benchmark: Benchmark, data: Path, name: str) -> dict[str, Row]
     return dict(zip(number_repeats(str(row["question_id"]) for row in rows), rows, strict=True))
 
 
-def refuse_repeats(path: Path, rows: Iterable[Row]) -> None:
+def refuse_repeats(path: Path, rows: Iterable[QuestionRow]) -> None:
     """Refuse ids that stand for two questions.
 
     Raises:
