@@ -277,6 +277,9 @@ def test_packed_rows_are_known_by_the_lengths_that_flash_attention_gets() -> Non
         assert kept(run) == keep
     assert torch.allclose(found, expected, atol=1e-4)
     assert heard[0] == (edges.tolist(), int(lengths.max()))
+    told["max_length_q"] = lengths.max()  # some collators give it as a tensor
+    with torch.no_grad(), pruner_of("fastv")(model):
+        assert torch.equal(model(**whole, **told).logits[0, edges[1:].long() - 1], found)
     kept_of = [5, 0, 5, 5]
     short = [int(n) - 16 * p + k for n, p, k in zip(lengths, (1, 0, 2, 1), kept_of, strict=True)]
     assert heard[5] == ([0, *torch.tensor(short).cumsum(0).tolist()], max(short))

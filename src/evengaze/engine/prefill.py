@@ -347,7 +347,7 @@ class Prefill:
         """What flash attention is told about packed samples, as they are now."""
         counts = torch.bincount(self._samples(device)[0][self._there(device)[0]])
         if name.startswith("max_length_"):
-            return type(value)(int(counts.max()))
+            return counts.max().to(value) if isinstance(value, Tensor) else int(counts.max())
         return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(value)
 
     def _there(self, device: torch.device) -> Tensor:
