@@ -472,3 +472,10 @@ def test_progress_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_address_that_is_none_is_an_error_of_ours() -> None:
     with pytest.raises((ConfigError, JudgeError)):
         OpenAIJudge("m", base_url="http://[::1", api_key="x", max_retries=0).ask([], None, None)
+
+
+def test_a_cache_that_ends_in_a_thousand_brackets_is_cut_like_any_torn_line(tmp_path: Path) -> None:
+    cache = tmp_path / "c.jsonl"
+    cache.write_text('{"key": "k", "reply": "x", "model": "m"}\n' + "[" * 50_000)
+    CachedJudge(Counting(), cache)
+    assert cache.read_text().count("\n") == 1

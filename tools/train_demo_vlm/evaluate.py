@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from evengaze.calibration.fit import fit_scores
+from evengaze.calibration.measures import spearman
 from evengaze.demo.dataset import DemoImage, DemoQuestion, make_dataset
 from evengaze.demo.model import load_model, load_processor
 from evengaze.demo.scenes import GRID, TYPES
@@ -44,20 +46,10 @@ def answers(
     return words, torch.stack(rows, 1).numpy()
 
 
-def ranks(values: np.ndarray) -> np.ndarray:
-    return np.argsort(np.argsort(values)).astype(float)
-
-
-def exponential(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Least squares of mu * exp(sigma * x): sigma and R^2; mu is solved for, sigma searched on a grid."""
-    best = (0.0, -np.inf)
-    for sigma in np.arange(-15, 15.001, 0.01):
-        shape = np.exp(sigma * x)
-        residual = y - shape * (shape @ y) / (shape @ shape)
-        best = max(
-            best, (float(sigma), 1 - float((residual**2).sum() / ((y - y.mean()) ** 2).sum())), key=lambda b: b[1]
-        )
-    return best
+def exponential(rows: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
+    """Sigma and R^2 of mu * exp(sigma * x), least squares over positions, as `evengaze.calibration` fits it."""
+    summary = fit_scores(rows, mask, family="exponential", fit="least-squares", bootstraps=2).summary
+    return summary["sigma"], summary["r2"]
 
 
 def bias_table(records: list[DemoImage], asked: list[DemoQuestion], attention: np.ndarray) -> list[dict[str, float]]:
@@ -78,13 +70,13 @@ def bias_table(records: list[DemoImage], asked: list[DemoQuestion], attention: n
             return (rows * mask).sum(0) / np.maximum(mask.sum(0), 1)
 
         curve, ground, filler = mean(~padding), mean(background), mean(padding)
-        sigma, fit = exponential(x, curve)
-        ground_sigma, ground_fit = exponential(x, ground)
+        sigma, fit = exponential(rows, ~padding)
+        ground_sigma, ground_fit = exponential(rows, background)
         weight = np.where((background.sum(0) >= 5) & (padding.sum(0) >= 5), padding.sum(0), 0)
         table.append(
             {
                 "layer": layer,
-                "spearman": float(np.corrcoef(ranks(curve), np.arange(TOKENS))[0, 1]),
+                "spearman": spearman(curve, np.arange(TOKENS)),
                 "sigma": sigma,
                 "r2": fit,
                 "sigma_log": float(np.polyfit(x, np.log(curve), 1)[0]),

@@ -186,7 +186,7 @@ def repair_tail(path: Path) -> bytes:
         start = raw.rfind(b"\n") + 1
         tail = raw[start:]
         try:
-            json.loads(tail)
+            parse_json(tail.decode("utf-8"))
         except ValueError:
             handle.truncate(start)
             return tail
