@@ -128,6 +128,11 @@ def expected(method):
         return both(model, inputs)
 
 
+def compiled_by(how, model):
+    wrapped = how(model)
+    return model if wrapped is None else wrapped
+
+
 def same(found, wanted):
     """The same sequence, to the rounding of compiled code."""
     return found[2] == wanted[2] and all((a - b).abs().max() < 1e-4 for a, b in zip(found[:2], wanted[:2], strict=True))
@@ -141,12 +146,12 @@ def test_table(how, first, method):
     model, inputs = tiny("llava", batch=2)
     both(model, inputs)  # transformers installs its own hooks in the first call
     if first == "compiled":
-        wrapped = how(model) or model
+        wrapped = compiled_by(how, model)
         before = snapshot(model)
         handle = parse(method)(wrapped)
     else:
         handle = parse(method)(model)
-        wrapped = how(model) or model
+        wrapped = compiled_by(how, model)
     if CASES[how][first == "attached"] == PRUNED:
         assert same(both(wrapped, inputs), expected(method))
     else:
