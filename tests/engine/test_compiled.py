@@ -16,7 +16,12 @@ from evengaze.methods import parse
 from evengaze.testing import tiny
 from interrupts import snapshot
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*run uncompiled")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*run uncompiled"),
+    pytest.mark.skipif(
+        not hasattr(torch.compiler, "is_exporting"), reason="this transformers cannot be compiled by it"
+    ),
+]
 REFUSED = (AttachError, NothingPrunedError)
 COMPILE = {"backend": "eager"}
 
