@@ -72,6 +72,7 @@ def turned(options: str, fixed: str = "") -> list[dict[str, Any]]:
         (turned("xyz", "n")[:2], 3),
         (turned("wxyz")[:1], 4),
         ([{"A": "x", "B": "x", "C": "y"}, {"A": "x", "B": "y", "C": "x"}], 3),
+        (turned("xyx", "n"), 3),  # as question 1211 of the published table
         ([{"A": "x", "B": "y"}, {"A": "p", "B": "q"}], 2),
     ],
 )

@@ -111,8 +111,10 @@ def rotations(group: Sequence[TableRow]) -> int:
     """
     options = [list(choices_of(row).values()) for row in group[:2]]
     first = options[0]
-    if len(options) == 1 or sorted(first) != sorted(options[1]) or len(set(first)) < len(first):
+    if len(options) == 1 or sorted(first) != sorted(options[1]):
         return len(first)
+    if len(set(first)) < len(first):  # which of two equal options went where cannot be told
+        return len(first) - (first[-1] == options[1][-1])
     moved = [first.index(text) for text in options[1]]
     now, turns = moved, 1
     while now != sorted(now):
