@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from transformers import CompileConfig
 
 import evengaze as eg
 from evengaze.compat import cache_of
@@ -279,3 +280,13 @@ def test_nothing_compiled_is_left_alone():
     with eg.FastV(keep=5)(model):
         assert all("forward" not in m.__dict__ for m in model.modules())
     assert all(m.__dict__.keys() == modules[id(m)].keys() for m in model.modules())
+
+
+@pytest.mark.slow
+def test_compiled_steps_of_layers_that_share_keys_are_refused():
+    model, inputs = tiny("gemma4_e")
+    options = {"cache_implementation": "static", "max_new_tokens": 3, "do_sample": False}
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = True
+    with eg.Uniform(keep=4, layer=4)(model), pytest.raises(AttachError, match="disable_compile=True"):
+        model.generate(**inputs, **options, compile_config=config)

@@ -171,3 +171,12 @@ class Traced:
 def _refuse_pictures(traced: Traced, ids: Tensor | None, *, pictured: bool) -> None:
     """Not compiled: it looks at tokens and at the running call, and its error reaches the caller as it is."""
     traced.refuse(ids, pictured=pictured)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def refuse_sharing() -> None:
+    """Raise an AttachError for compiled steps of layers that attend to the keys of an earlier, pruned one."""
+    raise AttachError(
+        "layers of this model attend to the keys of earlier layers, whose cache was pruned: such steps cannot be "
+        "compiled yet. Generate with disable_compile=True."
+    )

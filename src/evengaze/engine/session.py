@@ -418,7 +418,10 @@ class Handle:
 
     def _enter_layer(self, i: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         if torch.compiler.is_compiling():
-            cache = kv.layer_of(cache_in(args, kwargs), i)
+            whole = cache_in(args, kwargs)
+            cache = kv.layer_of(whole, i)
+            if i in self._lenders and kv.kept_of(kv.layer_of(whole, self._lenders[i])) is not None:
+                compiled.refuse_sharing()
             if kv.kept_of(cache) is None or kv.is_fixed(cache):
                 return in_graph(args, kwargs, cache)
             return self._plain.arguments(i, args, kwargs, cache)
