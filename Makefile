@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PYTHON
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-ray test-lmms-eval test-explore lint format wheel smoke smoke-open parity compat clean
+.PHONY: demo docs test test-ray test-lmms-eval test-explore lint format wheel smoke smoke-open parity compat clean
 
 demo: $(VENV)/.runtime  ## The main job on the embedded model: a table, pictures and a report in evengaze-demo/
 	$(BIN)/evengaze demo --out evengaze-demo $(ARGS)
@@ -23,6 +23,10 @@ test-lmms-eval: $(ENVS)lmms-eval/.ready  ## The plug-in inside lmms-eval
 
 test-explore: $(ENVS)explore/.ready  ## The explorer's page in Chromium (Debian's package chromium)
 	GRADIO_ANALYTICS_ENABLED=False $(ENVS)explore/bin/python -m pytest tests/explore $(ARGS)
+
+docs: $(ENVS)docs/.ready  ## The site in build/site: warnings are errors, its code is run or checked
+	$(ENVS)docs/bin/python -m pytest tests/docs $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(ENVS)docs/bin/mkdocs build
 
 $(ENVS)explore/.ready: pyproject.toml constraints.txt  # Gradio does not take the newest Pillow
 	$(PYTHON) -m venv $(ENVS)explore

@@ -44,8 +44,9 @@ def calibrate(
 ) -> Curve:
     """Measure and fit the trend of a method's ranking on a model.
 
+    What is not described here (model to after_batch) is as in `observe`.
+
     Args:
-        model, processor, samples, method, layers, target, batch_size, encode, state, after_batch: see `observe`.
         family: see `evengaze.calibration.fit.fit_curve`; or "rows-columns", see `evengaze.debias.beyond`.
         fit: see there.
         tolerance: stop as soon as the confidence band's bounds are within this fraction of the trend everywhere.

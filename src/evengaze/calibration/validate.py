@@ -49,9 +49,10 @@ def validate(
     Warns (`CurveWarning`) if it does, if the curve is of another model, layer or method, and if pictures are among
     those that it was calibrated on.
 
+    What is not described here is as in `observe`; the method's budget is the one that is judged.
+
     Args:
         curve: the curve.
-        model, processor, samples, method: see `observe`; the method's budget is the one that is judged.
         options: further arguments of `observe`.
     """
     debias = Debias.of(curve)
