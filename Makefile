@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 export PYTHON
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo docs test test-ray test-lmms-eval test-explore lint format wheel smoke smoke-open parity compat clean
+.PHONY: demo docs test test-slow test-ray test-lmms-eval test-explore lint format wheel smoke smoke-open parity compat clean
 
 demo: $(VENV)/.runtime  ## The main job on the embedded model: a table, pictures and a report in evengaze-demo/
 	$(BIN)/evengaze demo --out evengaze-demo $(ARGS)
 
-test: $(VENV)/.dev  ## All tests
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+test: $(VENV)/.dev  ## All tests but the slow ones
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.dev  ## Compilation, interrupts at every point, threads at every stage: minutes each
+	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
 # Each in an environment of its own: their dependencies (lmms-eval's filelock and av) do not suit the rest.
 ENVS ?= .venv-

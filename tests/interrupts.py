@@ -142,10 +142,12 @@ class _Stop(StoppingCriteria):  # type: ignore[misc]
 
 
 def snapshot(model: Any) -> dict[str, Any]:
-    """Everything that a module holds, by identity, and the type of its config."""
+    """Everything that a module holds, by identity, and the type of its config; less what Qwen's own forward notes."""
     state: dict[str, Any] = {}
     for name, module in model.named_modules():
         for key, value in module.__dict__.items():
+            if key == "rope_deltas":
+                continue
             inner = tuple((k, id(v)) for k, v in value.items()) if isinstance(value, dict) else None
             state[f"{name}.{key}"] = (id(value), type(value), inner)
         state[f"{name}.__class__"] = type(module)

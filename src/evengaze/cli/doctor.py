@@ -116,7 +116,7 @@ def _show(found: Diagnosis, distance: float) -> None:
 
     rows = [("model type", found.model_type)]
     known = {
-        "checked": "a tiny model of this type passes the family matrix",
+        "checked": "a tiny model of this type, pruned, agrees with a masked one",
         "generic": "not tried before: pruning is checked at the first prompt, geometry is inferred",
     }
     rows.append(("adapter", f"{found.adapter.name} ({known[how_supported(found.model_type)]})"))

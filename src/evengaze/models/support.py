@@ -82,11 +82,14 @@ CHECKED = frozenset(
         "vipllava",
     }
 )
-"""Model types of which a tiny model passes the whole family matrix, in the release that the tests run with."""
+"""Model types of which a tiny model, pruned, agreed with a masked one, in the release that the tests run with.
+
+Types with an adapter of their own pass the whole family matrix, most others a short row of it: FastV, PyramidDrop and
+DivPrune, alone and in a batch, two pictures, rows without any, and video."""
 
 _FAILING = {
     ("llama4", "5.24.0"): "the unpruned model ends in AttributeError: 'MoeCausalLMOutputWithPast' object has no "
-    "attribute 'image_outputs'. With transformers 5.23 its tiny model passes the matrix",
+    "attribute 'image_outputs'. With transformers 5.23 its tiny model passes a short row of the matrix",
 }
 """Types that a release of transformers cannot run, pruned or not."""
 
@@ -97,8 +100,7 @@ class Support:
 
     Attributes:
         model_type: `config.model_type`.
-        how: "checked" (a tiny model passes the matrix), "generic" (all that the generic adapter needs is there), or
-            "refused".
+        how: "checked" (see `CHECKED`), "generic" (all that the generic adapter needs is there), or "refused".
         adapter: name of the adapter; empty if refused.
         reason: why it is refused; empty else.
     """
