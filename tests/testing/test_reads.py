@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -46,10 +47,11 @@ def device() -> Tensor:
     return torch.tensor([-1.0, 2.0, 0.0, 3.0, -4.0])
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", WAITS)
-def test_what_waits_is_counted_once(name: str) -> None:
+def test_what_waits_is_counted_once(name: str, context: Callable[[], Any]) -> None:
     x = device()
-    with DeviceReads(x) as counted:
+    with context(), DeviceReads(x) as counted:
         WAITS[name](x)
     assert counted.total == 1 and len(counted.places) == 1 and __file__ in counted.places[0]
     with DeviceReads() as counted:  # the same on the host costs nothing

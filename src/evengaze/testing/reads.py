@@ -147,6 +147,11 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, owner = kwargs or {}, self._owner
+        if torch.is_inference_mode_enabled():  # operators made of others come here whole
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         packet = func.overloadpacket
         if owner.lives_there(args, kwargs):
             kind = READS.get(packet)
