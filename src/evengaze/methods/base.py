@@ -64,6 +64,8 @@ class Pruner(ABC):
 
     name: ClassVar[str]
     positions: ClassVar[Positions] = "original"
+    freezes: ClassVar[bool] = True
+    """Whether, without a cache, later tokens of a generation repeat the prefill's selection instead of ranking anew."""
     counts_rest: ClassVar[bool] = False
     """Whether what `choose` does depends on how many candidates may be chosen, not only on how many are kept."""
 
@@ -255,7 +257,7 @@ class Pruner(ABC):
                 a picture's tokens stay as the first question chose them.
         """
         selfcheck.ensure()
-        handle = Handle(model, self, layout, question=question, rerank=rerank)
+        handle = Handle(model, self, layout, question=question, rerank=rerank, freeze=self.freezes)
         method: Any = handle.pruner  # this one, or the same at layers that attend
         if self.debiasing is not None and method.stages(handle.depth):
             layer = method.ranked_layer(handle.depth)

@@ -9,11 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import nn
-
-from evengaze.engine.question import Said
-from evengaze.engine.session import Handle
-from evengaze.layout import VisualLayout
 from evengaze.methods.base import Pruner
 from evengaze.methods.fastv import FastV
 from evengaze.methods.himap import HiMAP
@@ -24,17 +19,7 @@ from evengaze.protocol import Mode
 @dataclass(frozen=True)
 class _Recompute(Pruner):
     mode: Mode = field(default="official", kw_only=True)
-
-    def __call__(
-        self,
-        model: nn.Module,
-        *,
-        layout: VisualLayout | None = None,
-        question: Said = None,
-        rerank: bool = False,
-    ) -> Handle:
-        """Attach to a model, to rank anew in each call of a generation."""
-        return Handle(model, self, layout, question=question, rerank=rerank, freeze=False)
+    freezes: ClassVar[bool] = False
 
 
 @register
