@@ -119,8 +119,13 @@ def cells(names: Sequence[str]) -> Iterator[tuple[str, str, str, int]]:
         yield from product([name], METHODS, implementations(name), (1, 3))
 
 
-def table(names: Sequence[str]) -> str:
-    """Run everything and lay it out as a Markdown table, a row for each family."""
+def table(names: Sequence[str], **where: Any) -> str:
+    """Run everything and lay it out as a Markdown table, a row for each family.
+
+    Args:
+        names: of families.
+        where: `device="cuda"`, say; any argument of `tiny`.
+    """
     methods = list(METHODS)
     lines = [
         "| family | " + " | ".join(methods) + " | 2 images | text rows | video | tower cut |",
@@ -129,11 +134,12 @@ def table(names: Sequence[str]) -> str:
     for name in names:
         able = implementations(name)
         one = able[0]
-        found = [_mark(*(check(name, m, a, b) for a, b in product(able, (1, 3)))) for m in methods]
-        found.append(_mark(check(name, "fastv", one, images=2)))
-        found.append(_mark(check(name, "fastv", one, batch=3, images=[2, 0, 1])))
+        found = [_mark(*(check(name, m, a, b, **where) for a, b in product(able, (1, 3)))) for m in methods]
+        found.append(_mark(check(name, "fastv", one, images=2, **where)))
+        found.append(_mark(check(name, "fastv", one, batch=3, images=[2, 0, 1], **where)))
         video = name in (*families(video=True), *families(video=True, generic=True))
-        found.append(_mark(*(check(name, "fastv", one, batch=b, video=True) for b in (1, 3))) if video else "-")
+        videos = [check(name, "fastv", one, batch=b, video=True, **where) for b in (1, 3)] if video else []
+        found.append(_mark(*videos) if videos else "-")
         found.append(_tower(name))
         lines.append(f"| {name} | " + " | ".join(found) + " |")
     return "\n".join(lines)
@@ -161,10 +167,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m evengaze.testing.matrix", description=__doc__)
     parser.add_argument("families", nargs="*", help="all with an adapter of their own if left out")
     parser.add_argument("--generic", action="store_true", help="families of the generic adapter, if none are named")
+    parser.add_argument("--device", default="cpu", help="where models and oracle run, such as cuda")
     parser.add_argument("--write", type=Path, help=f"a file with a line {_BEGIN} and a line {_END}")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    text = table(options.families or families(generic=options.generic))
+    text = table(options.families or families(generic=options.generic), device=options.device)
     if options.write is None:
         print(text)
         return

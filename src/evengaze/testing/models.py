@@ -42,6 +42,7 @@ def tiny(
     video: bool = False,
     side: Literal["left", "right"] = "left",
     dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
     seed: int = 0,
     **text: Any,
 ) -> tuple[Any, dict[str, Tensor]]:
@@ -56,6 +57,7 @@ def tiny(
         video: videos in place of images.
         side: where short rows are padded.
         dtype: of the weights and pixels.
+        device: of weights and inputs, which are the same on every device.
         seed: of weights, texts and pixels.
         text: overrides of the text config, such as `num_hidden_layers=8`.
 
@@ -92,8 +94,8 @@ def tiny(
     inputs = {**prompts(rows, side=side, seed=seed), **inputs}
     if kind.types is not None:
         inputs[kind.types[0]] = kind.types[1](inputs["input_ids"])
-    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-    return model.to(dtype), inputs
+    inputs = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+    return model.to(device, dtype), inputs
 
 
 def layout_of(inputs: dict[str, Tensor], grid: tuple[int, int] = (4, 4)) -> VisualLayout:
