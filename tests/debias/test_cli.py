@@ -41,12 +41,12 @@ class FakeProcessor:
 class FakeSession:
     layers = 6
 
-    def __init__(self, model: str, **_: Any) -> None:
+    def __init__(self, spec: ModelSpec) -> None:
         self.predictor = SimpleNamespace(
             model=MODEL,
             processor=FakeProcessor(),
             revision="r1",
-            spec=SimpleNamespace(name=model),
+            spec=spec,
             prompt=lambda record, template: record.prompt,
         )
 
@@ -54,7 +54,7 @@ class FakeSession:
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(session, "Session", FakeSession)
-    monkeypatch.setattr(session, "depth", lambda model, revision=None: FakeSession.layers)
+    monkeypatch.setattr(session, "depth", lambda spec: FakeSession.layers)
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "pictures"
     folder.mkdir()

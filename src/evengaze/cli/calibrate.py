@@ -13,22 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from evengaze.cli import output, tables, terminal
-from evengaze.cli.options import (
-    Adapter,
-    AllowMissing,
-    AsJson,
-    Attention,
-    BatchSize,
-    Device,
-    DType,
-    Formats,
-    Images,
-    Limit,
-    Model,
-    Prompts,
-    Quantize,
-    Revision,
-)
+from evengaze.cli.options import AsJson, BatchSize, Formats, Images, Limit, Prompts, loads_model
 from evengaze.cli.output import INTERRUPTED
 from evengaze.errors import ConfigError, CurveError
 
@@ -38,6 +23,7 @@ if TYPE_CHECKING:
     from evengaze.calibration.measures import Measure
     from evengaze.calibration.observe import Observations
     from evengaze.debias.debias import Debias
+    from evengaze.evaluate.predictor import ModelSpec
     from evengaze.methods import Pruner
 
 SAVE_EVERY = 15.0
@@ -59,9 +45,10 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="curves", help="List, show, compare and validate debias curves.")
 
 
+@loads_model
 def calibrate(
+    spec: ModelSpec,
     out: Annotated[Path, typer.Option("--out", "-o", help="The curve file (.json).")],
-    model: Model = "demo",
     images: Images = None,
     method: Method = "fastv:keep=0.25,layer=2",
     layers: Annotated[
@@ -88,13 +75,6 @@ def calibrate(
     formats: Formats = "png",
     fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on from an interrupted calibration.")] = False,
     as_json: AsJson = False,
-    revision: Revision = None,
-    dtype: DType = "auto",
-    device: Device = "auto",
-    attention: Attention = None,
-    adapter: Adapter = None,
-    quantize: Quantize = None,
-    allow_missing: AllowMissing = False,
 ) -> None:
     """Measure how a method's scores depend on position, and write the curve that removes it.
 
@@ -112,18 +92,9 @@ def calibrate(
     if figures is not None:
         session.check_folder(figures)
     pruner, chosen = session.method(method), _layers(layers)
-    _check_layers(pruner, chosen, model, revision)
-    source = Source.of(images, prompt or (), limit, model=model, split="calibration", seed=seed)
-    loaded = session.Session(
-        model,
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        attention=attention,
-        adapter=adapter,
-        quantize=quantize,
-        allow_missing=allow_missing,
-    )
+    _check_layers(pruner, chosen, spec)
+    source = Source.of(images, prompt or (), limit, model=spec.source, split="calibration", seed=seed)
+    loaded = session.Session(spec)
     predictor = loaded.predictor
     with _resumable(out.with_suffix(".state.json"), len(source), fresh) as (state, after_batch):
         seen = [] if state is None else [state]
@@ -165,8 +136,9 @@ def calibrate(
         raise typer.Exit(status)
 
 
+@loads_model
 def bias(
-    model: Model = "demo",
+    spec: ModelSpec,
     images: Images = None,
     method: Method = "fastv:keep=0.25,layer=2",
     layers: Annotated[str, typer.Option(help="0-based layers whose attention is ranked by: all, or 1,2,3.")] = "all",
@@ -179,13 +151,6 @@ def bias(
     batch_size: BatchSize = 4,
     formats: Formats = "png",
     as_json: AsJson = False,
-    revision: Revision = None,
-    dtype: DType = "auto",
-    device: Device = "auto",
-    attention: Attention = None,
-    adapter: Adapter = None,
-    quantize: Quantize = None,
-    allow_missing: AllowMissing = False,
 ) -> None:
     """Show at which layers a model's attention is biased by position and padding, how strongly, and what to do.
 
@@ -205,18 +170,9 @@ def bias(
     drawn, pruner, chosen = session.formats(formats), session.method(method), _layers(layers)
     steps = None if debias is None else _by_layer(debias)
     session.check_folder(out)
-    _check_layers(pruner, chosen, model, revision)
-    source = Source.of(images, prompt or (), limit, model=model, split="eval" if debias else "calibration")
-    loaded = session.Session(
-        model,
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        attention=attention,
-        adapter=adapter,
-        quantize=quantize,
-        allow_missing=allow_missing,
-    )
+    _check_layers(pruner, chosen, spec)
+    source = Source.of(images, prompt or (), limit, model=spec.source, split="eval" if debias else "calibration")
+    loaded = session.Session(spec)
     predictor = loaded.predictor
     with output.progress("observing", len(source)) as advance:
 
@@ -272,7 +228,9 @@ def bias(
                 terminal.echo(f"layer {name}, mean score by frame: {' '.join(f'{v:.2f}' for v in row['frames'])}")
         terminal.echo(
             "\n"
-            + "\n".join(tables.lines(conclusion.sentences() if after else _advice(conclusion, model, images, method)))
+            + "\n".join(
+                tables.lines(conclusion.sentences() if after else _advice(conclusion, spec.source, images, method))
+            )
         )
         if after:
             terminal.echo(f"\nDebiased with {debias}:")
@@ -411,14 +369,12 @@ def _layers(text: str | None) -> list[int] | Literal["all"] | None:
         raise ConfigError(f"--layers {text}: give 'all' or numbers such as 1,2,3") from None
 
 
-def _check_layers(
-    pruner: Pruner, chosen: Sequence[int] | Literal["all"] | None, model: str, revision: str | None
-) -> None:
+def _check_layers(pruner: Pruner, chosen: Sequence[int] | Literal["all"] | None, spec: ModelSpec) -> None:
     """Find out before anything is loaded whether the layers exist and the method can rank by them."""
     from evengaze.calibration.observe import rankable
     from evengaze.cli import session
 
-    rankable(pruner, session.depth(model, revision), chosen)
+    rankable(pruner, session.depth(spec), chosen)
 
 
 def _check(target: str, family: str, fit: str | None) -> None:

@@ -11,26 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evengaze.cli import output, tables, terminal
-from evengaze.cli.options import (
-    Adapter,
-    AllowMissing,
-    AsJson,
-    Attention,
-    BatchSize,
-    Device,
-    DType,
-    Images,
-    Limit,
-    Model,
-    Prompts,
-    Quantize,
-    Revision,
-)
+from evengaze.cli.options import AsJson, BatchSize, Images, Limit, Prompts, loads_model
 from evengaze.errors import CurveError, DataError
 
 if TYPE_CHECKING:
     from evengaze.calibration.observe import Observations
     from evengaze.debias.curve import Curve
+    from evengaze.evaluate.predictor import ModelSpec
 
 Name = Annotated[str, typer.Argument(help="Curve file (.json) or preset.")]
 
@@ -187,9 +174,10 @@ def _compared(a: Curve, b: Curve) -> dict[str, Any]:
     return found
 
 
+@loads_model
 def validate(
+    spec: ModelSpec,
     name: Name,
-    model: Model = "demo",
     images: Images = None,
     method: Annotated[
         str | None, typer.Option("--method", "-m", help="Method and budget; default: the curve's own at keep=0.25.")
@@ -198,13 +186,6 @@ def validate(
     limit: Limit = None,
     batch_size: BatchSize = 4,
     as_json: AsJson = False,
-    revision: Revision = None,
-    dtype: DType = "auto",
-    device: Device = "auto",
-    attention: Attention = None,
-    adapter: Adapter = None,
-    quantize: Quantize = None,
-    allow_missing: AllowMissing = False,
 ) -> None:
     """Debias held-out pictures with a curve and say whether it corrects too much or too little.
 
@@ -218,21 +199,14 @@ def validate(
     from evengaze.evaluate.samples import Source, encode
 
     curve = read(name)
-    spec = method or f"{curve.origin.method or 'fastv'}{':keep=0.25' if curve.origin.method in ('', 'fastv') else ''}"
-    pruner = session.method(spec)
-    rankable(pruner, session.depth(model, revision))
-    source = Source.of(images, prompt or (), limit, model=model, split="eval")
-    output.note(f"validating on {len(source)} samples of the {source.name}; --limit N takes N of them")
-    loaded = session.Session(
-        model,
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        attention=attention,
-        adapter=adapter,
-        quantize=quantize,
-        allow_missing=allow_missing,
+    ranked_by = (
+        method or f"{curve.origin.method or 'fastv'}{':keep=0.25' if curve.origin.method in ('', 'fastv') else ''}"
     )
+    pruner = session.method(ranked_by)
+    rankable(pruner, session.depth(spec))
+    source = Source.of(images, prompt or (), limit, model=spec.source, split="eval")
+    output.note(f"validating on {len(source)} samples of the {source.name}; --limit N takes N of them")
+    loaded = session.Session(spec)
     with (
         warnings.catch_warnings(record=True) as found,
         output.progress("validating", len(source)) as advance,

@@ -13,7 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from evengaze.cli import output, tables, terminal
-from evengaze.cli.options import Adapter, AsJson, Attention, Quantize
+from evengaze.cli.options import AsJson, overrides_model
 from evengaze.errors import ConfigError
 
 RECORDS_LOST = 3
@@ -29,8 +29,9 @@ def register(app: typer.Typer) -> None:
     app.command("report")(report)
 
 
+@overrides_model
 def evaluate(
-    model: Annotated[str | None, typer.Option(help="Hub id, local folder, or 'demo' (embedded).")] = None,
+    loading: dict[str, Any],
     benchmarks: Annotated[
         list[str] | None, typer.Option("--benchmarks", "-b", help="Comma-separated; repeatable.")
     ] = None,
@@ -58,18 +59,8 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Default: as in each benchmark's official script.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of the model on the hub.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda:1, ..., or balanced (several GPUs).")] = None,
-    attention: Attention = None,
-    adapter: Adapter = None,
-    quantize: Quantize = None,
     prompt: Annotated[
         str | None, typer.Option(help="auto, official (LLaVA's templates) or chat (the model's).")
-    ] = None,
-    allow_missing: Annotated[
-        bool | None,
-        typer.Option("--allow-missing", help="Load a checkpoint that lacks weights; they are random."),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="YAML file, or the name of a shipped one, with any of these options.")
@@ -94,15 +85,7 @@ def evaluate(
     from evengaze.evaluate.recipes import Recipe
 
     given = {
-        "model": model,
-        "revision": revision,
-        "dtype": dtype,
-        "device": device,
-        "attention": attention,
-        "adapter": adapter,
-        "quantize": quantize,
         "prompt": prompt,
-        "allow_missing": allow_missing or None,
         "benchmarks": _names(benchmarks),
         "methods": methods,
         "debias": _names(debias),
@@ -114,7 +97,7 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
     }
     settings = Recipe.load(recipe) if recipe is not None else Recipe()
-    settings = settings.overridden({key: value for key, value in given.items() if value is not None})
+    settings = settings.overridden(loading | {key: value for key, value in given.items() if value is not None})
     missing = [name for name, value in (("--data", data), ("--out", out)) if value is None]
     missing += [] if settings.model.source else ["--model"]
     missing += [] if settings.benchmarks else ["--benchmarks"]
@@ -146,7 +129,7 @@ def check_plan(settings: Any) -> None:
             Debias.parse(label)
     for name in settings.benchmarks:
         get_benchmark(name)
-    session.check_stages(pruners, settings.model.source, settings.model.revision)
+    session.check_stages(pruners, settings.model)
 
 
 def _run(settings: Any, data: Path, out: Path, backend: Any, options: Any, as_json: bool) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -57,3 +60,64 @@ Formats = Annotated[
     str, typer.Option("--formats", help="Of the figures: png, pdf, svg; several with commas, 'png,pdf'.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+_OF_MODEL: Mapping[str, tuple[Any, Any]] = {
+    "model": (Model, "demo"),
+    "revision": (Revision, None),
+    "dtype": (DType, "auto"),
+    "device": (Device, "auto"),
+    "attention": (Attention, None),
+    "adapter": (Adapter, None),
+    "quantize": (Quantize, None),
+    "allow_missing": (AllowMissing, False),
+}
+"""The options that say which model to load and how, with their defaults."""
+
+Command = Callable[..., None]
+
+
+def loads_model(command: Command) -> Command:
+    """Give a command the options of the model in place of its parameter `spec`, a `ModelSpec` made of them."""
+
+    @wraps(command)
+    def with_spec(**given: Any) -> None:
+        from evengaze.evaluate.predictor import ModelSpec
+
+        chosen = {name: given.pop(name) for name in _OF_MODEL}
+        command(spec=ModelSpec(chosen.pop("model"), **chosen), **given)
+
+    return _typed(with_spec, command, "spec", _OF_MODEL)
+
+
+def overrides_model(command: Command) -> Command:
+    """Give a command the options of the model in place of its parameter `loading`: a dictionary of those given."""
+
+    @wraps(command)
+    def with_overrides(**given: Any) -> None:
+        chosen = {name: given.pop(name) for name in _OF_MODEL}
+        command(loading={name: value for name, value in chosen.items() if value is not None}, **given)
+
+    optional = {name: (_or_none(option), None) for name, (option, _) in _OF_MODEL.items()}
+    return _typed(with_overrides, command, "loading", optional)
+
+
+def _or_none(option: Any) -> Any:
+    """An option that may be left out; of a flag, that is not the same as "no"."""
+    (settings,) = option.__metadata__
+    return Annotated[option.__origin__ | None, settings]
+
+
+def _typed(wrapper: Command, command: Command, name: str, options: Mapping[str, tuple[Any, Any]]) -> Command:
+    """Make typer see a command's own parameters, and `options` in place of the parameter called `name`."""
+    hints = get_type_hints(command, localns={"ModelSpec": Any}, include_extras=True)  # torch is not imported for it
+    hints = {key: hint for key, hint in hints.items() if key != name}
+    hints |= {key: option for key, (option, _) in options.items()}
+    kind = inspect.Parameter.KEYWORD_ONLY
+    own = inspect.signature(command).parameters.values()
+    parameters = [
+        inspect.Parameter(p.name, kind, default=p.default, annotation=hints[p.name]) for p in own if p.name != name
+    ]
+    parameters += [inspect.Parameter(key, kind, default=d, annotation=hints[key]) for key, (_, d) in options.items()]
+    wrapper.__annotations__ = hints
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return wrapper

@@ -8,22 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evengaze.cli import output, terminal
-from evengaze.cli.options import (
-    Adapter,
-    AllowMissing,
-    AsJson,
-    Attention,
-    Device,
-    DType,
-    Model,
-    Quantize,
-    Revision,
-)
+from evengaze.cli.options import AsJson, loads_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from evengaze.cli.session import Answer, Session
+    from evengaze.evaluate.predictor import ModelSpec
     from evengaze.methods import Pruner
     from evengaze.viz.compare import Compared
 
@@ -38,10 +29,11 @@ def register(app: typer.Typer) -> None:
     app.command("compare")(compare)
 
 
+@loads_model
 def run(
+    spec: ModelSpec,
     image: Images,
     prompt: Prompt,
-    model: Model = "demo",
     method: Annotated[
         str, typer.Option("--method", "-m", help="E.g. fastv:keep=128,layer=2, or none; see `evengaze list methods`.")
     ] = "fastv:keep=0.25",
@@ -54,13 +46,6 @@ def run(
     ] = None,
     max_new_tokens: NewTokens = 64,
     as_json: AsJson = False,
-    revision: Revision = None,
-    dtype: DType = "auto",
-    device: Device = "auto",
-    attention: Attention = None,
-    adapter: Adapter = None,
-    quantize: Quantize = None,
-    allow_missing: AllowMissing = False,
 ) -> None:
     """Answer a question about a picture with most of its tokens dropped."""
     from evengaze.cli import session
@@ -68,18 +53,9 @@ def run(
     session.check_output(trace, ".json")
     session.check_output(plot, *session.FIGURES)
     pruner, pictures = session.method(method, debias), session.read_pictures(image)
-    session.check_stages([pruner], model, revision)
-    session.note_on_demo(model)
-    loaded = session.Session(
-        model,
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        attention=attention,
-        adapter=adapter,
-        quantize=quantize,
-        allow_missing=allow_missing,
-    )
+    session.check_stages([pruner], spec)
+    session.note_on_demo(spec)
+    loaded = session.Session(spec)
     answer = loaded.answer(pictures, prompt, pruner, max_new_tokens)
     if as_json:
         terminal.echo(terminal.as_json(_described(answer, pruner.to_dict())))
@@ -97,7 +73,9 @@ def run(
         output.note(plot)
 
 
+@loads_model
 def compare(
+    spec: ModelSpec,
     image: Images,
     prompt: Prompt,
     out: Annotated[Path, typer.Option("--out", "-o", help="The figure (.png, .pdf, .svg).")] = Path("compare.png"),
@@ -113,16 +91,8 @@ def compare(
             help="The right answer, to mark right and wrong ones; default: as the model says with all tokens."
         ),
     ] = None,
-    model: Model = "demo",
     max_new_tokens: NewTokens = 64,
     as_json: AsJson = False,
-    revision: Revision = None,
-    dtype: DType = "auto",
-    device: Device = "auto",
-    attention: Attention = None,
-    adapter: Adapter = None,
-    quantize: Quantize = None,
-    allow_missing: AllowMissing = False,
 ) -> None:
     """Draw what each method keeps of a picture, plain and debiased, in one grid.
 
@@ -134,29 +104,20 @@ def compare(
     from evengaze.viz.style import save
 
     session.check_output(out, *session.FIGURES)
-    specs = split(methods or ["fastv:keep=0.125;pyramiddrop;random:keep=0.125;uniform:keep=0.125"])
-    pruners = [session.method(spec, debias) for spec in specs]
+    named = split(methods or ["fastv:keep=0.125;pyramiddrop;random:keep=0.125;uniform:keep=0.125"])
+    pruners = [session.method(text, debias) for text in named]
     pictures = session.read_pictures(image)
-    session.check_stages(pruners, model, revision)
-    session.note_on_demo(model)
-    loaded = session.Session(
-        model,
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        attention=attention,
-        adapter=adapter,
-        quantize=quantize,
-        allow_missing=allow_missing,
-    )
+    session.check_stages(pruners, spec)
+    session.note_on_demo(spec)
+    loaded = session.Session(spec)
     dense = loaded.answer(pictures, prompt, session.method("dense"), max_new_tokens)
     right = dense.text if answer is None else answer
     columns: list[list[Compared | None]] = []
-    for spec, pruner in zip(specs, pruners, strict=True):
+    for text, pruner in zip(named, pruners, strict=True):
         plain = pruner.replace(debias=None)
-        column = [_one(loaded, pictures, prompt, plain, spec, max_new_tokens, right), None]
+        column = [_one(loaded, pictures, prompt, plain, text, max_new_tokens, right), None]
         if plain.ranked_stages(loaded.layers):
-            better = session.method(spec, "padding") if pruner.debias is None else pruner
+            better = session.method(text, "padding") if pruner.debias is None else pruner
             column[1] = _one(loaded, pictures, prompt, better, "debiased", max_new_tokens, right)
         columns.append(column)
     if all(column[1] is None for column in columns):

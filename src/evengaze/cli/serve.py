@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evengaze.cli.options import Adapter, AllowMissing, Attention, Device, DType, Model, Quantize, Revision
+from evengaze.cli.options import loads_model
+
+if TYPE_CHECKING:
+    from evengaze.evaluate.predictor import ModelSpec
 
 
 def register(app: typer.Typer) -> None:
@@ -14,8 +17,9 @@ def register(app: typer.Typer) -> None:
     app.command("serve")(serve)
 
 
+@loads_model
 def serve(
-    model: Model = "demo",
+    spec: ModelSpec,
     method: Annotated[
         str, typer.Option("--method", "-m", help="For requests that name none, e.g. fastv:keep=128; or none.")
     ] = "fastv:keep=0.25",
@@ -40,29 +44,11 @@ def serve(
     max_images: Annotated[int, typer.Option(min=1, help="Most pictures of a request.")] = 8,
     max_pixels: Annotated[int, typer.Option(min=1, help="Most pixels of a picture.")] = 40_000_000,
     max_megabytes: Annotated[int, typer.Option(min=1, help="Largest request.")] = 32,
-    revision: Revision = None,
-    dtype: DType = "auto",
-    device: Device = "auto",
-    attention: Attention = None,
-    adapter: Adapter = None,
-    quantize: Quantize = None,
-    allow_missing: AllowMissing = False,
 ) -> None:
     """Serve OpenAI's chat completions, pruned. A request may choose its own method in the extra field "evengaze"."""
-    from evengaze.evaluate.predictor import ModelSpec
     from evengaze.serve.settings import Limits, Settings
     from evengaze.serve.start import run
 
-    spec = ModelSpec(
-        model,
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        attention=attention,
-        adapter=adapter,
-        quantize=quantize,
-        allow_missing=allow_missing,
-    )
     limits = Limits(
         body=max_megabytes << 20,
         images=max_images,

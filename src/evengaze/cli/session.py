@@ -47,20 +47,16 @@ class Session:
         predictor: the loaded model.
     """
 
-    def __init__(self, model: str, **loading: Any) -> None:
-        """Load a model.
-
-        Args:
-            model: hub id, local folder or "demo".
-            loading: the other fields of `ModelSpec`.
-        """
+    def __init__(self, spec: ModelSpec | str, **loading: Any) -> None:
+        """Load a model; `loading` are the other fields of a `ModelSpec` whose source is given."""
+        spec = ModelSpec(spec, **loading) if isinstance(spec, str) else spec
         if not sys.stderr.isatty() or output.voice.quiet:
             disable_progress_bar()
         start = perf_counter()
-        self.predictor = Predictor.load(ModelSpec(model, **loading))
+        self.predictor = Predictor.load(spec)
         loaded: Any = self.predictor.model
         output.detail(
-            f"{model}: {type(loaded).__name__}, {loaded.dtype}, {loaded.device}, "
+            f"{spec.source}: {type(loaded).__name__}, {loaded.dtype}, {loaded.device}, "
             f"{getattr(loaded.config, '_attn_implementation', '?')} attention, {perf_counter() - start:.1f} s to load"
         )
 
@@ -96,19 +92,19 @@ def config_of(model: str, revision: str | None = None) -> Any:
     return load_config(str(FOLDER) if model == DEMO else model, revision=revision, name=f"--model {model}")
 
 
-def depth(model: str, revision: str | None = None) -> int:
+def depth(spec: ModelSpec) -> int:
     """Decoder layers of a model by its config."""
-    return int(config_of(model, revision).get_text_config().num_hidden_layers)
+    return int(config_of(spec.source, spec.revision).get_text_config().num_hidden_layers)
 
 
-def check_stages(pruners: Sequence[Pruner], model: str, revision: str | None = None) -> None:
+def check_stages(pruners: Sequence[Pruner], spec: ModelSpec | str, revision: str | None = None) -> None:
     """Find out before anything is loaded whether methods fit a model's depth.
 
     Raises:
         ConfigError: a stage lies outside of it.
         DataError: there is no such model.
     """
-    layers = depth(model, revision)
+    layers = depth(ModelSpec(spec, revision) if isinstance(spec, str) else spec)
     for pruner in pruners:
         pruner.stages(layers)
 
@@ -143,9 +139,9 @@ def _frames(path: Path) -> int:
         return int(getattr(opened, "n_frames", 1))
 
 
-def note_on_demo(model: str) -> None:
+def note_on_demo(spec: ModelSpec) -> None:
     """Say what the embedded model knows, before it is asked about anything else."""
-    if model == DEMO:
+    if spec.source == DEMO:
         output.note(
             "The embedded model knows its own synthetic pictures (coloured shapes and digits) only: its answers about "
             "photographs mean nothing. --model takes any supported model; see `evengaze list models`."
