@@ -13,7 +13,7 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from evengaze.compat import by_name, cache_in, cache_in_output
 from evengaze.engine import cache as kv
-from evengaze.engine import checks, compiled, guard, layers
+from evengaze.engine import checks, compiled, guard, layers, segments
 from evengaze.engine.attention import hidden_attention
 from evengaze.engine.call import Call, Calls, Frozen, module_frame
 from evengaze.engine.decode import Steps, in_graph
@@ -38,7 +38,7 @@ from evengaze.engine.rerank import ranked_anew
 from evengaze.engine.rotary import Rotary, Served
 from evengaze.engine.sharing import Fold, borrowed, lenders
 from evengaze.engine.tap import Taps, probe
-from evengaze.errors import LayoutError, UnsupportedModelError
+from evengaze.errors import ConfigError, LayoutError, UnsupportedModelError
 from evengaze.layout import VisualLayout
 from evengaze.models import BareDecoder, adapter_for, find_decoder
 from evengaze.models.base import Adapter, attending_layers
@@ -65,6 +65,7 @@ class Handle:
         rerank: let a later turn of a conversation rank anew, by its own question; see `Pruner.__call__`.
         freeze: without a cache, every token of a generation repeats the prefill; repeat the first one's selection then
             (as a cache would), or rank anew each time.
+        graphs: capture the layers between stages, and the vision tower, as CUDA graphs; see `Pruner.__call__`.
 
     Any number of threads may call the model at once. What belongs to a call is on that call's own object.
 
@@ -84,6 +85,7 @@ class Handle:
         question: Said = None,
         rerank: bool = False,
         freeze: bool = True,
+        graphs: bool = False,
     ) -> None:
         wrapper, model = model, compiled.inner(model)
         unwrap = getattr(model, "get_base_model", None)  # adapters such as LoRA wrap the model whose forward runs
@@ -92,6 +94,8 @@ class Handle:
         self.trace: Trace | None = None
         self.traces: deque[Trace] = deque(maxlen=_TRACES)
         self._layout, self._rerank, self._freeze = layout, rerank, freeze
+        self._recorder = segments.recorder(model) if graphs else None
+        self._segments: segments.Segments | None = None
         self.question = question
         self._adapter: Adapter | None = None if layout is not None else adapter_for(model)
         if isinstance(self._adapter, BareDecoder):
@@ -233,9 +237,33 @@ class Handle:
                 keep(undo)
             keep(self._adapter.prepare(self.model, self._surviving))
         keep(self.pruner.prepare(self.model, self._adapter, self._shared))
+        if self._recorder is not None:
+            self._capture()
         wrappers = () if wrapper is self.model else tuple(wrapper.modules())
         for undo in compiled.step_aside(self.model, self._decoder, lambda: self._calls.top.run is not None, wrappers):
             keep(undo)
+
+    def _capture(self) -> None:
+        """Run the layers between stages, and the tower, as graphs."""
+        if self._lenders or self._recurrent:
+            raise ConfigError(
+                f"graphs=True cannot serve {type(self.model).__name__}: some of its layers borrow keys from others, or "
+                "carry a state through the sequence. Attach without graphs."
+            )
+        self._segments = segments.Segments(
+            self._layers,
+            list(self._stages),
+            self._previous,
+            self._own,
+            self._taps,
+            lambda: self._calls.top.run,
+            self._recorder,
+        )
+        self._undo.append(self._segments.install())
+        if self._adapter is not None and not getattr(self.pruner, "in_tower", False):
+            with suppress(UnsupportedModelError):
+                tower = self._adapter.vision_tower(self.model).module
+                self._undo.append(self._segments.watch_tower(tower))
 
     def _surviving(self) -> Tensor | None:
         run = self._calls.top.run

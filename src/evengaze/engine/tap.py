@@ -12,7 +12,8 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,31 @@ class Tap:
     def disarm(self) -> bool:
         """Stop listening in the running call; whether the tap was still waiting."""
         return self._thread.armed.pop(id(self._current()), None) is not None
+
+    @property
+    def stops(self) -> bool:
+        """Whether the layer is to be left at its attention in the running call."""
+        waiting = self._thread.armed.get(id(self._current()))
+        return waiting is not None and waiting.stop
+
+    def hear(self, states: AttentionStates) -> None:
+        """Hand states over in the place of an attention call that does not happen, as it did before."""
+        waiting = self._thread.armed.pop(id(self._current()), None)
+        if waiting is not None:
+            waiting.sink(states)
+
+    @contextmanager
+    def apart(self, sink: Sink) -> Iterator[None]:
+        """Listen inside a `with` block; what was waiting in the running call goes on waiting behind it."""
+        armed, key = self._thread.armed, id(self._current())
+        waiting = armed.pop(key, None)
+        self.arm(sink)
+        try:
+            yield
+        finally:
+            armed.pop(key, None)
+            if waiting is not None:
+                armed[key] = waiting
 
     def _listens(self) -> bool:
         config = self.module.config

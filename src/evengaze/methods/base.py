@@ -114,6 +114,11 @@ class Pruner(ABC):
         proportion. `schedule.solve_for_budget` turns this knob."""
         raise ConfigError(f"{self.name} has no budget to solve for")
 
+    @property
+    def in_tower(self) -> bool:
+        """Whether the method acts in the vision tower, or reads its attention."""
+        return False
+
     def language_to_vision(self, stage: int) -> bool:
         """Whether the attention that a stage reads is paid by text, which is what debiasing corrects.
 
@@ -241,6 +246,7 @@ class Pruner(ABC):
         layout: VisualLayout | None = None,
         question: Said = None,
         rerank: bool = False,
+        graphs: bool = False,
     ) -> Handle:
         """Attach to a model; use the result as a context manager, or call its `remove()`.
 
@@ -255,9 +261,12 @@ class Pruner(ABC):
             rerank: whether a later turn in `generate` with the cache of earlier ones ranks their pictures anew, by its
                 own question. It reads the whole conversation again, and so needs all of its pictures again. By default
                 a picture's tokens stay as the first question chose them.
+            graphs: capture the vision tower and the layers between stages as CUDA graphs, one for each shape that comes
+                a second time, and replay them: exact, and much faster where the host cannot keep up with the GPU (one
+                or two rows). For inference on a single GPU.
         """
         selfcheck.ensure()
-        handle = Handle(model, self, layout, question=question, rerank=rerank, freeze=self.freezes)
+        handle = Handle(model, self, layout, question=question, rerank=rerank, freeze=self.freezes, graphs=graphs)
         method: Any = handle.pruner  # this one, or the same at layers that attend
         if self.debiasing is not None and method.stages(handle.depth):
             layer = method.ranked_layer(handle.depth)

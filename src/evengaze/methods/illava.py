@@ -66,6 +66,11 @@ class ILLaVA(OneStage):
         tower = [Stage(0, None)] if self.vision_layers else []
         return [*tower, *super().stages(layers)]
 
+    @property
+    def in_tower(self) -> bool:
+        """Only if patches leave there."""
+        return bool(self.vision_layers)
+
     def prepare(self, model: nn.Module, adapter: Adapter | None, shared: Shared) -> Callable[[], None]:
         """Shorten the vision tower, if asked to."""
         if not self.vision_layers:

@@ -38,6 +38,11 @@ class VisionZip(OneStage):
     name: ClassVar[str] = "visionzip"
     attention: ClassVar[Source] = None  # of the decoder
 
+    @property
+    def in_tower(self) -> bool:
+        """It reads the tower's attention."""
+        return True
+
     def prepare(self, model: nn.Module, adapter: Adapter | None, shared: Shared) -> Callable[[], None]:
         """Listen to the tower."""
         return watch(model, adapter, shared)
