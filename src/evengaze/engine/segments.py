@@ -56,7 +56,7 @@ class CudaGraph:
             function(self._inputs)  # whatever is set up on first use
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.result = function(self._inputs)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Any:
