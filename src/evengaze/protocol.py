@@ -232,6 +232,12 @@ class Store:
         """Forget all of them."""
         self._values.clear()
 
+    def join(self, other: Store) -> None:
+        """Take over another store's values; two of one class become their sum."""
+        for kind, value in other._values.items():
+            mine = self._values.get(kind)
+            self._values[kind] = value if mine is None else mine + value
+
     def copy(self) -> Store:
         """The same values in a store of their own."""
         store = Store()

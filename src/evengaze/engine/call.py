@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from evengaze.engine.decode import Steps
-from evengaze.engine.encoded import Encoded
+from evengaze.engine.encoded import Encoded, Encoding
 from evengaze.engine.generation import Request
 from evengaze.engine.prefill import Prefill, Selections
 from evengaze.engine.rotary import Rotary
@@ -56,6 +56,8 @@ class Call:
         frame: of the module call; None for `generate`, which ends by itself, and at the bottom.
         generate: whether this is a call of `generate`.
         generating: whether `generate` itself made this call of the model.
+        repeating: whether it did, or the loop that it was given (`custom_generate`): without a cache, such calls repeat
+            what the first of them chose.
         encoded: what the encoders did for the next prompt.
         ids: (B, L) the running forward's token ids, on their way to the decoder.
         mask: (B, L) its padding mask, likewise.
@@ -98,6 +100,7 @@ class Call:
         "outer",
         "own",
         "pictured",
+        "repeating",
         "request",
         "rotary",
         "run",
@@ -108,7 +111,10 @@ class Call:
     def __init__(self, outer: Call | None, frame: FrameType | None = None, *, generate: bool = False) -> None:
         self.outer, self.frame, self.generate = outer, frame, generate
         # What a streamer or a loop of one's own asks inside of a `generate` is a call like any other.
-        self.generating = outer is not None and outer.generate and frame is not None and _by_generation(frame)
+        caller = _generation_above(frame) if outer is not None and outer.generate and frame is not None else None
+        loop = outer is not None and outer.request is not None and outer.request.loop
+        self.generating = caller is not None and caller[1]
+        self.repeating = caller is not None and (caller[1] or (caller[0] == "generate" and loop))
         self.encoded = Encoded()
         self.ids: Tensor | None = None
         self.mask: Tensor | None = None
@@ -151,13 +157,13 @@ class Call:
 
     def freeze(self, frozen: Frozen) -> None:
         """Remember a prefill for the calls of the same `generate` that repeat it."""
-        if self.outer is not None:
+        if self.outer is not None and self.repeating:
             others = [f for f in self.outer.frozen if not torch.equal(f.inputs, frozen.inputs)]
             self.outer.frozen = [frozen, *others][:_FROZEN]
 
     def continued(self, inputs: Tensor) -> Frozen | None:
         """The recorded prefill that (B, L, d) `inputs` go on with."""
-        recorded: Iterable[Frozen] = self.outer.frozen if self.outer is not None and self.generating else ()
+        recorded: Iterable[Frozen] = self.outer.frozen if self.outer is not None and self.repeating else ()
         return next((frozen for frozen in recorded if frozen.continued_by(inputs)), None)
 
 
@@ -183,17 +189,22 @@ class Calls(threading.local):
             self.top = call = call.outer
         return call
 
-    def enter(self, frame: FrameType, *, inherit: bool) -> Call:
+    def enter(self, frame: FrameType, *, inherit: bool, known: Sequence[Encoding] | None = None) -> Call:
         """A module call begins.
 
         Args:
             frame: the module call's.
             inherit: whether it may use what was encoded outside of it.
+            known: the encodings whose features it is given, if they are known.
         """
         outer = self.alive()
         call = Call(outer, frame)
-        if inherit:
+        if known is not None:
+            call.encoded = Encoded(known)
+        elif inherit:
             call.encoded = outer.encoded
+            if outer.generate:  # it encodes once; features that were moved to another device are not known again
+                outer.encoded.repeat()
         elif outer.outer is None:
             outer.encoded.clear()
         self.top = call
@@ -233,12 +244,16 @@ def module_frame() -> FrameType:
     return frame
 
 
-def _by_generation(frame: FrameType) -> bool:
-    """Whether transformers' own generation makes a module call."""
-    at: FrameType | None = frame
-    while at is not None and at.f_globals.get("__name__", "").startswith(("torch.", "evengaze.engine.")):
+def _generation_above(frame: FrameType) -> tuple[str, bool] | None:
+    """The function of transformers' generation from which a module call comes, and whether it made the call itself."""
+    at, itself = frame.f_back, True
+    while at is not None:
+        module = at.f_globals.get("__name__", "")
+        if module.startswith("transformers.generation."):
+            return at.f_code.co_name, itself
+        itself = itself and module.startswith(("torch.", "evengaze.engine."))
         at = at.f_back
-    return at is not None and at.f_globals.get("__name__", "").startswith("transformers.generation.")
+    return None
 
 
 def _runs(frame: FrameType) -> bool:

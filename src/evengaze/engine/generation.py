@@ -33,6 +33,11 @@ class Request:
         return next((v for c in configs if (v := getattr(c, name, None)) is not None), None)
 
     @property
+    def loop(self) -> bool:
+        """Whether it was given a decoding loop, in place of transformers' own."""
+        return callable(self._arguments.get("custom_generate"))
+
+    @property
     def assistant(self) -> Any:
         """The model that drafts; None without one."""
         return self._arguments.get("assistant_model")

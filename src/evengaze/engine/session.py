@@ -27,7 +27,7 @@ from evengaze.engine import checks, compiled, guard, layers, segments
 from evengaze.engine.attention import hidden_attention
 from evengaze.engine.call import Call, Calls, Frozen, module_frame
 from evengaze.engine.decode import Steps, in_graph
-from evengaze.engine.encoded import Encoded, watch
+from evengaze.engine.encoded import Encoded, Features, watch
 from evengaze.engine.first import check_first, note_failure
 from evengaze.engine.generation import Request, brings_pictures, refuse_packing
 from evengaze.engine.intercept import Mark, before_forward, behind_forward, intercept, put
@@ -128,6 +128,7 @@ class Handle:
         self._calls = Calls()
         self._taps = Taps(self._calls.alive)
         self._served: Served = {}
+        self._features = Features()
         self._plain = Steps(self._implementation, Rotary(self._served), remember=False)
         self._traced = compiled.Traced(model, self._adapter, self._calls, prunes=bool(stages))
         self._pending: list[Pending] = []
@@ -187,6 +188,7 @@ class Handle:
         self._calls.clear()
         self._shared.clear()
         self._served.clear()
+        self._features.clear()
 
     @property
     def depth(self) -> int:
@@ -233,7 +235,7 @@ class Handle:
             if self._stages and callable(getattr(self.model, name, None)):
                 keep(intercept(self.model, name, refuse_packing))
         if self._adapter is not None:
-            for undo in watch(base, self._encoded):
+            for undo in watch(base, self._encoded, self._features):
                 keep(undo)
             keep(self._adapter.prepare(self.model, self._surviving))
         keep(self.pruner.prepare(self.model, self._adapter, self._shared))
@@ -295,9 +297,10 @@ class Handle:
         call = self._calls.alive()
         if module is self.model or call.frame is None or call.decoding:
             # Encodings left by a call that failed before it reached the decoder, or asked for outside, are not its own;
-            # those that `generate` made for it come with it.
-            inherit = module is not self.model or kwargs.get("mm_encoder_outputs") is not None
-            call = self._calls.enter(module_frame(), inherit=inherit)
+            # those whose features it is given are.
+            outputs = kwargs.get("mm_encoder_outputs")
+            inherit = module is not self.model or outputs is not None
+            call = self._calls.enter(module_frame(), inherit=inherit, known=self._features.of(outputs))
         ids = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(ids, Tensor) and ids.dim() == 2:
             call.ids = ids
@@ -361,9 +364,9 @@ class Handle:
     def _begin(self, call: Call, states: Tensor, kwargs: dict[str, Any], cache: Any) -> Prefill | None:
         ids, given = call.ids, call.mask if call.mask is not None else kwargs.get("attention_mask")
         call.ids = call.mask = None
-        encoded, placed = tuple(call.encoded.calls), tuple(call.encoded.placed)
-        notes = call.encoded.notes.copy()
-        call.encoded.clear()
+        encoded, placed = call.encoded.calls, tuple(call.encoded.placed)
+        notes = call.encoded.noted()
+        call.encoded.take()
         length, past = states.shape[1], kv.length_of(cache)
         real = real_tokens(given, states, past)
         if states.is_floating_point():
@@ -585,7 +588,7 @@ class Handle:
         if self._unseen:
             check_first(self.model, run, self.trace, out, self._lenders)
             self._unseen = False
-        if self._freeze and call.generating and run.cache is None and run.replay is None:
+        if self._freeze and call.repeating and run.cache is None and run.replay is None:
             call.freeze(Frozen(run.inputs.detach(), run.layout, run.selections))
         if call.labels is not None:
             run.ignore(call.labels, call.ignored)

@@ -34,6 +34,12 @@ class _Seen:
         self.values: list[Tensor] = []
         self.left = 0
 
+    def __add__(self, later: _Seen) -> _Seen:
+        """Of a prompt whose pictures were encoded in several calls."""
+        both = _Seen()
+        both.values, both.left = [*self.values, *later.values], later.left
+        return both
+
 
 class Patches:
     """One value for every patch that the tower saw, from the tower's calls to the prefill that uses them.

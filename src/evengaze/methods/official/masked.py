@@ -21,11 +21,12 @@ from evengaze.engine.attention import AttentionStates
 from evengaze.engine.intercept import before_forward
 from evengaze.engine.masks import causal_mask, mask_columns, take_mask
 from evengaze.engine.tap import Taps
+from evengaze.errors import ConfigError
 from evengaze.layout import Candidates
 from evengaze.methods.fastv import FastV
 from evengaze.methods.registry import register
 from evengaze.models import find_decoder
-from evengaze.models.base import Adapter
+from evengaze.models.base import Adapter, attending_layers
 from evengaze.protocol import Mode, Selection, Shared, Store, View, Words
 
 
@@ -57,6 +58,14 @@ class FastVMasked(FastV):
         masks = _Masks(self, decoder, shared.call)
         shared.put(masks)
         layers = list(decoder.get_submodule("layers").children())
+        able = attending_layers(layers)
+        blind = [i for i in range(self.layer, len(layers)) if i not in able]
+        if blind:
+            raise ConfigError(
+                f"{self.name} hides tokens from the attention of layers, but layers {', '.join(map(str, blind))} of "
+                f"this model ({type(layers[blind[0]]).__name__}) carry a state through the sequence, from which "
+                "nothing can be hidden. Use fastv, which removes the tokens."
+            )
         masks.taps.on(layers[self.layer - 1])
         undo = [masks.taps.remove, before_forward(decoder, masks.begin)]
         undo += [before_forward(layers[self.layer - 1], masks.listen)]
