@@ -12,14 +12,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import typer
 from PIL import Image
 from typer.testing import CliRunner
 
 import evengaze as eg
 from evengaze.calibration import observe as observing
+from evengaze.cli import build, output, session
 from evengaze.cli import calibrate as commands
-from evengaze.cli import session
 from evengaze.debias import Curve, CurveWarning
 from evengaze.errors import ConfigError, CurveError, DataError
 from evengaze.evaluate.predictor import ModelSpec, Predictor
@@ -67,9 +66,7 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def invoke(*arguments: object, code: int = 0) -> str:
-    app = typer.Typer()
-    commands.register(app)
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    result = CliRunner().invoke(build(), [str(a) for a in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == code, result.output
@@ -145,7 +142,7 @@ def test_bias_with_a_curve_of_the_same_pictures_is_flagged(pictures: Path) -> No
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always", CurveWarning)
             invoke("bias", "--model", "m", "--images", pictures / chosen, "--debias", "c.json", "--layers", layers)
-        return [str(w.message) for w in found if issubclass(w.category, CurveWarning)]
+        return [output.spoken(w.message) for w in found if issubclass(w.category, CurveWarning)]
 
     lines = (pictures / "list.jsonl").read_text().splitlines()
     (pictures / "one.jsonl").write_text("\n".join(lines[:4]) + "\n")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +21,8 @@ from evengaze.calibration.stats import LayerStats
 from evengaze.debias.beyond import Prior
 from evengaze.debias.curve import architecture_of
 from evengaze.debias.debias import Debias
-from evengaze.errors import ConfigError, CurveError
+from evengaze.errors import ConfigError, CurveError, DataError
+from evengaze.files import read_json, write_whole
 from evengaze.methods.base import Pruner
 from evengaze.models import adapter_for
 from evengaze.protocol import View, resolve_keep
@@ -122,6 +124,24 @@ class Observations:
             if isinstance(error, CurveError):
                 raise
             raise CurveError(f"malformed calibration state ({error!r}); delete it and start again") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the state, so that `observe` can go on from it after a kill."""
+        write_whole(Path(path), json.dumps(self.to_dict()))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Observations:
+        """Read a state that `save` wrote.
+
+        Raises:
+            CurveError: it cannot be read, or is of another version.
+        """
+        try:
+            return cls.from_dict(read_json(Path(path), dict, "To start again, delete it."))
+        except DataError as error:
+            raise CurveError(str(error)) from None
+        except CurveError as error:
+            raise CurveError(f"{path}: {error}") from None
 
 
 def observe(

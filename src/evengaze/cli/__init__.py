@@ -19,7 +19,9 @@ __all__ = ["ERROR", "build", "main"]
 ERROR = 2
 """Exit status of a command that ended with an error of ours."""
 
-_COMMANDS = ("demo", "run", "calibrate", "evaluate", "profile", "plan", "doctor", "serve", "explore", "env")
+_COMMANDS = (
+    *("demo", "run", "calibrate", "bias", "curves", "evaluate", "profile", "plan", "doctor", "serve", "explore", "env"),
+)
 _LISTING = ("listing", "score")
 """Modules that add a command to `evengaze list` as well."""
 

@@ -23,11 +23,13 @@ Name = Annotated[str, typer.Argument(help="Curve file (.json) or preset.")]
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands to the group."""
-    app.command("list")(list_curves)
-    app.command("show")(show)
-    app.command("compare")(compare)
-    app.command("validate")(validate)
+    """Add the group of commands."""
+    group = typer.Typer(no_args_is_help=True)
+    group.command("list")(list_curves)
+    group.command("show")(show)
+    group.command("compare")(compare)
+    group.command("validate")(validate)
+    app.add_typer(group, name="curves", help="List, show, compare and validate debias curves.")
 
 
 def list_curves(

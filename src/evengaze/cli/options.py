@@ -56,6 +56,9 @@ Images = Annotated[
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Asked in turn; repeatable.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use so many samples, spread evenly.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples a forward call.")]
+Method = Annotated[
+    str, typer.Option("--method", "-m", help="Whose ranking, as in `evengaze list methods`; the budget only measures.")
+]
 Formats = Annotated[
     str, typer.Option("--formats", help="Of the figures: png, pdf, svg; several with commas, 'png,pdf'.")
 ]

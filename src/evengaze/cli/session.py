@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from transformers.utils.logging import disable_progress_bar
 
@@ -186,6 +186,20 @@ def check_folder(path: Path) -> None:
         raise DataError(f"{path} is a file; give a folder")
     path.mkdir(parents=True, exist_ok=True)
     output.replaces(path)
+
+
+def layers_of(text: str | None) -> list[int] | Literal["all"] | None:
+    """Layers, as `--layers` takes them.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    if text is None or text == "all":
+        return cast("Literal['all'] | None", text)
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--layers {text}: give 'all' or numbers such as 1,2,3") from None
 
 
 def formats(text: str) -> tuple[str, ...]:

@@ -199,3 +199,13 @@ class Debias:
         if near:
             raise CurveError(f"debias {text!r}: give padding, a preset's name or a curve file (.json).{near}")
         return cls.load(text) if text.endswith(".json") else cls.preset(text)
+
+    @classmethod
+    def by_layer(cls, text: str) -> Debias | dict[int, Debias]:
+        """What `parse` takes; of a curve file that holds several layers, the steps of each by its number."""
+        if not text.endswith(".json"):
+            return cls.parse(text)
+        curve = Curve.load(text)
+        if not curve.layers or curve.origin.layer is None:
+            return cls.of(curve)
+        return {layer: cls.of(curve, layer=layer) for layer in (curve.origin.layer, *curve.layers)}
