@@ -18,8 +18,8 @@ test-slow: $(VENV)/.dev  ## Compilation, interrupts at every point, threads at e
 
 # Each in an environment of its own: their dependencies (lmms-eval's filelock and av) do not suit the rest.
 ENVS ?= .venv-
-test-ray: $(ENVS)ray/.ready  ## Ray actors: equal files, lost nodes and workers
-	$(ENVS)ray/bin/python -m pytest tests/evaluate/test_ray.py $(ARGS)
+test-ray: $(ENVS)ray/.ready  ## Evaluation and server on Ray: equal answers, lost nodes, workers and replicas
+	$(ENVS)ray/bin/python -m pytest tests/evaluate/test_ray.py tests/serve/test_front.py tests/serve/test_ray.py $(ARGS)
 
 test-lmms-eval: $(ENVS)lmms-eval/.ready  ## The plug-in inside lmms-eval
 	$(ENVS)lmms-eval/bin/python -m pytest tests/evaluate/test_lmms_eval.py $(ARGS)
@@ -38,9 +38,10 @@ $(ENVS)explore/.ready: pyproject.toml constraints.txt  # Gradio does not take th
 		-e ".[explore,cli]" pytest playwright
 	touch $@
 
+EXTRAS_ray := ray,judge
 $(ENVS)%/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(ENVS)$*
-	$(ENVS)$*/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$*]" pytest psutil
+	$(ENVS)$*/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$(or $(EXTRAS_$*),$*)]" pytest psutil
 	touch $@
 
 lint: $(VENV)/.dev  ## Formatting, lint and types

@@ -44,6 +44,14 @@ def serve(
     max_images: Annotated[int, typer.Option(min=1, help="Most pictures of a request.")] = 8,
     max_pixels: Annotated[int, typer.Option(min=1, help="Most pixels of a picture.")] = 40_000_000,
     max_megabytes: Annotated[int, typer.Option(min=1, help="Largest request.")] = 32,
+    ray: Annotated[bool, typer.Option("--ray", help="Serve by replicas on Ray.")] = False,
+    ray_address: Annotated[
+        str, typer.Option(help="'local' starts Ray here; 'auto' or an address: a cluster.")
+    ] = "local",
+    ray_replicas: Annotated[str, typer.Option(help="Copies of the model: 2; or 1:4, as many as are needed.")] = "1",
+    ray_fronts: Annotated[int, typer.Option(min=1, help="Processes that let requests in.")] = 1,
+    ray_gpus: Annotated[float | None, typer.Option(help="GPUs a copy (default: 1 if the cluster has any).")] = None,
+    ray_cpus: Annotated[float, typer.Option(help="CPUs a copy.")] = 1,
 ) -> None:
     """Serve OpenAI's chat completions, pruned. A request may choose its own method in the extra field "evengaze"."""
     from evengaze.serve.settings import Limits, Settings
@@ -59,4 +67,11 @@ def serve(
         batch=batch,
         wait=wait,
     )
-    run(Settings(spec, name, method, debias, limits, tuple(fetch or ()), key), host, port)
+    settings = Settings(spec, name, method, debias, limits, tuple(fetch or ()), key)
+    if not ray:
+        run(settings, host, port)
+        return
+    from evengaze.serve import ray_serve
+
+    scale = ray_serve.Scale.parse(ray_replicas, gpus=ray_gpus, cpus=ray_cpus, fronts=ray_fronts)
+    ray_serve.run(settings, scale, ray_address, host, port)

@@ -13,6 +13,7 @@ import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from evengaze.cluster import connect, last_line
 from evengaze.errors import ConfigError, DataError, EvengazeError
 from evengaze.evaluate.benchmarks.types import Record
 from evengaze.evaluate.predictor import ModelSpec, Predictor
@@ -68,25 +69,8 @@ class RayBackend:
         for what, value, least in (("actors", actors, 1), ("gpus", gpus or 0.0, 0.0), ("cpus", cpus, 1e-3)):
             if not least <= value < math.inf:
                 raise ConfigError(f"ray_{what} {value:g}: give {'1 or more' if what == 'actors' else 'more than 0'}")
-        try:
-            import ray
-        except ImportError:
-            raise ConfigError("ray needs Ray: pip install 'evengaze[ray]'") from None
-        if not ray.is_initialized():
-            try:
-                ray.init(address=None if address == "local" else address, log_to_driver=False, logging_level="warning")
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise ConfigError(
-                    f"ray {address}: no Ray cluster there ({error}). Use 'local', or start one: `ray start --head`."
-                ) from None
-        have = ray.cluster_resources()
         self.spec, self.actors, self.cpus = spec, actors, cpus
-        self.gpus = gpus if gpus is not None else (1.0 if have.get("GPU", 0) >= 1 else 0.0)
-        if self.gpus > have.get("GPU", 0) or self.cpus > have.get("CPU", 0):
-            raise ConfigError(
-                f"ray {address}: a copy of the model asks for {self.gpus:g} GPUs and {self.cpus:g} CPUs; the cluster "
-                f"has {have.get('GPU', 0):g} and {have.get('CPU', 0):g} in all. Lower ray_gpus or ray_cpus."
-            )
+        self.gpus = connect(address, gpus=gpus, cpus=cpus)
         self.processes: set[int] = set()
         self._described: dict[str, dict[str, Any]] = {}
 
@@ -115,7 +99,7 @@ class RayBackend:
         try:
             answer = ray.get(task.remote(self.spec, self._threads, records, template))
         except ray.exceptions.RayError as error:
-            raise DataError(f"Ray's workers cannot load the model ({_last_line(error)})") from error
+            raise DataError(f"Ray's workers cannot load the model ({last_line(error)})") from error
         if isinstance(answer, str):
             raise DataError(answer)
         return answer  # type: ignore[no-any-return]
@@ -142,14 +126,9 @@ class RayBackend:
                 yield int(row["job"]), pickle.loads(row["answered"])
         except ray.exceptions.RayError as error:
             raise DataError(
-                f"Ray gave up ({_last_line(error)}). All answers up to here are on disk; give the same command again "
+                f"Ray gave up ({last_line(error)}). All answers up to here are on disk; give the same command again "
                 "to go on."
             ) from error
-
-
-def _last_line(error: Exception) -> str:
-    """What a traceback from another machine ends with."""
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 def _probe(spec: ModelSpec, threads: int, records: Sequence[Record], template: str) -> Any:

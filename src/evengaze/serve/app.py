@@ -12,14 +12,13 @@ from time import monotonic
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.exceptions import HTTPException
 
 from evengaze.evaluate.predictor import Predictor
-from evengaze.serve.errors import ApiError, broken, late
-from evengaze.serve.gate import ClientGone, Gate, refuse
+from evengaze.serve.errors import ApiError, late
+from evengaze.serve.gate import ClientGone, Gate, departure
+from evengaze.serve.handlers import explain_errors
 from evengaze.serve.jobs import Delta, Done, Event, Failed, Job
 from evengaze.serve.metrics import Metrics
 from evengaze.serve.prompts import Prompts
@@ -81,7 +80,7 @@ class Service:
         """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
         job.tell = lambda event: _tell(loop, queue, event)
-        gone = asyncio.create_task(_gone(request))
+        gone = asyncio.create_task(departure(request.receive))
         self.worker.submit(job)
         try:
             while True:
@@ -120,10 +119,7 @@ def build_app(settings: Settings, predictor: Predictor | None = None) -> FastAPI
 
     app = FastAPI(title="Evengaze", version=__version__, lifespan=lifespan)
     app.add_middleware(Gate, settings=settings)
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unexpected)
+    explain_errors(app)
     app.post("/v1/chat/completions", response_model=None)(complete)
     app.get("/v1/models")(models)
     app.get("/v1/models/{name:path}")(model)
@@ -222,39 +218,6 @@ def _sse(body: Mapping[str, Any]) -> str:
 def _usage(done: Done) -> dict[str, int]:
     total = done.prompt_tokens + done.completion_tokens
     return {"prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens, "total_tokens": total}
-
-
-# -- errors and departures ---------------------------------------------------------------------------------------------
-async def _api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return refuse(error)
-
-
-async def _invalid(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    found = max(error.errors(), key=lambda one: len(one["loc"]))  # of a field's forms, the one that went furthest
-    where = [str(part) for part in found["loc"] if isinstance(part, int) or part.isidentifier()]
-    where = [part for part in where if part not in ("body", "str", "text", "image_url")]
-    if found["type"] == "extra_forbidden":
-        text = f"the field {'.'.join(where)} is not supported"
-    else:
-        text = f"{'.'.join(where) or 'the request'}: {found['msg']}"
-    return refuse(ApiError(400, text, param=".".join(where) or None, code=found["type"]))
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return refuse(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
-
-
-async def _unexpected(request: Request, error: Exception) -> Response:
-    return refuse(broken())
-
-
-async def _gone(request: Request) -> None:
-    """Returns when the client goes away; its body has been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _tell(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Event], event: Event) -> None:

@@ -51,3 +51,8 @@ def broken() -> ApiError:
 def closing() -> ApiError:
     """The server stops."""
     return ApiError(503, "the server is stopping; try again", code="stopping")
+
+
+def lost() -> ApiError:
+    """The replicas that were to answer are no more."""
+    return ApiError(503, "the replica that was answering has died; try again", code="replica_died")

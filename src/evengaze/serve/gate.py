@@ -125,6 +125,12 @@ def refuse(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status, headers=error.headers)
 
 
+async def departure(receive: Receive) -> None:
+    """Returns when the client goes away; the request's body has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 def _replayed(body: bytes, receive: Receive) -> Receive:
     """What gives a body that has been read once more, and then whatever else comes."""
     waiting = [body]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -52,3 +54,30 @@ class Metrics:
     def watch_queue(self, length: Callable[[], int]) -> None:
         """Read the queue's length when asked for it."""
         self.waiting.set_function(length)
+
+
+def labelled(texts: Mapping[str, str]) -> str:
+    """The metrics of several processes as one text: each sample gets the label ``replica``, each family stays together.
+
+    Args:
+        texts: Prometheus' text format, by the name of the process that wrote it.
+    """
+    families: dict[str, tuple[list[str], list[str]]] = {}
+    for name, text in texts.items():
+        samples: list[str] = []
+        for line in text.splitlines():
+            if not line.startswith("#"):
+                samples.append(_SAMPLE.sub(partial(_with_label, name), line))
+                continue
+            head, samples = families.setdefault(line.split()[2], ([], []))
+            if line not in head:
+                head.append(line)
+    return "".join(f"{line}\n" for head, samples in families.values() for line in (*head, *samples))
+
+
+_SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? ")
+
+
+def _with_label(name: str, found: re.Match[str]) -> str:
+    labels = [f'replica="{name}"', *([found[2]] if found[2] else [])]
+    return f"{found[1]}{{{','.join(labels)}}} "
