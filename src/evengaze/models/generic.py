@@ -9,6 +9,7 @@ a line of tokens in order.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ class Generic(Adapter):
         """Pictures from what the encoders returned, on the tokens that the model fills."""
         calls = {kind: [e for e in call.encoded if e.kind == kind and not e.inner] for kind in KINDS}
         masks = _masks(model, call, calls)
+        _as_videos(calls, masks)
         fillings = []
         for kind, encoded in calls.items():
             mask = masks.get(kind)
@@ -126,6 +128,24 @@ def _masks(model: nn.Module, call: Call, calls: dict[str, list[EncoderCall]]) ->
         if kind not in found and call.input_ids is not None and token is not None:
             found[kind] = call.input_ids.cpu() == token
     return found
+
+
+def _as_videos(calls: dict[str, list[EncoderCall]], masks: dict[str, Tensor]) -> None:
+    """Sort encodings, where the model encodes videos, too, as pictures: pictures first, as their placeholders allow."""
+    there = {kind: int(mask.sum()) for kind, mask in masks.items()}
+    encoded = calls["image"]
+    total = sum(sum(counts(e)) for e in encoded)
+    if calls["video"] or not there.get("video") or not total or sum(there.values()) % total:
+        return
+    left = there.get("image", 0) * total // sum(there.values())
+    pictures = []
+    for e in encoded:
+        left -= sum(counts(e))
+        if left < 0:
+            break
+        pictures.append(e)
+    calls["video"] = [replace(e, kind="video") for e in encoded[len(pictures) :]]
+    calls["image"] = pictures
 
 
 def _is_audio(model: nn.Module, arguments: dict[str, Any]) -> bool:

@@ -10,13 +10,11 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from evengaze.errors import DataError
 from evengaze.models.refusals import KNOWN_NAMES, instead_of
 from evengaze.models.support import How, Support, all_support
 from evengaze.testing.families import FAMILIES
 from evengaze.testing.generic import GENERIC
-
-_BEGIN, _END = "<!-- coverage -->", "<!-- end of coverage -->"
+from evengaze.testing.markdown import put_between
 
 
 def checked_types() -> frozenset[str]:
@@ -50,7 +48,7 @@ def _short(text: str) -> str:
 def main() -> None:
     """Print the table, or write it."""
     parser = argparse.ArgumentParser(prog="python -m evengaze.testing.coverage", description=__doc__)
-    parser.add_argument("--write", type=Path, help=f"a file with a line {_BEGIN} and a line {_END}")
+    parser.add_argument("--write", type=Path, help="a Markdown file with marks around the table")
     parser.add_argument("--types", action="store_true", help="the types of all tiny models, one a line")
     options = parser.parse_args()
     if options.types:
@@ -59,12 +57,8 @@ def main() -> None:
     text = f"{table(list(all_support()))}\n\n{names()}"
     if options.write is None:
         print(text)
-        return
-    before, _, rest = options.write.read_text().partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not end:
-        raise DataError(f"{options.write} has no lines {_BEGIN} and {_END}")
-    options.write.write_text(f"{before}{_BEGIN}\n{text}\n{_END}{after}")
+    else:
+        put_between(options.write, "coverage", text)
 
 
 if __name__ == "__main__":

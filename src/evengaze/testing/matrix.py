@@ -1,13 +1,16 @@
 """The family matrix: every family with every method, against the dense model and the slow oracle.
 
-`python -m evengaze.testing.matrix` prints it; `--write FILE` puts it between the marks in a Markdown file.
+`python -m evengaze.testing.matrix` prints it and ends with status 1 if a cell fails; `--write FILE` puts it between the
+marks in a Markdown file; `--results FILE` keeps what has been measured, so that it can be stopped and continued.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import functools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,15 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evengaze.errors import DataError, UnsupportedModelError
+from evengaze.errors import UnsupportedModelError
 from evengaze.methods import get
-from evengaze.methods.base import Pruner
 from evengaze.models import adapter_for
-from evengaze.testing.models import families, implementations, layout_of, tiny
+from evengaze.testing.markdown import put_between
+from evengaze.testing.models import families, layout_of, skipped, tiny
 from evengaze.testing.oracle import replayed
 
-_BEGIN, _END = "<!-- matrix -->", "<!-- end of matrix -->"
-
+ATTENTION = ("sdpa", "eager")
 STEPS = 8
 TOLERANCE = 2e-4
 """Relative to the largest logit: float32 sums in another order."""
@@ -78,16 +80,17 @@ def check(family: str, method: str, attention: str = "sdpa", batch: int = 1, **i
         batch: rows.
         inputs_: further arguments of `tiny`, such as `images=2` or `video=True`.
     """
-    model, inputs = tiny(family, batch, attention, **inputs_)
+    model, inputs, dense = _dense(family, batch, attention, **inputs_)
     layout: dict[str, Any] = {"layout": layout_of(inputs)} if family == "llama" else {}
     everything, pruner = get(method)(**_ALL[method]), get(method)(**METHODS[method])
-    _, dense = greedy(model, inputs)
     with everything(model, **layout):
         _, same = greedy(model, inputs)
     with pruner(model, **layout) as run:
         tokens, pruned = greedy(model, inputs)
     assert run.trace is not None
-    expected, oracle = _expected(family, batch, pruner, run.trace, inputs, **inputs_)
+    eager, _, _ = _dense(family, batch, "eager", **inputs_)
+    with replayed(eager, pruner, run.trace, inputs["attention_mask"]):
+        expected, oracle = greedy(eager, inputs, use_cache=False)
     scale = float(oracle.abs().max())
     return Result(
         dense=torch.equal(dense, same),
@@ -97,12 +100,16 @@ def check(family: str, method: str, attention: str = "sdpa", batch: int = 1, **i
     )
 
 
-def _expected(
-    family: str, batch: int, pruner: Pruner, trace: Any, inputs: dict[str, Tensor], **options: Any
-) -> tuple[Tensor, Tensor]:
-    model, _ = tiny(family, batch, "eager", **options)
-    with replayed(model, pruner, trace, inputs["attention_mask"]):
-        return greedy(model, inputs, use_cache=False)
+def _dense(family: str, batch: int, attention: str, **options: Any) -> tuple[Any, dict[str, Tensor], Tensor]:
+    """A tiny model, its inputs, and the logits of the model as it is."""
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    return _made(family, batch, attention, **options)
+
+
+@functools.lru_cache(maxsize=8)  # methods share them
+def _made(family: str, batch: int, attention: str, **options: Any) -> tuple[Any, dict[str, Tensor], Tensor]:
+    model, inputs = tiny(family, batch, attention, **options)
+    return model, inputs, greedy(model, inputs)[1]
 
 
 def greedy(model: Any, inputs: dict[str, Tensor], steps: int = STEPS, **options: Any) -> tuple[Tensor, Tensor]:
@@ -113,48 +120,134 @@ def greedy(model: Any, inputs: dict[str, Tensor], steps: int = STEPS, **options:
     return out.sequences[:, -steps:], torch.stack(out.logits, 1)
 
 
-def cells(names: Sequence[str]) -> Iterator[tuple[str, str, str, int]]:
-    """(family, method, attention, batch) of the whole matrix."""
+@dataclass(frozen=True)
+class Cell:
+    """One comparison of the matrix.
+
+    Attributes:
+        family: as for `tiny`.
+        method: one of `METHODS`.
+        attention: attention implementation of the pruned model.
+        batch: rows.
+        images: pictures in each row, or of every row.
+        video: videos in place of pictures.
+    """
+
+    family: str
+    method: str
+    attention: str
+    batch: int
+    images: int | tuple[int, ...] = 1
+    video: bool = False
+
+    @property
+    def column(self) -> str:
+        """Of the table."""
+        if self.video:
+            return "video"
+        return self.method if self.images == 1 else "2 images" if self.images == 2 else "text rows"
+
+    @property
+    def key(self) -> str:
+        """Its name in a file of results."""
+        return json.dumps(asdict(self))
+
+
+def cells(names: Iterable[str]) -> Iterator[Cell]:
+    """All cells of some families, in order."""
+    videos = {*families(video=True), *families(video=True, generic=True)}
     for name in names:
-        yield from product([name], METHODS, implementations(name), (1, 3))
+        for method, attention, batch in product(METHODS, ATTENTION, (1, 3)):
+            yield Cell(name, method, attention, batch)
+        for attention in ATTENTION:
+            yield Cell(name, "fastv", attention, 1, images=2)
+            yield Cell(name, "sparsevlm", attention, 3, images=(2, 0, 1))
+        if name in videos:
+            for attention, batch in product(ATTENTION, (1, 3)):
+                yield Cell(name, "fastv", attention, batch, video=True)
 
 
-def table(names: Sequence[str], **where: Any) -> str:
-    """Run everything and lay it out as a Markdown table, a row for each family.
+Outcome = Result | str
+"""What a cell gave: the comparison, or the error that ended it, which is a failure as well."""
+
+
+def measure(wanted: Iterable[Cell], file: Path | None = None, **where: Any) -> dict[Cell, Outcome]:
+    """Run cells.
 
     Args:
-        names: of families.
+        wanted: the cells.
+        file: JSON lines of results; cells that it holds are not run again, others are appended to it one by one.
         where: `device="cuda"`, say; any argument of `tiny`.
     """
-    methods = list(METHODS)
-    lines = [
-        "| family | " + " | ".join(methods) + " | 2 images | text rows | video | tower cut |",
-        "|---|" + "---|" * (len(methods) + 4),
-    ]
+    known: dict[str, Outcome] = {}
+    if file is not None and file.exists():
+        rows = (json.loads(line) for line in file.read_text().splitlines())
+        known = {row["cell"]: row["error"] or Result(**row["result"]) for row in rows}
+    found: dict[Cell, Outcome] = {}
+    for cell in wanted:
+        if cell.key not in known:
+            known[cell.key] = _outcome(cell, **where)
+            if file is not None:
+                _append(file, cell, known[cell.key])
+        found[cell] = known[cell.key]
+    return found
+
+
+def _outcome(cell: Cell, **where: Any) -> Outcome:
+    options = {**asdict(cell), **where}
+    try:
+        return check(**options)
+    except Exception as error:  # whatever a family raises is a failed cell, and the others are still of interest
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _append(file: Path, cell: Cell, outcome: Outcome) -> None:
+    error = outcome if isinstance(outcome, str) else None
+    row = {"cell": cell.key, "result": None if isinstance(outcome, str) else asdict(outcome), "error": error}
+    with file.open("a") as lines:
+        lines.write(json.dumps(row) + "\n")
+
+
+def failures(found: Mapping[Cell, Outcome]) -> Iterator[str]:
+    """A line for each cell that failed."""
+    for cell, outcome in found.items():
+        if isinstance(outcome, str) or not outcome.passed:
+            yield f"{cell.key}: {outcome}"
+
+
+def table(found: Mapping[Cell, Outcome]) -> str:
+    """Outcomes as a Markdown table, a row for each family; the counts; and what was left out, with the reasons."""
+    columns = [*METHODS, "2 images", "text rows", "video"]
+    lines = [f"| family | {' | '.join(columns)} | tower cut |", "|---|" + "---|" * (len(columns) + 1)]
+    names = list(dict.fromkeys(cell.family for cell in found))
     for name in names:
-        able = implementations(name)
-        one = able[0]
-        found = [_mark(*(check(name, m, a, b, **where) for a, b in product(able, (1, 3)))) for m in methods]
-        found.append(_mark(check(name, "fastv", one, images=2, **where)))
-        found.append(_mark(check(name, "fastv", one, batch=3, images=[2, 0, 1], **where)))
-        video = name in (*families(video=True), *families(video=True, generic=True))
-        videos = [check(name, "fastv", one, batch=b, video=True, **where) for b in (1, 3)] if video else []
-        found.append(_mark(*videos) if videos else "-")
-        found.append(_tower(name))
-        lines.append(f"| {name} | " + " | ".join(found) + " |")
-    return "\n".join(lines)
+        of = {c: [o for cell, o in found.items() if (cell.family, cell.column) == (name, c)] for c in columns}
+        lines.append(f"| {name} | {' | '.join(_mark(of[c]) for c in columns)} | {_tower(name)} |")
+    failed = len(list(failures(found)))
+    total = f"{len(names)} families, {len(found)} cells: {len(found) - failed} pass, {failed} fail."
+    return "\n".join([*lines, "", f"{total} {_left_out(names)}".rstrip()])
 
 
-def _mark(*results: Result) -> str:
+def _left_out(names: Sequence[str]) -> str:
+    """Which cells families lack, and why."""
+    why: dict[str, list[str]] = {}
+    for name in names:
+        for reason in skipped(name):
+            why.setdefault(reason, []).append(name)
+    return " ".join(f"{reason}: {', '.join(of)}." for reason, of in why.items())
+
+
+def _mark(outcomes: Sequence[Outcome]) -> str:
     """The largest distance if all passed."""
-    if all(r.passed for r in results):
-        return f"{max(r.distance for r in results):.0e}"
-    return "**fails**"
+    passed = [o.distance for o in outcomes if not isinstance(o, str) and o.passed]
+    if len(passed) < len(outcomes):
+        return f"**{len(outcomes) - len(passed)} of {len(outcomes)} fail**"
+    return f"{max(passed):.0e}" if passed else "-"
 
 
 def _tower(family: str) -> str:
     """Whether patches can be dropped in the family's vision tower."""
-    model, _ = tiny(family, attention=implementations(family)[0])
+    model, _ = tiny(family)
     try:
         adapter_for(model).vision_tower(model)
     except UnsupportedModelError:
@@ -168,18 +261,20 @@ def main() -> None:
     parser.add_argument("families", nargs="*", help="all with an adapter of their own if left out")
     parser.add_argument("--generic", action="store_true", help="families of the generic adapter, if none are named")
     parser.add_argument("--device", default="cpu", help="where models and oracle run, such as cuda")
-    parser.add_argument("--write", type=Path, help=f"a file with a line {_BEGIN} and a line {_END}")
+    parser.add_argument("--results", type=Path, help="a file of JSON lines that is read first and then continued")
+    parser.add_argument("--write", type=Path, help="a Markdown file with marks around the table")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    text = table(options.families or families(generic=options.generic), device=options.device)
+    names = options.families or families(generic=options.generic)
+    found = measure(cells(names), options.results, device=options.device)
+    text = table(found)
     if options.write is None:
         print(text)
-        return
-    before, _, rest = options.write.read_text().partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not end:
-        raise DataError(f"{options.write} has no lines {_BEGIN} and {_END}")
-    options.write.write_text(f"{before}{_BEGIN}\n{text}\n{_END}{after}")
+    else:
+        put_between(options.write, "generic matrix" if options.generic else "matrix", text)
+    bad = list(failures(found))
+    if bad:
+        raise SystemExit("\n".join(["failed:", *bad]))
 
 
 if __name__ == "__main__":

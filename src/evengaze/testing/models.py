@@ -28,9 +28,10 @@ def families(*, video: bool = False, generic: bool = False) -> tuple[str, ...]:
     return tuple(name for name, f in chosen.items() if not video or f.videos is not None)
 
 
-def implementations(family: str) -> tuple[str, ...]:
-    """The attention implementations that a family is tested with."""
-    return {**FAMILIES, **GENERIC}[family].implementations
+def skipped(family: str) -> tuple[str, ...]:
+    """Which rows of the matrix a family lacks, and why; for people."""
+    kind = {**FAMILIES, **GENERIC}[family]
+    return () if kind.videos is not None else ("No video, which the model does not take",)
 
 
 def tiny(
@@ -78,7 +79,8 @@ def tiny(
             f"{', '.join((*families(video=True), *families(video=True, generic=True)))}"
         )
     config = kind.config(text)
-    config._attn_implementation = attention
+    parts = {"": "eager", "vision_config": "eager", "text_config": attention}
+    config._attn_implementation = parts if kind.eager_tower and attention != "eager" else attention
     # Tied weights would make a random model repeat its last token, whatever it saw.
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     model = kind.model(config)

@@ -30,7 +30,7 @@ class Family:
         videos: the same for videos, or None.
         types: name of an input that marks token types, and how it follows from the ids.
         by_row: pixels are (rows, most tiles of a row, ...) with zeros where a row has fewer.
-        implementations: attention implementations that the model has, of those that are tested.
+        eager_tower: whether the model class has no sdpa; its decoder has, where the tower alone is given eager.
         tower: a module that stands in for a vision tower of timm, which need not be installed; from its config.
         broken: a release of transformers in which the unpruned model fails, and how.
     """
@@ -41,7 +41,7 @@ class Family:
     videos: Callable[[int, torch.Generator], Pictures] | None = None
     types: tuple[str, Callable[[Tensor], Tensor]] | None = None
     by_row: bool = False
-    implementations: tuple[str, ...] = ("sdpa", "eager")
+    eager_tower: bool = False
     tower: Callable[[Any], nn.Module] | None = None
     broken: tuple[str, str] | None = None
 

@@ -9,7 +9,9 @@ import torch
 from evengaze.testing.families import FAMILIES
 from evengaze.testing.generic.more import MORE
 from evengaze.testing.generic.parts import (
+    CLIPS,
     EXPERTS,
+    FRAMES,
     IDS,
     INTERLEAVED,
     LINEAR,
@@ -22,10 +24,11 @@ from evengaze.testing.generic.parts import (
     WHOLE,
     Make,
     config,
+    films,
     packed,
     squares,
 )
-from evengaze.testing.prompts import END, IMAGE, START
+from evengaze.testing.prompts import END, IMAGE, START, VIDEO
 from evengaze.testing.recipes import (
     GEMMA_LAYERS,
     Family,
@@ -57,6 +60,9 @@ def strips(n: int, generator: torch.Generator) -> Pictures:
     return [[START, *[IMAGE] * (h * w // 16), END] for h, w in shapes], values if n else {}
 
 
+frames_in_strips = films(strips, 2, {"pixel_values": "pixel_values_videos", "target_sizes": "target_sizes_videos"})
+
+
 def pooled(n: int, generator: torch.Generator) -> Pictures:
     """Molmo 2: crops of 8 x 8 patches, and for every token the patches that it is pooled from."""
     index = torch.arange(64).reshape(4, 2, 4, 2).permute(0, 2, 1, 3).reshape(16, 4)
@@ -69,10 +75,21 @@ def pooled(n: int, generator: torch.Generator) -> Pictures:
     return [[START, *[IMAGE] * 16, END]] * n, values if n else {}
 
 
+def pooled_frames(n: int, generator: torch.Generator) -> Pictures:
+    """The same of two frames a video."""
+    names = {"pixel_values": "pixel_values_videos", "image_token_pooling": "video_token_pooling"}
+    videos, values = films(pooled, 2, names)(n, generator)
+    videos = [[IMAGE if t == VIDEO else t for t in video] for video in videos]
+    return videos, {**values, "video_grids": torch.tensor([[2, 4, 4]] * n)} if n else {}
+
+
 def masked(n: int, generator: torch.Generator) -> Pictures:
     """Granite Docling: tiles of 4 x 4 tokens, and which of a row's tiles are real."""
     tokens, values = squares(16, 112)(n, generator)
     return tokens, {**values, "pixel_attention_mask": torch.ones(n, dtype=torch.bool)} if n else {}
+
+
+UNIFIED_STILLS = packed(((3, 4), (4, 3), (4, 4)), 1, 16, "image_position_ids")
 
 
 def two_towers(n: int, generator: torch.Generator) -> Pictures:
@@ -118,7 +135,7 @@ FURTHER: dict[str, Family] = {
         "GotOcr2ForConditionalGeneration",
         retyped(MORE["got_ocr2"].config, "PPChart2TableConfig"),
         MORE["got_ocr2"].images,
-        implementations=("eager",),
+        eager_tower=True,
     ),
     "deepseek_ocr2": Family(
         "DeepseekOcr2ForConditionalGeneration",
@@ -151,8 +168,9 @@ FURTHER: dict[str, Family] = {
             audio_token_id=275,
             **IDS,
         ),
-        packed(((3, 4), (4, 3), (4, 4)), 1, 16, "image_position_ids"),
-        types=MARKS,
+        UNIFIED_STILLS,
+        films(UNIFIED_STILLS, 2, FRAMES, "num_frames_per_video"),
+        MARKS,
     ),
     "lfm3_vl": Family(
         "Lfm3VlForConditionalGeneration",
@@ -164,11 +182,14 @@ FURTHER: dict[str, Family] = {
             **IDS,
         ),
         STILLS,
+        CLIPS,
     ),
-    "minicpmv4_6": Family("MiniCPMV4_6ForConditionalGeneration", _mini("MiniCPMV4_6Config"), strips),
-    "minicpmv4_7": Family("MiniCPMV4_7ForConditionalGeneration", _mini("MiniCPMV4_7Config"), strips),
+    "minicpmv4_6": Family("MiniCPMV4_6ForConditionalGeneration", _mini("MiniCPMV4_6Config"), strips, frames_in_strips),
+    "minicpmv4_7": Family(
+        "MiniCPMV4_7ForConditionalGeneration", _mini("MiniCPMV4_7Config"), strips, frames_in_strips, MARKS
+    ),
     "minicpm_ocr": Family(
-        "MiniCPMOcrForConditionalGeneration", _mini("MiniCPMOcrConfig", downsample_mode="16x"), strips
+        "MiniCPMOcrForConditionalGeneration", _mini("MiniCPMOcrConfig", downsample_mode="16x"), strips, frames_in_strips
     ),
     "deepseek_vl_hybrid": Family(
         "DeepseekVLHybridForConditionalGeneration",
@@ -180,7 +201,7 @@ FURTHER: dict[str, Family] = {
             image_token_id=IMAGE,
         ),
         two_towers,
-        implementations=("eager",),
+        eager_tower=True,
     ),
     "molmo2": Family(
         "Molmo2ForConditionalGeneration",
@@ -209,6 +230,8 @@ FURTHER: dict[str, Family] = {
             image_patch_id=IMAGE,
         ),
         pooled,
+        pooled_frames,
+        MARKS,
     ),
     "granite_docling": Family(
         "GraniteDoclingForConditionalGeneration",
@@ -251,6 +274,7 @@ FURTHER: dict[str, Family] = {
             **IDS,
         ),
         STILLS,
+        CLIPS,
     ),
     "fuyu": Family(
         "FuyuForCausalLM",

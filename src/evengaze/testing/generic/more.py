@@ -26,6 +26,7 @@ from evengaze.testing.generic.parts import (
     flat,
     framed,
     squares,
+    thinned,
 )
 from evengaze.testing.prompts import END, IMAGE, START
 from evengaze.testing.recipes import (
@@ -109,7 +110,8 @@ MORE: dict[str, Family] = {
             "Cosmos3EdgeConfig", {**PLAIN_VISION, "num_patches": 64}, rope=INTERLEAVED, projector_hidden_size=64, **IDS
         ),
         flat(STILLS, vector=True),
-        types=MARKS,
+        flat(timestamped_videos, vector=True),
+        MARKS,
     ),
     "ernie4_5_vl_moe": Family(
         "Ernie4_5_VLMoeForConditionalGeneration",
@@ -121,7 +123,8 @@ MORE: dict[str, Family] = {
             **IDS,
         ),
         flat(STILLS, vector=True),
-        types=MARKS,
+        thinned(flat(CLIPS, vector=True), 2),
+        MARKS,
     ),
     "exaone4_5": Family(
         "Exaone4_5_ForConditionalGeneration",
@@ -152,11 +155,13 @@ MORE: dict[str, Family] = {
             im_newline_id=282,
         ),
         rows_with_newlines,
+        types=MARKS,
     ),
     "video_llama_3": Family(
         "VideoLlama3ForConditionalGeneration",
         config("VideoLlama3Config", PLAIN_VISION, {"model_type": "qwen2"}, **IDS),
         flat(STILLS, vector=True, image_merge_sizes=2),
+        flat(CLIPS, vector=True, video_merge_sizes=2),
     ),
     "hyperclovax_vision_v2": Family(
         "HyperCLOVAXVisionV2ForConditionalGeneration",
@@ -186,7 +191,7 @@ MORE: dict[str, Family] = {
         "GotOcr2ForConditionalGeneration",
         config("GotOcr2Config", SEGMENTS, {"model_type": "qwen2"}, image_token_index=IMAGE),
         squares(16, 256),
-        implementations=("eager",),
+        eager_tower=True,
     ),
     "janus": Family(
         "JanusForConditionalGeneration",

@@ -110,6 +110,7 @@ SEGMENTS = {
 """A tiny tower of Segment Anything."""
 
 MARKS = ("mm_token_type_ids", token_types)
+FRAMES = {"pixel_values": "pixel_values_videos", "image_position_ids": "video_position_ids"}
 STILLS = native("image", IMAGE_GRIDS)
 CLIPS = native("video", VIDEO_GRIDS)
 
@@ -149,6 +150,39 @@ def flat(make: Draw, *, side: int = 14, vector: bool = False, **more: Any) -> Dr
         return tokens, values
 
     return single
+
+
+def films(make: Draw, frames: int, rename: dict[str, str], told: str | None = None) -> Draw:
+    """Videos of `frames` pictures each, behind the time of every one of them.
+
+    Args:
+        make: the pictures.
+        frames: of a video.
+        rename: what the model calls the inputs of pictures where they are frames.
+        told: an input that says how many frames each video has.
+    """
+
+    def join(n: int, generator: torch.Generator) -> Pictures:
+        stills, values = make(n * frames, generator)
+        values = {rename[name]: value for name, value in values.items() if name in rename}
+        if told and n:
+            values[told] = torch.full((n,), frames)
+        queue = iter(stills)
+        timed = [[(30 + k, *next(queue)) for k in range(frames)] for _ in range(n)]
+        return [[VIDEO if t == IMAGE else t for frame in video for t in frame] for video in timed], values
+
+    return join
+
+
+def thinned(make: Draw, times: int = 0) -> Draw:
+    """Videos `times` frames of which are merged into one; all of them if it is left out."""
+
+    def fewer(n: int, generator: torch.Generator) -> Pictures:
+        videos, values = make(n, generator)
+        frames = values["video_grid_thw"][:, 0].tolist() if n else []
+        return [[START, *v[1 : -1 : times or t], END] for v, t in zip(videos, frames, strict=True)], values
+
+    return fewer
 
 
 def framed(make: Draw, *, opening: int, closing: int) -> Draw:

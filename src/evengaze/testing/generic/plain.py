@@ -13,6 +13,7 @@ from evengaze.testing.generic.parts import (
     CLOSING,
     EXPERTS,
     FRAME_MARKS,
+    FRAMES,
     GLM_VISION,
     IDS,
     INTERLEAVED,
@@ -27,11 +28,13 @@ from evengaze.testing.generic.parts import (
     WHOLE,
     WINDOWED_VISION,
     config,
+    films,
     flat,
     framed,
     packed,
     sized,
     squares,
+    thinned,
     timed,
 )
 from evengaze.testing.prompts import END, IMAGE, START, VIDEO
@@ -45,6 +48,8 @@ from evengaze.testing.recipes import (
     vision_of,
     vlm,
 )
+
+GEMMA_STILLS = packed(((6, 9), (9, 6), (6, 6)), 3, 16, "image_position_ids")
 
 PLAIN: dict[str, Family] = {
     "glm4v": Family(
@@ -105,6 +110,7 @@ PLAIN: dict[str, Family] = {
             **IDS,
         ),
         flat(STILLS),
+        thinned(flat(CLIPS)),
     ),
     "qwen2_5_omni_thinker": Family(
         "Qwen2_5OmniThinkerForConditionalGeneration",
@@ -167,8 +173,9 @@ PLAIN: dict[str, Family] = {
             eoa_token_index=AUDIO_END,
             **IDS,
         ),
-        packed(((6, 9), (9, 6), (6, 6)), 3, 16, "image_position_ids"),
-        types=MARKS,
+        GEMMA_STILLS,
+        films(GEMMA_STILLS, 2, FRAMES, "num_frames_per_video"),
+        MARKS,
     ),
     "gemma4_moe": Family(
         "Gemma4ForConditionalGeneration",
@@ -200,8 +207,9 @@ PLAIN: dict[str, Family] = {
             eoa_token_index=AUDIO_END,
             **IDS,
         ),
-        packed(((6, 9), (9, 6), (6, 6)), 3, 16, "image_position_ids"),
-        types=MARKS,
+        GEMMA_STILLS,
+        films(GEMMA_STILLS, 2, FRAMES, "num_frames_per_video"),
+        MARKS,
     ),
     "paddleocr_vl": Family(
         "PaddleOCRVLForConditionalGeneration",

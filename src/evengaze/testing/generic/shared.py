@@ -5,21 +5,25 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from evengaze.testing.generic.parts import (
     AUDIO,
     AUDIO_END,
     AUDIO_START,
+    FRAMES,
     IDS,
     MARKS,
     PLAIN_VISION,
+    Draw,
     config,
-    packed,
+    films,
     squares,
 )
-from evengaze.testing.prompts import END, IMAGE, START
-from evengaze.testing.recipes import Family, noise, vision_of, vlm
+from evengaze.testing.generic.plain import GEMMA_STILLS
+from evengaze.testing.prompts import END, IMAGE, START, VIDEO
+from evengaze.testing.recipes import Family, Pictures, noise, token_types, vision_of, vlm
 
 SHARING = {
     "num_hidden_layers": 12,
@@ -46,6 +50,15 @@ class Tower(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=states.flatten(2).transpose(1, 2) if self.flat else states)
 
 
+def _stacked(frames: int, name: str, token: int) -> Draw:
+    """Perception LM: tiles of a picture, or frames, along an axis of their own."""
+
+    def make(n: int, generator: torch.Generator) -> Pictures:
+        return [[START, *[token] * (16 * frames), END]] * n, {name: noise(generator, n, frames, 3, 56, 56)} if n else {}
+
+    return make
+
+
 SHARED: dict[str, Family] = {
     "gemma4_e": Family(
         "Gemma4ForConditionalGeneration",
@@ -68,8 +81,9 @@ SHARED: dict[str, Family] = {
             eoa_token_index=AUDIO_END,
             **IDS,
         ),
-        packed(((6, 9), (9, 6), (6, 6)), 3, 16, "image_position_ids"),
-        types=MARKS,
+        GEMMA_STILLS,
+        films(GEMMA_STILLS, 2, FRAMES, "num_frames_per_video"),
+        MARKS,
     ),
     "gemma3n": Family(
         "Gemma3nForConditionalGeneration",
@@ -98,6 +112,7 @@ SHARED: dict[str, Family] = {
             vision_soft_tokens_per_image=9,
         ),
         squares(9, 84),
+        types=("token_type_ids", token_types),
         tower=partial(Tower, width=32, patch=28),
     ),
     "fast_vlm": Family(
@@ -121,10 +136,11 @@ SHARED: dict[str, Family] = {
                 "architecture": "vit_pe_core_large_patch14_336",
             },
             {"model_type": "llama"},
-            image_token_id=IMAGE,
             vision_use_cls_token=False,
+            **IDS,
         ),
-        lambda n, g: (squares(16, 56)(n, g)[0], {"pixel_values": noise(g, n, 1, 3, 56, 56)} if n else {}),
+        _stacked(1, "pixel_values", IMAGE),
+        _stacked(2, "pixel_values_videos", VIDEO),
         tower=partial(Tower, width=32, patch=14, flat=True),
     ),
 }
