@@ -148,6 +148,13 @@ class Call:
             self.generating and self.outer is not None and self.outer.request is not None and self.outer.request.drafts
         )
 
+    def begin(self, size: tuple[int, int], cache: Any, rotary: Rotary, steps: Steps) -> None:
+        """The decoder is entered: nothing of an earlier call of it is left."""
+        self.decoding = self.entered = True
+        self.run = None
+        self.lent.clear()
+        self.size, self.cache, self.rotary, self.steps = size, cache, rotary, steps
+
     def end(self) -> Prefill | None:
         """The decoder has been left; returns the prefill, which the call keeps no longer."""
         run, self.run, self.steps, self.rotary = self.run, None, None, None
