@@ -36,6 +36,7 @@ def serve(
         list[str] | None,
         typer.Option("--fetch-from", help="Host that pictures may be fetched from; '*': any public one. Repeatable."),
     ] = None,
+    graphs: Annotated[bool, typer.Option("--graphs", help="Replay the layers as CUDA graphs.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Most requests answered together.")] = 8,
     wait: Annotated[float, typer.Option(min=0, help="Seconds that a request waits for others.")] = 0.02,
     queue: Annotated[int, typer.Option(min=1, help="Most requests in the server; others get status 429.")] = 64,
@@ -67,7 +68,7 @@ def serve(
         batch=batch,
         wait=wait,
     )
-    settings = Settings(spec, name, method, debias, limits, tuple(fetch or ()), key)
+    settings = Settings(spec, name, method, debias, limits, tuple(fetch or ()), graphs, key)
     if not ray:
         run(settings, host, port)
         return

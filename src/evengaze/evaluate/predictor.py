@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -340,19 +341,26 @@ class Predictor:
         real = inputs["attention_mask"].sum(1).tolist()
         return [(answers[row], self.figures(trace, row, real[row])) for row in range(len(texts))]
 
-    def inputs(self, texts: Sequence[str], media: Mapping[str, Sequence[Any]]) -> Any:
-        """What the model's `generate` takes, on its device; `texts` and `media` as in `generate`."""
-        return encode(self.processor, texts, media).to(self.model.device, self.model.dtype)
+    def inputs(self, texts: Sequence[str], media: Mapping[str, Sequence[Any]], *, multiple: int | None = None) -> Any:
+        """What the model's `generate` takes, on its device, padded to a multiple of so many tokens; `texts` and `media`
+        as in `generate`."""
+        padded = {} if multiple is None else {"pad_to_multiple_of": multiple}
+        return encode(self.processor, texts, media, **padded).to(self.model.device, self.model.dtype)
 
     @torch.inference_mode()
     def complete(
-        self, inputs: Any, pruner: Pruner, *, attached: Callable[[Handle], None] | None = None, **generation: Any
+        self,
+        inputs: Any,
+        pruner: Callable[[Any], AbstractContextManager[Handle]],
+        *,
+        attached: Callable[[Handle], None] | None = None,
+        **generation: Any,
     ) -> tuple[list[str], Trace | None]:
         """Continue `inputs`.
 
         Args:
             inputs: what `self.inputs` made.
-            pruner: the method.
+            pruner: the method, or whatever else attaches it to a model.
             attached: called with the method's handle before it starts, for those who look in between.
             generation: arguments of the model's `generate`.
 
@@ -393,11 +401,13 @@ def media_markers(processor: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(token for token in found if token))
 
 
-def encode(processor: Any, texts: Sequence[str], media: Mapping[str, Sequence[Any]]) -> Any:
+def encode(processor: Any, texts: Sequence[str], media: Mapping[str, Sequence[Any]], **options: Any) -> Any:
     """What a processor makes of prompts and their media, without a second token of beginning."""
     tokenizer = processor.tokenizer
     begins = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
-    return processor(text=list(texts), return_tensors="pt", padding=True, add_special_tokens=not begins, **media)
+    return processor(
+        text=list(texts), return_tensors="pt", padding=True, add_special_tokens=not begins, **media, **options
+    )
 
 
 def digest_folder(folder: Path) -> str:

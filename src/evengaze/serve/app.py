@@ -32,14 +32,19 @@ _CHUNK = "chat.completion.chunk"
 
 
 class Service:
-    """A loaded model behind the app: turns requests into jobs, and jobs into events."""
+    """A loaded model behind the app: turns requests into jobs, and jobs into events.
+
+    Raises:
+        EvengazeError: the model cannot be served by the method that requests get if they name none.
+    """
 
     def __init__(self, settings: Settings, metrics: Metrics, predictor: Predictor | None = None) -> None:
         self.settings = settings
         predictor = predictor or Predictor.load(settings.spec)
         self.methods = Methods(predictor, settings.method, settings.debias)
+        self.methods.try_out(settings.graphs)
         self.prompts = Prompts(predictor, settings)
-        self.worker = Worker(predictor, settings.limits, metrics)
+        self.worker = Worker(predictor, settings.limits, metrics, settings.graphs)
 
     async def job(self, asked: ChatRequest, arrived: float) -> Job:
         """The job of a request; pictures are decoded in a thread of their own.

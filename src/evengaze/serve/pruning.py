@@ -28,12 +28,21 @@ class Methods:
     def __init__(self, predictor: Predictor, method: str, debias: str) -> None:
         model: Any = predictor.model
         decoder: Any = adapter_for(model).decoder(model)
+        self._model = model
         self._layers = len(decoder.layers)
         self._source = predictor.spec.source
         self._architecture = architecture_of(model.config)
         self._method, self._debias = method, debias
         self._made = lru_cache(maxsize=256)(self._make)
         self.default = self._make(method, None, debias)
+
+    def try_out(self, graphs: bool) -> None:
+        """Attach the server's own method once: what it cannot serve is told before anybody asks.
+
+        Raises:
+            EvengazeError: the model cannot be served by the method, or not with graphs.
+        """
+        self.default(self._model, graphs=graphs).remove()
 
     def of(self, asked: Pruning) -> Pruner:
         """The method that a request asks for.

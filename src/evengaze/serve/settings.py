@@ -54,6 +54,7 @@ class Settings:
             takes.
         limits: see there.
         hosts: from which http(s) pictures are fetched; "*" is every public address. Empty: none are.
+        graphs: capture the layers between stages as CUDA graphs; see `Pruner.__call__`.
         key: what clients must send as their API key; None lets everyone in.
     """
 
@@ -63,6 +64,7 @@ class Settings:
     debias: str = "auto"
     limits: Limits = field(default_factory=Limits)
     hosts: tuple[str, ...] = ()
+    graphs: bool = False
     key: str | None = field(default=None, repr=False)
 
     @property

@@ -18,8 +18,10 @@ def run(settings: Settings, host: str, port: int) -> None:
 
     from evengaze.evaluate.predictor import Predictor
     from evengaze.serve.app import build_app
+    from evengaze.serve.pruning import Methods
 
     predictor = Predictor.load(settings.spec)
+    Methods(predictor, settings.method, settings.debias).try_out(settings.graphs)
     uvicorn.run(
         build_app(settings, predictor),
         host=host,

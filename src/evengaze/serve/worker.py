@@ -16,6 +16,7 @@ from transformers import StoppingCriteriaList
 from evengaze.errors import EvengazeError
 from evengaze.evaluate.predictor import Predictor
 from evengaze.methods import spec
+from evengaze.serve.attached import MULTIPLE, Attached
 from evengaze.serve.errors import ApiError, broken, closing, late
 from evengaze.serve.jobs import Failed, Job
 from evengaze.serve.metrics import Metrics
@@ -38,8 +39,9 @@ class Worker:
         metrics: where it counts.
     """
 
-    def __init__(self, predictor: Predictor, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, predictor: Predictor, limits: Limits, metrics: Metrics, graphs: bool = False) -> None:
         self.predictor, self.metrics = predictor, metrics
+        self._attached, self._multiple = Attached(graphs), MULTIPLE if graphs else None
         self._limits = limits
         self._waiting: deque[Job] = deque()
         self._ready = threading.Condition()
@@ -99,6 +101,7 @@ class Worker:
             finally:
                 self.metrics.running.set(0)
                 jobs.clear()  # a waiting thread keeps no picture alive
+        self._attached.close()
 
     def _next(self) -> list[Job]:
         """The next batch; empty when there will be none."""
@@ -183,7 +186,7 @@ class Worker:
 
     def _inputs(self, jobs: Sequence[Job]) -> Any:
         pictures = {"images": [job.images for job in jobs]} if jobs[0].images else {}
-        return self.predictor.inputs([job.prompt for job in jobs], pictures)
+        return self.predictor.inputs([job.prompt for job in jobs], pictures, multiple=self._multiple)
 
     def _generate(self, jobs: Sequence[Job], inputs: Any) -> None:
         tokenizer = self.predictor.processor.tokenizer
@@ -197,7 +200,7 @@ class Worker:
         with _seeded(jobs[0].seed if jobs[0].sampling else None):
             self.predictor.complete(
                 inputs,
-                batch.pruner,
+                self._attached.of(batch.pruner),
                 attached=batch.attached,
                 max_new_tokens=max(job.max_new_tokens for job in jobs),
                 stopping_criteria=StoppingCriteriaList([Watch(rows, batch.begun, batch.ended)]),
