@@ -79,16 +79,19 @@ class DecoderShape:
             mlp_matrices=2 if text.model_type in ("opt", "phi", "starcoder2", "gpt_neox") else 3,
         )
 
+    @property
+    def layer_weights(self) -> int:
+        """Numbers in one layer's matrices, of experts those that one token visits."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return self.hidden * (2 * query + 2 * key + self.mlp_matrices * self.intermediate)
+
     def layer_flops(self, tokens: int) -> int:
         """FLOPs (two for a multiply-add) of one layer's matrix products in a prefill of `tokens` tokens.
 
         Attention counts as n x n, as kernels that skip the causal half differ in how much of it they skip.
         """
-        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        projections = tokens * self.hidden * (2 * query + 2 * key)
-        attention = 2 * tokens * tokens * query
-        mlp = self.mlp_matrices * tokens * self.hidden * self.intermediate
-        return 2 * (projections + attention + mlp)
+        attention = 2 * tokens * tokens * self.heads * self.head_dim
+        return 2 * (tokens * self.layer_weights + attention)
 
     def kv_bytes(self, tokens: int, dtype_bytes: int = 2) -> int:
         """Bytes of one layer's key/value cache of `tokens` tokens."""

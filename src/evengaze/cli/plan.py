@@ -24,12 +24,21 @@ def plan(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Hub id, local folder or 'demo', of which only the config is read. Default: LLaVA-1.5-7B."),
+        typer.Option(
+            help="Hub id, local folder, 'demo' or a shape such as qwen2.5-vl-7b; only the config is read. Default: "
+            "llava-1.5-7b."
+        ),
     ] = None,
     visual: Annotated[
-        int | None, typer.Option(min=1, help="Visual tokens of the prompt. Default: of one picture, if that is fixed.")
+        int | None,
+        typer.Option(
+            "--visual-tokens",
+            "--visual",
+            min=1,
+            help="Visual tokens of the prompt. Default: of one picture, if that is fixed.",
+        ),
     ] = None,
-    text: Annotated[int, typer.Option(min=0, help="Text tokens of the prompt.")] = 64,
+    text: Annotated[int, typer.Option("--text-tokens", "--text", min=0, help="Text tokens of the prompt.")] = 64,
     budget: Annotated[
         float | None, typer.Option(min=1, help="Bring every method to this average of visual tokens a layer.")
     ] = None,
@@ -45,7 +54,7 @@ def plan(
     from evengaze.errors import ConfigError
     from evengaze.methods import parse, split
     from evengaze.methods import spec as spelled
-    from evengaze.profile.plan import picture_tokens
+    from evengaze.profile.plan import depth_of, picture_tokens
     from evengaze.profile.plan import plan as costs_of
     from evengaze.schedule import DecoderShape, solve_for_budget
 
@@ -56,8 +65,8 @@ def plan(
     else:
         from evengaze.cli import session
 
-        config = session.config_of(model, revision)
-        shape, layers = DecoderShape.from_config(config), int(config.get_text_config().num_hidden_layers)
+        config = session.config_of(model, revision, shapes=True)
+        shape, layers = DecoderShape.from_config(config), depth_of(config)
         visual = visual or picture_tokens(config)
         if visual is None:
             raise ConfigError(

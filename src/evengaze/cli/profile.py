@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evengaze.cli import output, tables, terminal
+from evengaze.cli import output, terminal
 from evengaze.cli.options import (
     Adapter,
     AllowMissing,
@@ -21,17 +21,17 @@ from evengaze.cli.options import (
     Quantize,
     Revision,
 )
+from evengaze.cli.profile_report import contradictions as contradictions
+from evengaze.cli.profile_report import plotted, report, written
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from PIL.Image import Image
-
-    from evengaze.cli.session import Session
     from evengaze.methods import Pruner
+    from evengaze.profile.prompts import Prompt
 
-_CLEAR = 0.02
-"""Methods whose FLOPs differ by less than this share of the dense model's are not compared."""
+METHODS = "fastv:keep=0.5;fastv:keep=0.25;fastv:keep=0.125"
+VISUAL, TEXT = 576, 64
+"""Of a prompt whose size was not asked for."""
+_PROMPT = "what is in this picture?"
 
 
 def register(app: typer.Typer) -> None:
@@ -41,14 +41,43 @@ def register(app: typer.Typer) -> None:
 
 def profile(
     model: Model = "demo",
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of --model: a config alone (config.json, folder, hub id or a shape such as llava-1.5-7b); "
+            "weights are random, which changes neither time nor memory."
+        ),
+    ] = None,
     methods: Annotated[
         list[str] | None,
         typer.Option("--methods", "-m", help="E.g. 'fastv:keep=64;random:keep=64'; see `evengaze list methods`."),
     ] = None,
     image: Annotated[Path | None, typer.Option("--image", "-i", help="Picture; a synthetic one if left out.")] = None,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")] = "what is in this picture?",
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help=f"The question. Default: {_PROMPT}")] = None,
+    visual: Annotated[
+        int | None,
+        typer.Option(
+            "--visual-tokens",
+            "--visual",
+            min=1,
+            help="Instead of --image: pictures of random pixels, of about so many tokens.",
+        ),
+    ] = None,
+    text: Annotated[
+        int | None, typer.Option("--text-tokens", "--text", min=2, help="Instead of --prompt: so many tokens besides.")
+    ] = None,
+    new: Annotated[
+        int, typer.Option("--new-tokens", min=0, help="Tokens of an answer; with 0 or 1 decoding is not measured.")
+    ] = 16,
+    batch: Annotated[str, typer.Option(help="Rows, several numbers with commas: 1,8,32.")] = "1",
+    graphs: Annotated[bool, typer.Option(help="Also with CUDA graphs between the stages.")] = False,
+    static: Annotated[
+        bool, typer.Option(help="Also with a static cache, whose decoding is compiled on accelerators.")
+    ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; the methods take turns in each.")] = 5,
     as_json: AsJson = False,
+    csv: Annotated[Path | None, typer.Option(help="Write all figures to a .csv file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the parts: .png, .svg or .pdf.")] = None,
     revision: Revision = None,
     dtype: DType = "auto",
     device: Device = "auto",
@@ -57,124 +86,216 @@ def profile(
     quantize: Quantize = None,
     allow_missing: AllowMissing = False,
 ) -> None:
-    """Prefill time, memory and key/value cache of methods, each relative to the dense model.
+    """Time of tower, decoder, decoding step and whole answer, memory and cache: dense and all methods in turns.
 
-    Times are those of the whole prefill, vision tower included; all methods take turns in one process. For what
-    methods will cost on a model that is not here, see `evengaze plan`.
+    Beside what is measured stands what the schedules predict, and for each row one sentence on what limits it. The
+    dense model is the bare one. For figures without any model, see `evengaze plan`.
     """
     from evengaze.cli import session
     from evengaze.methods import split
+    from evengaze.profile.verdict import verdicts
 
-    specs = split(methods or ["fastv:keep=0.5;fastv:keep=0.25;fastv:keep=0.125"])
-    pruners = [session.method(spec) for spec in specs]
-    pictures = [session.sample_picture()] if image is None else session.read_pictures([image])
-    session.check_stages(pruners, model, revision)
-    loaded = session.Session(
-        model,
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        attention=attention,
-        adapter=adapter,
-        quantize=quantize,
-        allow_missing=allow_missing,
-    )
-    rows = _measure(loaded, pictures, prompt, dict(zip(specs, pruners, strict=True)), rounds)
-    if as_json:
-        terminal.echo(terminal.as_json(rows))
+    pruners = _named({spec: session.method(spec) for spec in split(methods or [METHODS])})
+    batches = _batches(batch)
+    session.check_output(csv, ".csv")
+    session.check_output(plot, *session.FIGURES)
+    source = _source(model, config, visual, text)
+    only = {"--adapter": adapter, "--quantize": quantize, "--allow-missing": allow_missing or None}
+    source.check(image=image, prompt=prompt, sizes=(visual, text), checkpoint=only)
+    _check_device(device, dtype, graphs=graphs, static=static)
+    pictures = None if image is None else session.read_pictures([image])
+    known = session.config_of(source.name, revision, flag=source.flag, shapes=source.random)
+    _check_methods(pruners, known, visual, text)
+    loading = {"revision": revision, "dtype": dtype, "device": device, "attention": attention}
+    if source.random:
+        made, row = _random(known, loading, visual, text)
     else:
-        terminal.echo(_table(rows))
-        output.note(
-            "Shares of the dense prefill. FLOPs are the decoder's, predicted; the rest is measured. Time: the median "
-            f"of {rounds} rounds; in brackets its interval."
-        )
-    for text in contradictions(rows):
-        output.warn(text)
+        more = {"adapter": adapter, "quantize": quantize, "allow_missing": allow_missing}
+        made, row = _loaded(source.name, {**loading, **more}, pictures, prompt or _PROMPT, visual, text)
+    rows = verdicts(_measure(made, row, pruners, batches, graphs=graphs, static=static, new=new, rounds=rounds))
+    about = {**_about(made, row), "model": source.name, "random_weights": source.random, "rounds": rounds}
+    flat = [{**entry.to_dict(), **about} for entry in rows]
+    if csv is not None:
+        written(csv, flat)
+    if plot is not None:
+        plotted(plot, flat)
+    if as_json:
+        terminal.echo(terminal.as_json(flat))
+    else:
+        report(flat)
+    for warning in contradictions(flat):
+        output.warn(warning)
 
 
-def contradictions(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Where times are in another order than FLOPs, or so uncertain that they say nothing, in words."""
-    found = []
-    for one, other in itertools.combinations(rows, 2):
-        less, more = (one, other) if one["flops"] < other["flops"] else (other, one)
-        if more["flops"] - less["flops"] > _CLEAR and less["time"] > more["time"]:
-            sure = less["time_low"] > more["time_high"]
-            why = (
-                "their intervals do not overlap: the method's own work, or launching kernels, costs more than it saves "
-                "on prompts as short as this"
-                if sure
-                else "their intervals overlap, so this is noise: give more --rounds, or leave the machine to it"
+# -- what is checked before anything is built --------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Source:
+    """Where the model comes from.
+
+    Attributes:
+        name: hub id, folder, file or shape.
+        random: whether its weights are made up.
+        flag: the option that said so.
+    """
+
+    name: str
+    random: bool
+    flag: str
+
+    def check(self, *, image: Any, prompt: Any, sizes: tuple[Any, Any], checkpoint: Mapping[str, Any]) -> None:
+        """Raise a ConfigError for options that contradict each other."""
+        from evengaze.errors import ConfigError
+
+        told = {"--image": image, "--prompt": prompt}
+        given = [name for name, value in told.items() if value is not None]
+        asked = [name for name, value in zip(("--visual-tokens", "--text-tokens"), sizes, strict=True) if value]
+        if given and asked:
+            raise ConfigError(
+                f"{given[0]} and {asked[0]} cannot both be given: the one says which prompt, the other "
+                "how long a made-up one is"
             )
-            found.append(
-                f"{less['method']} has fewer FLOPs than {more['method']} ({less['flops']:.0%} to {more['flops']:.0%}) "
-                f"but took longer ({less['time']:.0%} to {more['time']:.0%}); {why}"
+        if not self.random:
+            return
+        if given:
+            raise ConfigError(
+                f"{given[0]} needs a checkpoint with its processor, but {self.flag} {self.name} has no "
+                "weights; say --visual-tokens and --text-tokens instead"
             )
-    return found
+        wrong = [name for name, value in checkpoint.items() if value is not None]
+        if wrong:
+            raise ConfigError(f"{wrong[0]} is for checkpoints, but the weights of {self.flag} {self.name} are random")
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    heads = ("average tokens", "FLOPs", "time", "", "best s", "CPU time", "peak memory", "KV cache")
-    return tables.table(
-        [tables.name("method"), *map(tables.Column, heads)],
-        [
-            [
-                str(row["method"]),
-                f"{row['average_tokens']:.1f}",
-                f"{row['flops']:.0%}",
-                f"{row['time']:.0%}",
-                "" if row["time_low"] == row["time_high"] else f"[{row['time_low']:.0%}, {row['time_high']:.0%}]",
-                f"{row['best_seconds']:.3f}",
-                *(f"{row[key]:.0%}" for key in ("cpu_time", "peak_memory", "kv_cache")),
-            ]
-            for row in rows
-        ],
-    )
+def _source(model: str, config: str | None, visual: int | None, text: int | None) -> _Source:
+    from evengaze.errors import ConfigError
+
+    if config is not None:
+        if model != "demo":
+            raise ConfigError(f"--config {config} and --model {model} cannot both be given")
+        return _Source(config, True, "--config")
+    path = Path(model)
+    weights = path.is_dir() and any(found.suffix in (".safetensors", ".gguf", ".bin") for found in path.iterdir())
+    if path.is_file() or (path.is_dir() and (path / "config.json").is_file() and not weights):
+        output.note(f"--model {model} has no weights: random ones are used, which changes neither time nor memory")
+        return _Source(model, True, "--model")
+    return _Source(model, False, "--model")
+
+
+def _named(pruners: Mapping[str, Pruner]) -> dict[str, Pruner]:
+    """Methods by names that are not the bare model's."""
+    names = {"dense": "dense (attached)", "none": "dense (attached)"}
+    return {names.get(spec.strip(), spec): pruner for spec, pruner in pruners.items()}
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    from evengaze.errors import ConfigError
+
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(f"--batch {text}: give whole numbers from 1 on, several with commas, such as 1,8,32")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def _check_device(device: str, dtype: str, *, graphs: bool, static: bool) -> None:
+    from evengaze.errors import ConfigError
+    from evengaze.evaluate.predictor import device_of, dtype_of
+
+    dtype_of(dtype)
+    where = device_of(device)
+    if graphs and where.type != "cuda":
+        raise ConfigError(f"--graphs captures CUDA graphs, but the model would run on {where}; leave it out here")
+    if static and where.type not in ("cuda", "xpu"):
+        output.note(f"--static: on {where} transformers does not compile decoding; this is the static cache alone")
+
+
+def _check_methods(pruners: Mapping[str, Pruner], config: Any, visual: int | None, text: int | None) -> None:
+    """Raise a ConfigError if a method does not fit the model's depth, or the prompt where its size is known."""
+    from evengaze.profile.measure import costs
+    from evengaze.profile.plan import depth_of, picture_tokens
+
+    for pruner in pruners.values():
+        pruner.stages(depth_of(config))
+    size = visual or picture_tokens(config)
+    if size is not None:
+        costs(config, pruners, size, text or TEXT)
+
+
+# -- building and measuring --------------------------------------------------------------------------------------------
+def _random(config: Any, loading: Mapping[str, Any], visual: int | None, text: int | None) -> tuple[Any, Prompt]:
+    import torch
+
+    from evengaze.evaluate.predictor import device_of, dtype_of
+    from evengaze.profile.build import random_model
+    from evengaze.profile.plan import picture_tokens
+    from evengaze.profile.prompts import make_prompt
+
+    where, kind = device_of(loading["device"]), dtype_of(loading["dtype"])
+    if kind == "auto":
+        named = getattr(config, "dtype", None)
+        kind = named if isinstance(named, torch.dtype) else torch.float32 if where.type == "cpu" else torch.bfloat16
+    model = random_model(config, dtype=kind, device=where, attention=loading["attention"])
+    return model, make_prompt(model, visual or picture_tokens(config) or VISUAL, text or TEXT)
+
+
+def _loaded(
+    name: str, loading: Mapping[str, Any], pictures: Any, question: str, visual: int | None, text: int | None
+) -> tuple[Any, Prompt]:
+    from evengaze.cli import session
+    from evengaze.profile.plan import picture_tokens
+    from evengaze.profile.prompts import Prompt, make_prompt
+
+    loaded = session.Session(name, **loading)
+    model: Any = loaded.predictor.model
+    if visual is not None or text is not None:
+        return model, make_prompt(model, visual or picture_tokens(model.config) or VISUAL, text or TEXT)
+    shown = [session.sample_picture()] if pictures is None else pictures
+    inputs = dict(loaded.inputs(shown, question))
+    return model, Prompt(inputs, 0, int(inputs["input_ids"].shape[1]), "the picture given" if pictures else "")
 
 
 def _measure(
-    loaded: Session, pictures: Sequence[Image], prompt: str, pruners: Mapping[str, Pruner], rounds: int
-) -> list[dict[str, Any]]:
-    """One row a method, the dense model first."""
+    model: Any,
+    row: Prompt,
+    pruners: Mapping[str, Pruner],
+    batches: tuple[int, ...],
+    *,
+    graphs: bool,
+    static: bool,
+    new: int,
+    rounds: int,
+) -> list[Any]:
+    from evengaze.profile.measure import Course
+
+    course = Course(model, row, pruners, graphs=graphs, static=static, new_tokens=new, rounds=rounds)
+    rows, done = [], 0
+    with output.progress("profiling", 3 * len(batches)) as advance:
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            advance(done)
+
+        for size in batches:
+            rows += course.run(size, step)
+    return course.fitting(rows)
+
+
+def _about(model: Any, row: Prompt) -> dict[str, Any]:
+    """What the figures depend on besides the rows' own columns."""
     import torch
+    import transformers
 
-    from evengaze.compat import cache_of
-    from evengaze.methods import parse
-    from evengaze.profile import cache_bytes, interleave, peak_bytes, predict
+    from evengaze.profile.plan import depth_of
 
-    model: Any = loaded.predictor.model
-    inputs = loaded.inputs(pictures, prompt)
-
-    def prefill(pruner: Pruner) -> Any:
-        with torch.inference_mode(), pruner(model):
-            return cache_of(model(**inputs, use_cache=True, logits_to_keep=1))
-
-    every = {"dense": parse("dense"), **pruners}
-    with torch.inference_mode(), every["dense"](model) as run:
-        model(**inputs)
-    visual = 0 if run.trace is None else len(run.trace.layout.rows[0])
-    text = int(inputs["input_ids"].shape[1]) - visual
-    calls = {name: partial(prefill, pruner) for name, pruner in every.items()}
-    times = interleave(calls, rounds=rounds)
-    peak = {name: peak_bytes(call, model.device) for name, call in calls.items()}
-    cache = {name: cache_bytes(call()) for name, call in calls.items()}
-    rows = []
-    for name, pruner in every.items():
-        saving = predict(pruner, model.config, visual, text)
-        low, high = times[name].interval(times["dense"])
-        rows.append(
-            {
-                "method": name,
-                "average_tokens": saving.average,
-                "flops": saving.flops,
-                "time": times[name].ratio(times["dense"]),
-                "time_low": low,
-                "time_high": high,
-                "cpu_time": times[name].cpu_ratio(times["dense"]),
-                "best_seconds": times[name].best,
-                "peak_memory": peak[name] / peak["dense"],
-                "peak_bytes": peak[name],
-                "kv_cache": cache[name] / cache["dense"],
-                "kv_bytes": cache[name],
-            }
-        )
-    return rows
+    device = model.device
+    return {
+        "model_type": model.config.model_type,
+        "layers": depth_of(model.config),
+        "pictures": row.shown,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "attention": str(getattr(model.config, "_attn_implementation", None)),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

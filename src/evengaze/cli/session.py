@@ -79,17 +79,30 @@ class Session:
         return Answer(text, trace, perf_counter() - start)
 
 
-def config_of(model: str, revision: str | None = None) -> Any:
-    """The config of a model, without its weights."""
+def config_of(model: str, revision: str | None = None, *, flag: str = "--model", shapes: bool = False) -> Any:
+    """The config of a model, without its weights.
+
+    Args:
+        model: hub id, folder, file or "demo".
+        revision: on the hub.
+        flag: the option that named it.
+        shapes: whether the names of `evengaze.profile.shapes` will do.
+    """
     from evengaze.demo.model import FOLDER
     from evengaze.models.loading import load_config
+    from evengaze.profile.shapes import SHAPES, shape_of
 
-    if model != DEMO and "/" not in model and not Path(model).exists():
+    there = Path(model).exists()
+    shape = shape_of(model) if shapes and not there else None
+    if shape is not None:
+        return shape
+    if model != DEMO and "/" not in model and not there:
+        named = f"; shapes known by name are {', '.join(SHAPES)}" if shapes else ""
         raise DataError(
-            f"--model {model}: there is no such folder here, and hub ids look like llava-hf/llava-1.5-7b-hf; "
-            f"'{DEMO}' is the embedded model"
+            f"{flag} {model}: there is no such folder here, and hub ids look like llava-hf/llava-1.5-7b-hf; "
+            f"'{DEMO}' is the embedded model{named}"
         )
-    return load_config(str(FOLDER) if model == DEMO else model, revision=revision, name=f"--model {model}")
+    return load_config(str(FOLDER) if model == DEMO else model, revision=revision, name=f"{flag} {model}")
 
 
 def depth(spec: ModelSpec) -> int:

@@ -137,7 +137,7 @@ class Predictor:
                 its own.
             ConfigError: the device or dtype does not exist.
         """
-        dtype, device = _dtype(spec.dtype), _device(spec.device)  # before anything slow
+        dtype, device = dtype_of(spec.dtype), device_of(spec.device)  # before anything slow
         if spec.source == DEMO:
             from evengaze import demo
 
@@ -462,7 +462,12 @@ def _with_attention(model: Any, name: str | None) -> Any:
     return model
 
 
-def _dtype(name: str) -> Any:
+def dtype_of(name: str) -> Any:
+    """The torch dtype of `ModelSpec.dtype`; "auto" stays.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
     if name == "auto":
         return "auto"
     if name not in _DTYPES:
@@ -470,7 +475,12 @@ def _dtype(name: str) -> Any:
     return getattr(torch, name)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device of `ModelSpec.device`; of "balanced" the first.
+
+    Raises:
+        ConfigError: there is none of that name here.
+    """
     if name in ("auto", "balanced"):
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

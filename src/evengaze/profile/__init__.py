@@ -1,8 +1,9 @@
 """What pruning saves on a given machine: FLOPs, time and memory, each relative to the unpruned model."""
 
-from evengaze.profile.flops import FlopRatio, count_flops, predict
+from evengaze.profile.flops import count_flops
 from evengaze.profile.latency import Timing, clock_selection, interleave
 from evengaze.profile.memory import cache_bytes, peak_bytes
+from evengaze.profile.plan import FlopRatio, predict
 
 __all__ = [
     "FlopRatio",

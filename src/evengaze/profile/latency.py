@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import comb
 from statistics import median
 from time import perf_counter, process_time
+from typing import TypeVar
 
 import torch
 
 from evengaze.methods import Pruner, Selection, View
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,24 @@ class Timing:
         return median(a / b for a, b in zip(self.cpu, reference.cpu, strict=True))
 
 
+def take_turns(calls: Mapping[str, Callable[[], T]], *, rounds: int, warmup: int = 0) -> dict[str, list[T]]:
+    """Run several calls in turns, each round in another order, and collect what they return.
+
+    Args:
+        calls: what to run, by name.
+        rounds: rounds that count.
+        warmup: rounds before them that do not.
+    """
+    names, found = list(calls), {name: list[T]() for name in calls}
+    for turn in range(-warmup, rounds):
+        shift = turn % len(names) if names else 0
+        for name in names[shift:] + names[:shift]:
+            result = calls[name]()
+            if turn >= 0:
+                found[name].append(result)
+    return found
+
+
 def interleave(calls: Mapping[str, Callable[[], object]], *, rounds: int = 5, warmup: int = 1) -> dict[str, Timing]:
     """Time several calls in turns, each round in another order.
 
@@ -65,17 +87,17 @@ def interleave(calls: Mapping[str, Callable[[], object]], *, rounds: int = 5, wa
         rounds: timed rounds.
         warmup: rounds before them that are not timed.
     """
-    names, found = list(calls), {name: list[tuple[float, float]]() for name in calls}
-    for turn in range(-warmup, rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            synchronize()
-            wall, cpu = perf_counter(), process_time()
-            calls[name]()
-            synchronize()
-            if turn >= 0:
-                found[name].append((perf_counter() - wall, process_time() - cpu))
+    found = take_turns({name: partial(_timed, call) for name, call in calls.items()}, rounds=rounds, warmup=warmup)
     return {name: Timing(tuple(w for w, _ in times), tuple(c for _, c in times)) for name, times in found.items()}
+
+
+def _timed(call: Callable[[], object]) -> tuple[float, float]:
+    """Wall time and processor time of a call."""
+    synchronize()
+    wall, cpu = perf_counter(), process_time()
+    call()
+    synchronize()
+    return perf_counter() - wall, process_time() - cpu
 
 
 @contextmanager

@@ -1,0 +1,433 @@
+"""Measure methods on one model and one size of prompt: dense and all methods in turns, part by part.
+
+The dense model is the bare one: nothing is attached to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from evengaze.errors import EvengazeError
+from evengaze.methods import Pruner, parse
+from evengaze.models import adapter_for
+from evengaze.profile.latency import Timing, take_turns
+from evengaze.profile.memory import free_bytes, peak_bytes, row_bytes
+from evengaze.profile.parts import Answer, Prefill, busy_seconds, clock_answer, clock_prefill
+from evengaze.profile.plan import Cost, depth_of, plan
+from evengaze.profile.prompts import Prompt
+from evengaze.schedule import DecoderShape
+
+Variant = Literal["", "graphs", "static"]
+DENSE = "dense"
+_SIGHTS = 3
+"""Calls until a graph replays: the first runs as ever, the second captures, the third replays."""
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """What takes a turn.
+
+    Attributes:
+        method: its name.
+        pruner: what is attached; None: nothing.
+        variant: "" as it comes, "graphs" with CUDA graphs between the stages, "static" with a static cache.
+    """
+
+    method: str
+    pruner: Pruner | None = None
+    variant: Variant = ""
+
+    @property
+    def name(self) -> str:
+        """What tells it from the others."""
+        return f"{self.method} + {self.variant}" if self.variant else self.method
+
+    @contextmanager
+    def attached(self, model: Any) -> Iterator[None]:
+        """The model as this one needs it."""
+        if self.pruner is None:
+            yield
+            return
+        options: Any = {"graphs": True} if self.variant == "graphs" else {}
+        with self.pruner(model, **options):
+            yield
+
+
+def contestants(pruners: Mapping[str, Pruner], *, graphs: bool = False, static: bool = False) -> list[Contestant]:
+    """Dense and the methods; then the same with graphs, and with a static cache.
+
+    Args:
+        pruners: by name.
+        graphs: whether the second group is wanted.
+        static: whether the third group is.
+    """
+    found = [Contestant(DENSE), *(Contestant(name, pruner) for name, pruner in pruners.items())]
+    if graphs:
+        dense = Contestant(DENSE, parse("dense"), "graphs")
+        found += [dense, *(Contestant(name, pruner, "graphs") for name, pruner in pruners.items())]
+    if static:
+        found += [replace(one, variant="static") for one in found if not one.variant]
+    return found
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contestant at one batch size. Ratios are to the dense model of the same batch; None was not measured.
+
+    Attributes:
+        method: its name.
+        variant: see `Contestant`.
+        batch: rows.
+        visual_tokens: of one row's prompt.
+        text_tokens: of one row's prompt.
+        new_tokens: of one row's answer.
+        average_tokens: predicted: visual tokens that enter a layer, averaged over the layers.
+        flops: predicted: of the decoder's prefill.
+        predicted_flops: the same, absolute, of one row.
+        predicted_kv: predicted: cache after the prefill.
+        predicted_kv_bytes: the same in bytes, of the batch.
+        predicted_step: predicted: bytes that a decoding step reads.
+        predicted_step_bytes: the same in bytes.
+        time: of the whole prefill; `time_low` and `time_high` are its interval.
+        cpu_time: of the whole prefill, in processor time of all threads.
+        prefill_seconds: median of the whole prefill.
+        best_seconds: shortest whole prefill.
+        tower_seconds: median of what is not the decoder: vision tower, projector, logits.
+        decoder_seconds: median of the decoder layers.
+        decoder: of the decoder layers; `decoder_low` and `decoder_high` are its interval.
+        busy_seconds: how long the GPU worked in a prefill.
+        step: of a decoding step; `step_low` and `step_high` are its interval.
+        step_seconds: median of a decoding step.
+        answer: of a whole answer; `answer_low` and `answer_high` are its interval.
+        answer_seconds: median of a whole answer.
+        peak_memory: most bytes that a prefill holds beyond the weights.
+        peak_bytes: the same in bytes.
+        kv_cache: bytes of keys and values after the prefill.
+        kv_bytes: the same in bytes.
+        floor_seconds: of the decoder on the prompt's text alone; of the dense model.
+        launch_seconds: until the host has asked for all of that; of the dense model, on a GPU.
+        largest_batch: rows that the device's free memory holds.
+        largest_batch_why: why that is not known.
+        failed: why nothing was measured.
+        verdict: what follows, in one sentence.
+    """
+
+    method: str
+    variant: str
+    batch: int
+    visual_tokens: int
+    text_tokens: int
+    new_tokens: int
+    average_tokens: float
+    flops: float
+    predicted_flops: int
+    predicted_kv: float
+    predicted_kv_bytes: int
+    predicted_step: float
+    predicted_step_bytes: int
+    time: float | None = None
+    time_low: float | None = None
+    time_high: float | None = None
+    cpu_time: float | None = None
+    prefill_seconds: float | None = None
+    best_seconds: float | None = None
+    tower_seconds: float | None = None
+    decoder_seconds: float | None = None
+    decoder: float | None = None
+    decoder_low: float | None = None
+    decoder_high: float | None = None
+    busy_seconds: float | None = None
+    step: float | None = None
+    step_low: float | None = None
+    step_high: float | None = None
+    step_seconds: float | None = None
+    answer: float | None = None
+    answer_low: float | None = None
+    answer_high: float | None = None
+    answer_seconds: float | None = None
+    peak_memory: float | None = None
+    peak_bytes: int | None = None
+    kv_cache: float | None = None
+    kv_bytes: int | None = None
+    floor_seconds: float | None = None
+    launch_seconds: float | None = None
+    largest_batch: int | None = None
+    largest_batch_why: str = ""
+    failed: str = ""
+    verdict: str = ""
+
+    @property
+    def name(self) -> str:
+        """See `Contestant.name`."""
+        return f"{self.method} + {self.variant}" if self.variant else self.method
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values."""
+        return asdict(self)
+
+
+def costs(model_config: Any, pruners: Mapping[str, Pruner], visual: int, text: int, **sizes: Any) -> dict[str, Cost]:
+    """What is predicted, by method, the dense model's among it; `sizes` as in `plan`.
+
+    Raises:
+        ConfigError: a method does not fit the model's depth or the prompt.
+    """
+    every = {DENSE: parse("dense"), **pruners}
+    shape = DecoderShape.from_config(model_config)
+    return {one.method: one for one in plan(every, shape, depth_of(model_config), visual, text, **sizes)}
+
+
+class Course:
+    """One model and one prompt; `run` measures a batch size.
+
+    Args:
+        model: the model.
+        prompt: one row.
+        pruners: the methods by name.
+        graphs: whether to measure with graphs, too.
+        static: whether to measure answers with a static cache, too.
+        new_tokens: of an answer; with less than two, answers are not measured.
+        rounds: timed rounds.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompt: Prompt,
+        pruners: Mapping[str, Pruner],
+        *,
+        graphs: bool = False,
+        static: bool = False,
+        new_tokens: int = 16,
+        rounds: int = 5,
+    ) -> None:
+        self._model, self._rounds, self._new = model, rounds, new_tokens
+        self._decoder: nn.Module = adapter_for(model).decoder(model)
+        self._pruners = pruners
+        self._every = contestants(pruners, graphs=graphs, static=static)
+        self.prompt = self._seen(prompt)
+
+    def _seen(self, prompt: Prompt) -> Prompt:
+        """The prompt, with the visual tokens that methods choose among: a picture may hold others, such as newlines."""
+        with torch.inference_mode(), parse("dense")(self._model) as run:
+            self._model(**prompt.rows(1), logits_to_keep=1)
+        visual = 0 if run.trace is None else len(run.trace.layout.rows[0])
+        return replace(prompt, visual=visual, text=int(prompt.inputs["input_ids"].shape[1]) - visual)
+
+    # -- one batch size ------------------------------------------------------------------------------------------------
+    def run(self, batch: int, advance: Callable[[], None] = lambda: None) -> list[Row]:
+        """Measure dense and all methods with `batch` rows; `advance` is called after each of three steps."""
+        inputs = self.prompt.rows(batch)
+        failed: dict[str, str] = {}
+        peaks: dict[str, int] = {}
+        for one in self._every:
+            why, peak = self._try(one, inputs)
+            if why:
+                failed[one.name] = why
+            elif peak is not None:
+                peaks[one.name] = peak
+        advance()
+        fit = [one for one in self._every if one.name not in failed]
+        prefills = take_turns(
+            {one.name: partial(self._prefill, one, inputs) for one in fit if one.variant != "static"},
+            rounds=self._rounds,
+        )
+        advance()
+        answers = {}
+        if self._new > 1:
+            answers = take_turns({one.name: partial(self._answer, one, inputs) for one in fit}, rounds=self._rounds)
+        advance()
+        floor = self._floor(batch) if DENSE in prefills else None
+        predicted = self._costs(batch)
+        measured = _Measured(prefills, answers, peaks, failed, floor, self._model.device.type == "cuda")
+        rows = [self._row(one, batch, predicted[one.method], measured) for one in self._every]
+        return [self._with_busy(row, one, inputs) for row, one in zip(rows, self._every, strict=True)]
+
+    def _try(self, one: Contestant, inputs: Mapping[str, Tensor]) -> tuple[str, int | None]:
+        """Whatever is done on first use is done here, and the peak of memory is read.
+
+        Returns:
+            Why it cannot be measured, "" if it can; the peak of a prefill.
+        """
+        model = self._model
+
+        def prefill() -> None:
+            with one.attached(model):
+                for _ in range(_SIGHTS if one.variant == "graphs" else 1):
+                    clock_prefill(model, self._decoder, inputs)
+
+        peak = None
+        try:
+            if one.variant != "static":
+                prefill()
+                peak = peak_bytes(prefill, model.device)
+            if self._new > 1:
+                self._answer(one, inputs)
+        except EvengazeError as error:
+            if not one.variant:
+                raise
+            return " ".join(str(error).split()), None
+        except (RuntimeError, MemoryError) as error:
+            if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _no_memory(error)):
+                raise
+            if model.device.type == "cuda":
+                torch.cuda.empty_cache()
+            return "it does not fit into memory", None
+        return "", peak
+
+    def _prefill(self, one: Contestant, inputs: Mapping[str, Tensor]) -> Prefill:
+        with one.attached(self._model):
+            for _ in range(_SIGHTS if one.variant == "graphs" else 0):
+                clock_prefill(self._model, self._decoder, inputs)
+            return clock_prefill(self._model, self._decoder, inputs)
+
+    def _answer(self, one: Contestant, inputs: Mapping[str, Tensor]) -> Answer:
+        with one.attached(self._model):
+            for _ in range(_SIGHTS if one.variant == "graphs" else 0):
+                clock_answer(self._model, inputs, 1)
+            return clock_answer(self._model, inputs, self._new, static=one.variant == "static")
+
+    def _floor(self, batch: int) -> Prefill | None:
+        """The dense model on the text alone, which no pruning in the decoder goes below. None if it needs a picture."""
+        inputs = self.prompt.without_pictures(self._model, batch)
+        try:
+            clock_prefill(self._model, self._decoder, inputs)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return None
+        runs = [clock_prefill(self._model, self._decoder, inputs) for _ in range(self._rounds)]
+        middle = sorted(runs, key=lambda run: run.decoder)[len(runs) // 2]
+        return replace(middle, launch=median(run.launch for run in runs))
+
+    def _costs(self, batch: int) -> dict[str, Cost]:
+        numbers = sum(p.numel() for p in self._decoder.parameters())
+        size = sum(p.numel() * p.element_size() for p in self._decoder.parameters())
+        return costs(
+            self._model.config,
+            self._pruners,
+            self.prompt.visual,
+            self.prompt.text,
+            batch=batch,
+            entry_bytes=self._model.dtype.itemsize,
+            weight_bytes=size / max(1, numbers),
+        )
+
+    def _row(self, one: Contestant, batch: int, cost: Cost, measured: _Measured) -> Row:
+        row = Row(
+            method=one.method,
+            variant=one.variant,
+            batch=batch,
+            visual_tokens=self.prompt.visual,
+            text_tokens=self.prompt.text,
+            new_tokens=self._new,
+            average_tokens=cost.average_tokens,
+            flops=cost.flops_share,
+            predicted_flops=cost.flops,
+            predicted_kv=cost.kv_share,
+            predicted_kv_bytes=batch * cost.kv_bytes,
+            predicted_step=cost.step_share,
+            predicted_step_bytes=cost.step_bytes,
+            failed=measured.failed.get(one.name, ""),
+        )
+        return replace(row, **measured.prefill(one), **measured.answer(one))
+
+    def _with_busy(self, row: Row, one: Contestant, inputs: Mapping[str, Tensor]) -> Row:
+        if row.prefill_seconds is None or self._model.device.type != "cuda":
+            return row
+        with one.attached(self._model):
+            for _ in range(_SIGHTS if one.variant == "graphs" else 1):
+                clock_prefill(self._model, self._decoder, inputs)
+            found = busy_seconds(partial(clock_prefill, self._model, self._decoder, inputs), self._model.device)
+        return replace(row, busy_seconds=found)
+
+    # -- all batch sizes -----------------------------------------------------------------------------------------------
+    def fitting(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows with the largest batch that fits, from the device's free memory and the peaks of all batches."""
+        device = self._model.device
+        if device.type != "cuda":
+            why = f"on {device.type} memory is shared with other programs, and swapped"
+            return [replace(row, largest_batch_why=why) for row in rows]
+        free = free_bytes(device)
+        assert free is not None
+        shape, depth = DecoderShape.from_config(self._model.config), depth_of(self._model.config)
+        new = self._new * depth * shape.kv_bytes(1, self._model.dtype.itemsize)
+        found = []
+        for row in rows:
+            alike = [r for r in rows if r.name == row.name and r.peak_bytes is not None]
+            if not alike:
+                found.append(replace(row, largest_batch_why=row.failed or "its prefill is the dense model's"))
+                continue
+            kept = max((r.kv_bytes or 0) // r.batch for r in alike) + new
+            each = row_bytes({r.batch: r.peak_bytes or 0 for r in alike}, kept)
+            found.append(replace(row, largest_batch=free // each))
+        return found
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What one batch size gave, by contestants' names."""
+
+    prefills: Mapping[str, Sequence[Prefill]]
+    answers: Mapping[str, Sequence[Answer]]
+    peaks: Mapping[str, int]
+    failed: Mapping[str, str]
+    floor: Prefill | None
+    queued: bool
+    """Whether the device works on while the host goes ahead."""
+
+    def prefill(self, one: Contestant) -> dict[str, Any]:
+        """A row's columns about the prefill."""
+        runs, dense = self.prefills.get(one.name), self.prefills.get(DENSE)
+        if not runs:
+            return {}
+        values: dict[str, Any] = {
+            "prefill_seconds": median(r.whole for r in runs),
+            "best_seconds": min(r.whole for r in runs),
+            "tower_seconds": median(r.tower for r in runs),
+            "decoder_seconds": median(r.decoder for r in runs),
+            "peak_bytes": self.peaks[one.name],
+            "kv_bytes": runs[0].kv_bytes,
+        }
+        if dense:
+            whole, base = (Timing(tuple(r.whole for r in s), tuple(r.cpu for r in s)) for s in (runs, dense))
+            values |= _ratio("time", whole, base) | {"cpu_time": whole.cpu_ratio(base)}
+            values |= _ratio("decoder", _timing([r.decoder for r in runs]), _timing([r.decoder for r in dense]))
+            values["peak_memory"] = self.peaks[one.name] / max(1, self.peaks[DENSE])
+            values["kv_cache"] = runs[0].kv_bytes / max(1, dense[0].kv_bytes)
+        if self.floor is not None:
+            values["floor_seconds"] = self.floor.decoder
+            values["launch_seconds"] = self.floor.launch if self.queued else None
+        return values
+
+    def answer(self, one: Contestant) -> dict[str, Any]:
+        """A row's columns about whole answers."""
+        runs, dense = self.answers.get(one.name), self.answers.get(DENSE)
+        if not runs:
+            return {}
+        steps = [r.step for r in runs if r.step is not None]
+        values: dict[str, Any] = {"answer_seconds": median(r.whole for r in runs), "step_seconds": median(steps)}
+        if dense:
+            values |= _ratio("answer", _timing([r.whole for r in runs]), _timing([r.whole for r in dense]))
+            values |= _ratio("step", _timing(steps), _timing([r.step for r in dense if r.step is not None]))
+        return values
+
+
+def _no_memory(error: BaseException) -> bool:
+    return any(sign in str(error).lower() for sign in _NO_MEMORY)
+
+
+def _timing(seconds: Sequence[float]) -> Timing:
+    return Timing(tuple(seconds), ())
+
+
+def _ratio(name: str, timing: Timing, base: Timing) -> dict[str, float]:
+    low, high = timing.interval(base)
+    return {name: timing.ratio(base), f"{name}_low": low, f"{name}_high": high}
