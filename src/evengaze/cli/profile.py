@@ -10,21 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evengaze.cli import output, terminal
-from evengaze.cli.options import (
-    Adapter,
-    AllowMissing,
-    AsJson,
-    Attention,
-    Device,
-    DType,
-    Model,
-    Quantize,
-    Revision,
-)
+from evengaze.cli.options import AsJson, loads_model
 from evengaze.cli.profile_report import contradictions as contradictions
 from evengaze.cli.profile_report import plotted, report, written
 
 if TYPE_CHECKING:
+    from evengaze.evaluate.predictor import ModelSpec
     from evengaze.methods import Pruner
     from evengaze.profile.prompts import Prompt
 
@@ -39,8 +30,9 @@ def register(app: typer.Typer) -> None:
     app.command("profile")(profile)
 
 
+@loads_model
 def profile(
-    model: Model = "demo",
+    spec: ModelSpec,
     config: Annotated[
         str | None,
         typer.Option(
@@ -78,13 +70,6 @@ def profile(
     as_json: AsJson = False,
     csv: Annotated[Path | None, typer.Option(help="Write all figures to a .csv file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the parts: .png, .svg or .pdf.")] = None,
-    revision: Revision = None,
-    dtype: DType = "auto",
-    device: Device = "auto",
-    attention: Attention = None,
-    adapter: Adapter = None,
-    quantize: Quantize = None,
-    allow_missing: AllowMissing = False,
 ) -> None:
     """Time of tower, decoder, decoding step and whole answer, memory and cache: dense and all methods in turns.
 
@@ -95,23 +80,20 @@ def profile(
     from evengaze.methods import split
     from evengaze.profile.verdict import verdicts
 
-    pruners = _named({spec: session.method(spec) for spec in split(methods or [METHODS])})
+    pruners = _named({name: session.method(name) for name in split(methods or [METHODS])})
     batches = _batches(batch)
     session.check_output(csv, ".csv")
     session.check_output(plot, *session.FIGURES)
-    source = _source(model, config, visual, text)
-    only = {"--adapter": adapter, "--quantize": quantize, "--allow-missing": allow_missing or None}
-    source.check(image=image, prompt=prompt, sizes=(visual, text), checkpoint=only)
-    _check_device(device, dtype, graphs=graphs, static=static)
+    source = _source(spec, config)
+    source.check(spec, image=image, prompt=prompt, sizes=(visual, text))
+    _check_device(spec, graphs=graphs, static=static)
     pictures = None if image is None else session.read_pictures([image])
-    known = session.config_of(source.name, revision, flag=source.flag, shapes=source.random)
+    known = session.config_of(source.name, spec.revision, flag=source.flag, shapes=source.random)
     _check_methods(pruners, known, visual, text)
-    loading = {"revision": revision, "dtype": dtype, "device": device, "attention": attention}
     if source.random:
-        made, row = _random(known, loading, visual, text)
+        made, row = _random(known, spec, visual, text)
     else:
-        more = {"adapter": adapter, "quantize": quantize, "allow_missing": allow_missing}
-        made, row = _loaded(source.name, {**loading, **more}, pictures, prompt or _PROMPT, visual, text)
+        made, row = _loaded(spec, pictures, prompt or _PROMPT, visual, text)
     rows = verdicts(_measure(made, row, pruners, batches, graphs=graphs, static=static, new=new, rounds=rounds))
     about = {**_about(made, row), "model": source.name, "random_weights": source.random, "rounds": rounds}
     flat = [{**entry.to_dict(), **about} for entry in rows]
@@ -142,33 +124,39 @@ class _Source:
     random: bool
     flag: str
 
-    def check(self, *, image: Any, prompt: Any, sizes: tuple[Any, Any], checkpoint: Mapping[str, Any]) -> None:
+    def check(self, spec: ModelSpec, *, image: Any, prompt: Any, sizes: tuple[Any, Any]) -> None:
         """Raise a ConfigError for options that contradict each other."""
         from evengaze.errors import ConfigError
 
-        told = {"--image": image, "--prompt": prompt}
-        given = [name for name, value in told.items() if value is not None]
-        asked = [name for name, value in zip(("--visual-tokens", "--text-tokens"), sizes, strict=True) if value]
+        given = _given({"--image": image, "--prompt": prompt})
+        asked = _given(dict(zip(("--visual-tokens", "--text-tokens"), sizes, strict=True)))
         if given and asked:
             raise ConfigError(
-                f"{given[0]} and {asked[0]} cannot both be given: the one says which prompt, the other "
-                "how long a made-up one is"
+                f"{given[0]} and {asked[0]} cannot both be given: the one says which prompt, the other how long a "
+                "made-up one is"
             )
         if not self.random:
             return
         if given:
             raise ConfigError(
-                f"{given[0]} needs a checkpoint with its processor, but {self.flag} {self.name} has no "
-                "weights; say --visual-tokens and --text-tokens instead"
+                f"{given[0]} needs a checkpoint with its processor, but {self.flag} {self.name} has no weights; say "
+                "--visual-tokens and --text-tokens instead"
             )
-        wrong = [name for name, value in checkpoint.items() if value is not None]
-        if wrong:
-            raise ConfigError(f"{wrong[0]} is for checkpoints, but the weights of {self.flag} {self.name} are random")
+        more = {"--adapter": spec.adapter, "--quantize": spec.quantize, "--allow-missing": spec.allow_missing or None}
+        for name in _given(more):
+            raise ConfigError(f"{name} is for checkpoints, but the weights of {self.flag} {self.name} are random")
+        if spec.device == "balanced":
+            raise ConfigError("--device balanced is for checkpoints; random weights are made on one device")
 
 
-def _source(model: str, config: str | None, visual: int | None, text: int | None) -> _Source:
+def _given(options: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in options.items() if value is not None]
+
+
+def _source(spec: ModelSpec, config: str | None) -> _Source:
     from evengaze.errors import ConfigError
 
+    model = spec.source
     if config is not None:
         if model != "demo":
             raise ConfigError(f"--config {config} and --model {model} cannot both be given")
@@ -196,12 +184,12 @@ def _batches(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
-def _check_device(device: str, dtype: str, *, graphs: bool, static: bool) -> None:
+def _check_device(spec: ModelSpec, *, graphs: bool, static: bool) -> None:
     from evengaze.errors import ConfigError
     from evengaze.evaluate.predictor import device_of, dtype_of
 
-    dtype_of(dtype)
-    where = device_of(device)
+    dtype_of(spec.dtype)
+    where = device_of(spec.device)
     if graphs and where.type != "cuda":
         raise ConfigError(f"--graphs captures CUDA graphs, but the model would run on {where}; leave it out here")
     if static and where.type not in ("cuda", "xpu"):
@@ -221,7 +209,7 @@ def _check_methods(pruners: Mapping[str, Pruner], config: Any, visual: int | Non
 
 
 # -- building and measuring --------------------------------------------------------------------------------------------
-def _random(config: Any, loading: Mapping[str, Any], visual: int | None, text: int | None) -> tuple[Any, Prompt]:
+def _random(config: Any, spec: ModelSpec, visual: int | None, text: int | None) -> tuple[Any, Prompt]:
     import torch
 
     from evengaze.evaluate.predictor import device_of, dtype_of
@@ -229,22 +217,20 @@ def _random(config: Any, loading: Mapping[str, Any], visual: int | None, text: i
     from evengaze.profile.plan import picture_tokens
     from evengaze.profile.prompts import make_prompt
 
-    where, kind = device_of(loading["device"]), dtype_of(loading["dtype"])
+    where, kind = device_of(spec.device), dtype_of(spec.dtype)
     if kind == "auto":
         named = getattr(config, "dtype", None)
         kind = named if isinstance(named, torch.dtype) else torch.float32 if where.type == "cpu" else torch.bfloat16
-    model = random_model(config, dtype=kind, device=where, attention=loading["attention"])
+    model = random_model(config, dtype=kind, device=where, attention=spec.attention)
     return model, make_prompt(model, visual or picture_tokens(config) or VISUAL, text or TEXT)
 
 
-def _loaded(
-    name: str, loading: Mapping[str, Any], pictures: Any, question: str, visual: int | None, text: int | None
-) -> tuple[Any, Prompt]:
+def _loaded(spec: ModelSpec, pictures: Any, question: str, visual: int | None, text: int | None) -> tuple[Any, Prompt]:
     from evengaze.cli import session
     from evengaze.profile.plan import picture_tokens
     from evengaze.profile.prompts import Prompt, make_prompt
 
-    loaded = session.Session(name, **loading)
+    loaded = session.Session(spec)
     model: Any = loaded.predictor.model
     if visual is not None or text is not None:
         return model, make_prompt(model, visual or picture_tokens(model.config) or VISUAL, text or TEXT)

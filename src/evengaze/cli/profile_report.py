@@ -19,7 +19,9 @@ _CLEAR = 0.02
 
 def name_of(row: Mapping[str, Any]) -> str:
     """A row's method with its variant."""
-    return f"{row['method']} + {row['variant']}" if row.get("variant") else str(row["method"])
+    from evengaze.profile.rows import label
+
+    return label(str(row["method"]), str(row.get("variant") or ""))
 
 
 def report(rows: Rows) -> None:

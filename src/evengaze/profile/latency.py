@@ -125,6 +125,8 @@ def clock_selection(pruner: Pruner) -> Iterator[list[float]]:
 
 
 def synchronize() -> None:
-    """Wait until the accelerator, if one is in use, has finished what was asked of it."""
+    """Wait until the accelerators that are in use have finished what was asked of them."""
     if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        used = [i for i in range(torch.cuda.device_count()) if torch.cuda.memory_allocated(i)]
+        for device in used or [torch.cuda.current_device()]:
+            torch.cuda.synchronize(device)

@@ -6,11 +6,11 @@ The dense model is the bare one: nothing is attached to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from evengaze.errors import EvengazeError
 from evengaze.methods import Pruner, parse
 from evengaze.models import adapter_for
-from evengaze.profile.latency import Timing, take_turns
+from evengaze.profile.latency import take_turns
 from evengaze.profile.memory import free_bytes, peak_bytes, row_bytes
 from evengaze.profile.parts import Answer, Prefill, busy_seconds, clock_answer, clock_prefill
 from evengaze.profile.plan import Cost, depth_of, plan
 from evengaze.profile.prompts import Prompt
+from evengaze.profile.rows import DENSE, Measured, Row, Variant, label
 from evengaze.schedule import DecoderShape
 
-Variant = Literal["", "graphs", "static"]
-DENSE = "dense"
 _SIGHTS = 3
 """Calls until a graph replays: the first runs as ever, the second captures, the third replays."""
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
@@ -49,7 +48,7 @@ class Contestant:
     @property
     def name(self) -> str:
         """What tells it from the others."""
-        return f"{self.method} + {self.variant}" if self.variant else self.method
+        return label(self.method, self.variant)
 
     @contextmanager
     def attached(self, model: Any) -> Iterator[None]:
@@ -77,102 +76,6 @@ def contestants(pruners: Mapping[str, Pruner], *, graphs: bool = False, static: 
     if static:
         found += [replace(one, variant="static") for one in found if not one.variant]
     return found
-
-
-@dataclass(frozen=True)
-class Row:
-    """One contestant at one batch size. Ratios are to the dense model of the same batch; None was not measured.
-
-    Attributes:
-        method: its name.
-        variant: see `Contestant`.
-        batch: rows.
-        visual_tokens: of one row's prompt.
-        text_tokens: of one row's prompt.
-        new_tokens: of one row's answer.
-        average_tokens: predicted: visual tokens that enter a layer, averaged over the layers.
-        flops: predicted: of the decoder's prefill.
-        predicted_flops: the same, absolute, of one row.
-        predicted_kv: predicted: cache after the prefill.
-        predicted_kv_bytes: the same in bytes, of the batch.
-        predicted_step: predicted: bytes that a decoding step reads.
-        predicted_step_bytes: the same in bytes.
-        time: of the whole prefill; `time_low` and `time_high` are its interval.
-        cpu_time: of the whole prefill, in processor time of all threads.
-        prefill_seconds: median of the whole prefill.
-        best_seconds: shortest whole prefill.
-        tower_seconds: median of what is not the decoder: vision tower, projector, logits.
-        decoder_seconds: median of the decoder layers.
-        decoder: of the decoder layers; `decoder_low` and `decoder_high` are its interval.
-        busy_seconds: how long the GPU worked in a prefill.
-        step: of a decoding step; `step_low` and `step_high` are its interval.
-        step_seconds: median of a decoding step.
-        answer: of a whole answer; `answer_low` and `answer_high` are its interval.
-        answer_seconds: median of a whole answer.
-        peak_memory: most bytes that a prefill holds beyond the weights.
-        peak_bytes: the same in bytes.
-        kv_cache: bytes of keys and values after the prefill.
-        kv_bytes: the same in bytes.
-        floor_seconds: of the decoder on the prompt's text alone; of the dense model.
-        launch_seconds: until the host has asked for all of that; of the dense model, on a GPU.
-        largest_batch: rows that the device's free memory holds.
-        largest_batch_why: why that is not known.
-        failed: why nothing was measured.
-        verdict: what follows, in one sentence.
-    """
-
-    method: str
-    variant: str
-    batch: int
-    visual_tokens: int
-    text_tokens: int
-    new_tokens: int
-    average_tokens: float
-    flops: float
-    predicted_flops: int
-    predicted_kv: float
-    predicted_kv_bytes: int
-    predicted_step: float
-    predicted_step_bytes: int
-    time: float | None = None
-    time_low: float | None = None
-    time_high: float | None = None
-    cpu_time: float | None = None
-    prefill_seconds: float | None = None
-    best_seconds: float | None = None
-    tower_seconds: float | None = None
-    decoder_seconds: float | None = None
-    decoder: float | None = None
-    decoder_low: float | None = None
-    decoder_high: float | None = None
-    busy_seconds: float | None = None
-    step: float | None = None
-    step_low: float | None = None
-    step_high: float | None = None
-    step_seconds: float | None = None
-    answer: float | None = None
-    answer_low: float | None = None
-    answer_high: float | None = None
-    answer_seconds: float | None = None
-    peak_memory: float | None = None
-    peak_bytes: int | None = None
-    kv_cache: float | None = None
-    kv_bytes: int | None = None
-    floor_seconds: float | None = None
-    launch_seconds: float | None = None
-    largest_batch: int | None = None
-    largest_batch_why: str = ""
-    failed: str = ""
-    verdict: str = ""
-
-    @property
-    def name(self) -> str:
-        """See `Contestant.name`."""
-        return f"{self.method} + {self.variant}" if self.variant else self.method
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able values."""
-        return asdict(self)
 
 
 def costs(model_config: Any, pruners: Mapping[str, Pruner], visual: int, text: int, **sizes: Any) -> dict[str, Cost]:
@@ -226,6 +129,10 @@ class Course:
     # -- one batch size ------------------------------------------------------------------------------------------------
     def run(self, batch: int, advance: Callable[[], None] = lambda: None) -> list[Row]:
         """Measure dense and all methods with `batch` rows; `advance` is called after each of three steps."""
+        with torch.cuda.device(self._model.device) if self._model.device.type == "cuda" else nullcontext():
+            return self._run(batch, advance)
+
+    def _run(self, batch: int, advance: Callable[[], None]) -> list[Row]:
         inputs = self.prompt.rows(batch)
         failed: dict[str, str] = {}
         peaks: dict[str, int] = {}
@@ -248,7 +155,7 @@ class Course:
         advance()
         floor = self._floor(batch) if DENSE in prefills else None
         predicted = self._costs(batch)
-        measured = _Measured(prefills, answers, peaks, failed, floor, self._model.device.type == "cuda")
+        measured = Measured(prefills, answers, peaks, failed, floor, self._model.device.type == "cuda")
         rows = [self._row(one, batch, predicted[one.method], measured) for one in self._every]
         return [self._with_busy(row, one, inputs) for row, one in zip(rows, self._every, strict=True)]
 
@@ -320,7 +227,7 @@ class Course:
             weight_bytes=size / max(1, numbers),
         )
 
-    def _row(self, one: Contestant, batch: int, cost: Cost, measured: _Measured) -> Row:
+    def _row(self, one: Contestant, batch: int, cost: Cost, measured: Measured) -> Row:
         row = Row(
             method=one.method,
             variant=one.variant,
@@ -337,7 +244,7 @@ class Course:
             predicted_step_bytes=cost.step_bytes,
             failed=measured.failed.get(one.name, ""),
         )
-        return replace(row, **measured.prefill(one), **measured.answer(one))
+        return replace(row, **measured.prefill(one.name), **measured.answer(one.name))
 
     def _with_busy(self, row: Row, one: Contestant, inputs: Mapping[str, Tensor]) -> Row:
         if row.prefill_seconds is None or self._model.device.type != "cuda":
@@ -371,63 +278,5 @@ class Course:
         return found
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """What one batch size gave, by contestants' names."""
-
-    prefills: Mapping[str, Sequence[Prefill]]
-    answers: Mapping[str, Sequence[Answer]]
-    peaks: Mapping[str, int]
-    failed: Mapping[str, str]
-    floor: Prefill | None
-    queued: bool
-    """Whether the device works on while the host goes ahead."""
-
-    def prefill(self, one: Contestant) -> dict[str, Any]:
-        """A row's columns about the prefill."""
-        runs, dense = self.prefills.get(one.name), self.prefills.get(DENSE)
-        if not runs:
-            return {}
-        values: dict[str, Any] = {
-            "prefill_seconds": median(r.whole for r in runs),
-            "best_seconds": min(r.whole for r in runs),
-            "tower_seconds": median(r.tower for r in runs),
-            "decoder_seconds": median(r.decoder for r in runs),
-            "peak_bytes": self.peaks[one.name],
-            "kv_bytes": runs[0].kv_bytes,
-        }
-        if dense:
-            whole, base = (Timing(tuple(r.whole for r in s), tuple(r.cpu for r in s)) for s in (runs, dense))
-            values |= _ratio("time", whole, base) | {"cpu_time": whole.cpu_ratio(base)}
-            values |= _ratio("decoder", _timing([r.decoder for r in runs]), _timing([r.decoder for r in dense]))
-            values["peak_memory"] = self.peaks[one.name] / max(1, self.peaks[DENSE])
-            values["kv_cache"] = runs[0].kv_bytes / max(1, dense[0].kv_bytes)
-        if self.floor is not None:
-            values["floor_seconds"] = self.floor.decoder
-            values["launch_seconds"] = self.floor.launch if self.queued else None
-        return values
-
-    def answer(self, one: Contestant) -> dict[str, Any]:
-        """A row's columns about whole answers."""
-        runs, dense = self.answers.get(one.name), self.answers.get(DENSE)
-        if not runs:
-            return {}
-        steps = [r.step for r in runs if r.step is not None]
-        values: dict[str, Any] = {"answer_seconds": median(r.whole for r in runs), "step_seconds": median(steps)}
-        if dense:
-            values |= _ratio("answer", _timing([r.whole for r in runs]), _timing([r.whole for r in dense]))
-            values |= _ratio("step", _timing(steps), _timing([r.step for r in dense if r.step is not None]))
-        return values
-
-
 def _no_memory(error: BaseException) -> bool:
     return any(sign in str(error).lower() for sign in _NO_MEMORY)
-
-
-def _timing(seconds: Sequence[float]) -> Timing:
-    return Timing(tuple(seconds), ())
-
-
-def _ratio(name: str, timing: Timing, base: Timing) -> dict[str, float]:
-    low, high = timing.interval(base)
-    return {name: timing.ratio(base), f"{name}_low": low, f"{name}_high": high}

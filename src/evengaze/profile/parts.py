@@ -1,6 +1,6 @@
 """Where the time of a prefill and of an answer goes: tower, decoder, decoding steps.
 
-On a GPU the parts are told apart by events in its stream, which stop nothing; elsewhere by the clock.
+Nothing is stopped to tell the parts apart, see `Stopwatch`.
 """
 
 from __future__ import annotations
@@ -59,14 +59,22 @@ class Answer:
 
 
 class Stopwatch:
-    """Moments on a device's own clock."""
+    """Moments of a model's work.
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+    On one GPU they are events in its stream, which stop nothing; on several, all are waited for.
+
+    Args:
+        model: whose work.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        devices = {p.device for p in model.parameters()}
+        self._event = {d.type for d in devices} == {"cuda"} and len(devices) == 1
 
     def now(self) -> Any:
-        """This moment, once the device gets there."""
-        if not self._cuda:
+        """This moment."""
+        if not self._event:
+            synchronize()
             return perf_counter()
         event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
@@ -74,7 +82,7 @@ class Stopwatch:
 
     def between(self, start: Any, end: Any) -> float:
         """Seconds between two moments, both in the past."""
-        return float(start.elapsed_time(end)) / 1e3 if self._cuda else float(end - start)
+        return float(start.elapsed_time(end)) / 1e3 if self._event else float(end - start)
 
 
 @torch.inference_mode()
@@ -86,7 +94,7 @@ def clock_prefill(model: Any, decoder: nn.Module, inputs: Mapping[str, Tensor]) 
         decoder: its decoder.
         inputs: of the prefill.
     """
-    watch = Stopwatch(model.device)
+    watch = Stopwatch(model)
     moments: list[Any] = []
     clock: list[float] = []
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from evengaze.profile.measure import DENSE, Row
+from evengaze.profile.rows import DENSE, Row, label
 
 HOST = 0.8
 TOWER = 0.5
@@ -65,7 +65,7 @@ def verdicts(rows: Sequence[Row]) -> list[Row]:
     found = []
     for row in rows:
         dense = next((r for r in rows if r.batch == row.batch and r.name == DENSE), None)
-        graphed = next((r for r in rows if r.batch == row.batch and r.name == f"{row.method} + graphs"), None)
+        graphed = next((r for r in rows if r.batch == row.batch and r.name == label(row.method, "graphs")), None)
         found.append(replace(row, verdict=sentence(row, dense, graphed)))
     return found
 
