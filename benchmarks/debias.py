@@ -155,14 +155,14 @@ def accuracy(model, processor, pairs, variants, budgets):
     """Right answers, (questions,) by name and budget."""
     right = {}
     pictures = list({p.name: p for p, _ in pairs}.values())
-    for batch in experiment.encode(model, processor, pictures, [q for _, q in pairs]):
-        for name, debias in variants.items():
-            for budget in budgets:
-                pruner = FastV(keep=budget, layer=2, debias=debias)
-                outcome = experiment.Answers()
-                experiment._answer(model, processor, batch, pruner, outcome)
-                for q in batch.questions:
-                    right.setdefault((name, budget), {})[q.question_id] = outcome.answers[q.question_id] == q.answer
+    pruners = {
+        (name, budget): FastV(keep=budget, layer=2, debias=debias)
+        for name, debias in variants.items()
+        for budget in budgets
+    }
+    for key, batch, outcome, _ in experiment.ask(model, processor, pictures, [q for _, q in pairs], pruners):
+        for q in batch:
+            right.setdefault(key, {})[q.question_id] = outcome.answers[q.question_id] == q.answer
     order = [q.question_id for _, q in pairs]
     return {key: np.array([found[i] for i in order], float) for key, found in right.items()}
 

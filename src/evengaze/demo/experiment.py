@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +18,7 @@ from evengaze.debias import Debias, PaddingMask
 from evengaze.debias.curve import Curve, Origin
 from evengaze.demo.dataset import DemoImage, DemoQuestion
 from evengaze.demo.model import dtype_of
+from evengaze.evaluate.predictor import DEMO, ModelSpec, Predictor
 from evengaze.layout import VisualLayout
 from evengaze.methods import get
 from evengaze.methods.base import Pruner
@@ -209,7 +211,7 @@ def _bias(found: Observations, layer: int) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class _Encoded:
+class Batch:
     """A batch that is ready for the decoder: what enters it, and where its visual tokens are."""
 
     questions: list[DemoQuestion]
@@ -221,7 +223,7 @@ class _Encoded:
 @torch.inference_mode()
 def encode(
     model: Any, processor: Any, pictures: Sequence[DemoImage], questions: Sequence[DemoQuestion]
-) -> Iterator[_Encoded]:
+) -> Iterator[Batch]:
     """Batches of questions about pictures; the vision tower sees each picture once.
 
     Questions of like length share a batch, so that hardly any padding is needed.
@@ -256,7 +258,7 @@ def encode(
         layout = VisualLayout.from_spans(
             [(at, at + count) for at in first], grid, padding=[shares[q.image_index] for q in batch]
         )
-        yield _Encoded(batch, embeds, inputs["attention_mask"], layout)
+        yield Batch(batch, embeds, inputs["attention_mask"], layout)
 
 
 def run(
@@ -321,31 +323,18 @@ def ask(
     Yields:
         The method's name, the batch, the answers to it and the trace, one after the other.
     """
+    predictor = Predictor(model, processor, ModelSpec(DEMO))
     for batch in encode(model, processor, pictures, questions):
+        inputs = {"inputs_embeds": batch.embeds, "attention_mask": batch.mask}
         for name, pruner in pruners.items():
-            if not skip(name, batch.questions):
-                outcome = Answers()
-                trace = _answer(model, processor, batch, pruner, outcome)
-                yield name, batch.questions, outcome, trace
-
-
-@torch.inference_mode()
-def _answer(model: Any, processor: Any, batch: _Encoded, pruner: Pruner, outcome: Answers) -> Trace:
-    """Answer one batch with one method, in an unmodified `generate`."""
-    tokenizer = processor.tokenizer
-    start = perf_counter()
-    with pruner(model, layout=batch.layout) as run:
-        out = model.generate(
-            inputs_embeds=batch.embeds,
-            attention_mask=batch.mask,
-            max_new_tokens=LONGEST,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    outcome.seconds += perf_counter() - start
-    for row, (question, text) in enumerate(
-        zip(batch.questions, tokenizer.batch_decode(out, skip_special_tokens=True), strict=True)
-    ):
-        outcome.answers[question.question_id] = " ".join(text.split()).lower()
-        outcome.average_tokens.append(run.trace.average_tokens(row))  # type: ignore[union-attr]
-    return run.trace  # type: ignore[return-value]
+            if skip(name, batch.questions):
+                continue
+            start = perf_counter()
+            attach = partial(pruner, layout=batch.layout)  # nobody sees pictures in embeddings
+            texts, trace = predictor.complete(inputs, attach, max_new_tokens=LONGEST)
+            seconds = perf_counter() - start
+            assert trace is not None
+            words = [" ".join(text.split()).lower() for text in texts]
+            answers = dict(zip((q.question_id for q in batch.questions), words, strict=True))
+            tokens = [trace.average_tokens(row) for row in range(len(texts))]
+            yield name, batch.questions, Answers(answers, tokens, seconds), trace

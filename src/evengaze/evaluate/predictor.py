@@ -359,7 +359,7 @@ class Predictor:
         """Continue `inputs`.
 
         Args:
-            inputs: what `self.inputs` made.
+            inputs: what `self.inputs` made, or `inputs_embeds` and `attention_mask`.
             pruner: the method, or whatever else attaches it to a model.
             attached: called with the method's handle before it starts, for those who look in between.
             generation: arguments of the model's `generate`.
@@ -373,7 +373,8 @@ class Predictor:
             if attached is not None:
                 attached(run)
             output = self.model.generate(**inputs, **{**greedy, "pad_token_id": tokenizer.pad_token_id, **generation})
-        new = output[:, inputs["input_ids"].shape[1] :]
+        prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0  # of embeddings only new tokens come back
+        new = output[:, prompt:]
         return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)], run.trace
 
     def figures(self, trace: Trace | None, row: int, tokens: int) -> dict[str, float]:
