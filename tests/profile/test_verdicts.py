@@ -164,7 +164,7 @@ def test_a_course_measures_dense_and_methods_at_each_batch() -> None:
     before = hooks()
     course = Course(model, prompt, pruners, static=True, new_tokens=3, rounds=2)
     steps: list[int] = []
-    rows = course.fitting([row for batch in (1, 2) for row in course.run(batch, lambda: steps.append(1))])
+    rows = course.finish([row for batch in (1, 2) for row in course.run(batch, lambda: steps.append(1))])
     names = ["dense", "fastv:keep=4", "dense + static", "fastv:keep=4 + static"]
     assert [row.name for row in rows] == names * 2 and [row.batch for row in rows] == [1] * 4 + [2] * 4
     assert len(steps) == 6
@@ -192,3 +192,41 @@ def test_what_cannot_be_measured_leaves_the_others_alone(monkeypatch: pytest.Mon
     assert bare.prefill_seconds and failed.failed == "it does not fit into memory" and failed.time is None
     assert verdicts([bare, failed])[1].verdict == "not measured: it does not fit into memory."
     assert bare.step is None and bare.answer_seconds is None
+
+
+def test_graphs_are_timed_when_they_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU captures nothing: a stand-in runs the function again."""
+    events: list[str] = []
+
+    class StandIn:
+        def __init__(self, function: Any, inputs: Any, pool: Any) -> None:
+            self._function = function
+            events.append("captured")
+
+        def __call__(self, inputs: Any) -> Any:
+            events.append("replayed")
+            return self._function(inputs)
+
+        @staticmethod
+        def pool() -> None:
+            return None
+
+    def timed(*arguments: Any) -> Any:
+        events.append("timing")
+        return clock_prefill(*arguments)
+
+    monkeypatch.setattr("evengaze.engine.segments.recorder", lambda model: StandIn)
+    monkeypatch.setattr("evengaze.profile.measure.clock_prefill", timed)
+    model = random_model(tiny("llava")[0].config, dtype=torch.float32)
+    pruners = {"f": methods.parse("fastv:keep=4")}
+    course = Course(model, make_prompt(model, 64, 8), pruners, graphs=True, new_tokens=2, rounds=1)
+    rows = verdicts(course.finish(course.run(1)))
+    assert [row.name for row in rows] == ["dense", "f", "dense + graphs", "f + graphs"]
+    assert all(row.time is not None and row.answer_seconds is not None for row in rows)
+    assert "with graphs it takes" in rows[1].verdict and "with graphs" not in rows[3].verdict
+    calls = "".join({"timing": "|", "captured": "c", "replayed": "r"}[event] for event in events).split("|")
+    turns = ["", "crcr", "rr", "rr"], ["", "crcrcr", "rrr", "rrr"]  # plain, captured, replayed, timed
+    for turn in turns:  # dense: tower and all layers; the method: a cut more
+        starts = range(len(calls) - 3)
+        found = [[*calls[i : i + 3], calls[i + 3][: len(turn[3])]] for i in starts]  # answers follow the last
+        assert turn in found

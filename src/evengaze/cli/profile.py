@@ -263,7 +263,7 @@ def _measure(
 
         for size in batches:
             rows += course.run(size, step)
-    return course.fitting(rows)
+    return course.finish(rows)
 
 
 def _about(model: Any, row: Prompt) -> dict[str, Any]:

@@ -156,8 +156,7 @@ class Course:
         floor = self._floor(batch) if DENSE in prefills else None
         predicted = self._costs(batch)
         measured = Measured(prefills, answers, peaks, failed, floor, self._model.device.type == "cuda")
-        rows = [self._row(one, batch, predicted[one.method], measured) for one in self._every]
-        return [self._with_busy(row, one, inputs) for row, one in zip(rows, self._every, strict=True)]
+        return [self._row(one, batch, predicted[one.method], measured) for one in self._every]
 
     def _try(self, one: Contestant, inputs: Mapping[str, Tensor]) -> tuple[str, int | None]:
         """Whatever is done on first use is done here, and the peak of memory is read.
@@ -246,18 +245,30 @@ class Course:
         )
         return replace(row, **measured.prefill(one.name), **measured.answer(one.name))
 
-    def _with_busy(self, row: Row, one: Contestant, inputs: Mapping[str, Tensor]) -> Row:
-        if row.prefill_seconds is None or self._model.device.type != "cuda":
+    # -- all batch sizes -----------------------------------------------------------------------------------------------
+    def finish(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows of all batch sizes with what is asked for at the end: how long the GPU works, and what fits.
+
+        Recording a GPU's activities slows down later launches, so it comes behind all that is timed.
+        """
+        if self._model.device.type == "cuda":
+            by_name = {one.name: one for one in self._every}
+            with torch.cuda.device(self._model.device):
+                rows = [self._with_busy(row, by_name[row.name]) for row in rows]
+        return self._fitting(rows)
+
+    def _with_busy(self, row: Row, one: Contestant) -> Row:
+        if row.prefill_seconds is None:
             return row
+        inputs = self.prompt.rows(row.batch)
         with one.attached(self._model):
             for _ in range(_SIGHTS if one.variant == "graphs" else 1):
                 clock_prefill(self._model, self._decoder, inputs)
-            found = busy_seconds(partial(clock_prefill, self._model, self._decoder, inputs), self._model.device)
-        return replace(row, busy_seconds=found)
+            call = partial(clock_prefill, self._model, self._decoder, inputs)
+            return replace(row, busy_seconds=busy_seconds(call, self._model.device))
 
-    # -- all batch sizes -----------------------------------------------------------------------------------------------
-    def fitting(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows with the largest batch that fits, from the device's free memory and the peaks of all batches."""
+    def _fitting(self, rows: Sequence[Row]) -> list[Row]:
+        """The largest batch that fits, from the device's free memory and the peaks of all batches."""
         device = self._model.device
         if device.type != "cuda":
             why = f"on {device.type} memory is shared with other programs, and swapped"

@@ -20,6 +20,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
         device: whose memory to watch.
     """
     device = torch.device(device)
+    gc.collect()  # what is freed in between was allocated in between
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -27,7 +28,6 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    gc.collect()  # what is freed in between was not allocated in between
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes lines of its own to stderr
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
