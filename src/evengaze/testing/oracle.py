@@ -54,7 +54,10 @@ def replayed(
     """
     decoder = decoder_of(model)
     renumber = pruner.positions == "renumbered" and not _multimodal_rope(decoder.config)
-    plan = {s.layer: rows for s, rows in zip(trace.stages, _plan(trace, renumber, ends_in_picture), strict=True)}
+    plan = {
+        s.layer: rows
+        for s, rows in zip(trace.stages, _plan(trace, renumber, ends_in_picture, attention_mask.device), strict=True)
+    }
     trim = any(stage.trims_below for stage in pruner.stages(len(decoder.layers)))
     state = _State(decoder, plan, attention_mask.bool(), renumber, trim)
     handles = [
@@ -79,7 +82,7 @@ def _multimodal_rope(config: Any) -> bool:
     return any("mrope_section" in kind for kind in kinds)
 
 
-def _plan(trace: Trace, move: bool, ends: bool) -> Iterator[list[_Step]]:
+def _plan(trace: Trace, move: bool, ends: bool, device: torch.device) -> Iterator[list[_Step]]:
     """One step for each stage and row. `move`: recycled tokens go behind the kept ones of their picture."""
     place = [{k: int(p) for k, p in enumerate(row.position)} for row in trace.layout.rows]
     gone = torch.zeros(len(place), trace.length, dtype=torch.bool)
@@ -100,8 +103,8 @@ def _plan(trace: Trace, move: bool, ends: bool) -> Iterator[list[_Step]]:
             if merge:
                 moved = dict(zip(source, target, strict=True))
                 merge = [(moved[t], s, w) for t, s, w in merge]
-            there, here = torch.tensor(source, dtype=torch.long), torch.tensor(target, dtype=torch.long)
-            steps.append(_Step(there, here, gone[b].clone(), merge))
+            there, here = (torch.tensor(slots, dtype=torch.long, device=device) for slots in (source, target))
+            steps.append(_Step(there, here, gone[b].clone().to(device), merge))
         yield steps
 
 
@@ -162,7 +165,7 @@ class _State:
                 # The caches below the stage lose the dropped tokens once the prompt has been read; those of sliding
                 # windows, which forget by themselves, do not.
                 last = torch.stack([step.gone for step in self.plan[max(self.plan)]])
-                late = torch.arange(total)[-rows:] >= self.length
+                late = torch.arange(total, device=last.device)[-rows:] >= self.length
                 columns = torch.nn.functional.pad(last, (0, total - self.length))
                 mask = mask.masked_fill(late[None, None, :, None] & columns[:, None, None], torch.finfo(mask.dtype).min)
             kwargs["attention_mask"] = mask
@@ -244,8 +247,8 @@ def attends(layer: Any) -> bool:
 def _left_padded(alive: Tensor) -> tuple[Tensor, Tensor]:
     """(B, m) slots of each row's survivors, those of shorter rows behind stand-ins, and which are none."""
     most = int(alive.sum(1).max())
-    index = torch.zeros(len(alive), most, dtype=torch.long)
-    real = torch.zeros(len(alive), most, dtype=torch.bool)
+    index = torch.zeros(len(alive), most, dtype=torch.long, device=alive.device)
+    real = torch.zeros(len(alive), most, dtype=torch.bool, device=alive.device)
     for b, row in enumerate(alive):
         there = row.nonzero()[:, 0]
         index[b, most - len(there) :], real[b, most - len(there) :] = there, True
@@ -258,8 +261,8 @@ def additive_mask(mask: Tensor | None, states: Tensor, total: int | None = None)
     total = length if total is None else total
     if mask is None:
         lowest = torch.finfo(states.dtype).min
-        future = torch.ones(total, total, dtype=torch.bool).triu(1)[-length:]
-        mask = torch.zeros(1, 1, length, total, dtype=states.dtype).masked_fill(future, lowest)
+        future = torch.ones(total, total, dtype=torch.bool, device=states.device).triu(1)[-length:]
+        mask = torch.zeros(1, 1, length, total, dtype=states.dtype, device=states.device).masked_fill(future, lowest)
     return mask.expand(batch, -1, -1, -1)
 
 
@@ -272,5 +275,5 @@ def _last(value: Any, rows: int) -> Any:
 
 def hide(mask: Tensor, gone: Tensor) -> Tensor:
     """Mask the columns of slots that are gone. Their own rows mean nothing, but must not be empty."""
-    itself = torch.eye(gone.shape[1], dtype=torch.bool)[-mask.shape[2] :]
+    itself = torch.eye(gone.shape[1], dtype=torch.bool, device=gone.device)[-mask.shape[2] :]
     return mask.masked_fill(gone[:, None, None] & ~itself, torch.finfo(mask.dtype).min)
