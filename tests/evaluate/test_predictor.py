@@ -11,7 +11,8 @@ from PIL import Image
 from evengaze.errors import ConfigError, DataError
 from evengaze.evaluate.benchmarks import Record, get_benchmark
 from evengaze.evaluate.conversation import resolve
-from evengaze.evaluate.predictor import ModelSpec, Predictor, digest_folder, open_media
+from evengaze.evaluate.media import open_media
+from evengaze.evaluate.predictor import ModelSpec, Predictor, digest_folder
 from evengaze.methods import parse
 from evengaze.testing import tiny
 from runner_fakes import VideoProcessor, byte_tokenizer, save_model, save_pope, write_video

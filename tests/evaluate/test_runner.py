@@ -15,7 +15,8 @@ import pytest
 
 from evengaze.errors import ConfigError, DataError
 from evengaze.evaluate.benchmarks import Record, get_benchmark
-from evengaze.evaluate.predictor import Prediction, open_media
+from evengaze.evaluate.media import open_media
+from evengaze.evaluate.predictor import Prediction
 from evengaze.evaluate.runner import Answered, Job, Outcome, Work, rank_and_world, run, run_jobs
 from evengaze.evaluate.setting import Setting
 from evengaze.evaluate.shards import Shard, locked, merge

@@ -17,6 +17,7 @@ from evengaze.compat import cache_of
 from evengaze.debias import Debias, Exponential, PaddingMask
 from evengaze.errors import ConfigError, UnsupportedModelError
 from evengaze.layout import VisualLayout
+from evengaze.memory import Shared
 from evengaze.methods.base import Pruner, attach
 from evengaze.methods.fastv import FastV
 from evengaze.methods.illava import ILLaVA
@@ -24,7 +25,7 @@ from evengaze.methods.official import FastVMasked, FastVRecompute, HiMAPRecomput
 from evengaze.methods.sparsevlm import Raters, SparseVLM
 from evengaze.methods.visionzip import VisionZip
 from evengaze.models import adapter_for
-from evengaze.protocol import Shared, View
+from evengaze.protocol import View
 from evengaze.schedule import Schedule
 from evengaze.testing import layout_of, tiny
 from evengaze.testing.oracle import replayed

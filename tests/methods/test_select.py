@@ -16,6 +16,7 @@ from evengaze import methods
 from evengaze.debias import Debias, Exponential, PaddingMask
 from evengaze.errors import ScoreError
 from evengaze.layout import VisualLayout
+from evengaze.memory import Memory
 from evengaze.methods._template import Norm
 from evengaze.methods.base import Pruner
 from evengaze.methods.baselines import Pool, Random, Uniform, lattice
@@ -27,7 +28,7 @@ from evengaze.methods.pyramiddrop import PyramidDrop
 from evengaze.methods.sparsevlm import Raters, SparseVLM, density_peaks, raters, recycling
 from evengaze.methods.tokencarve import TokenCarve, contribution
 from evengaze.methods.tome import ToMe
-from evengaze.protocol import Memory, Merge, Selection, Stage, View, top
+from evengaze.protocol import Merge, Selection, Stage, View, top
 
 ATTENTION: list[Pruner] = [
     FastV(5),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from evengaze.calibration.conclude import Conclusion
     from evengaze.calibration.measures import Measure
     from evengaze.calibration.observe import Observations
-    from evengaze.evaluate.predictor import ModelSpec
+    from evengaze.evaluate.spec import ModelSpec
 
 
 def register(app: typer.Typer) -> None:

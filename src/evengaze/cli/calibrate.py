@@ -18,7 +18,7 @@ from evengaze.errors import ConfigError
 if TYPE_CHECKING:
     from evengaze.calibration.fit import Family, Fit
     from evengaze.calibration.observe import Observations
-    from evengaze.evaluate.predictor import ModelSpec
+    from evengaze.evaluate.spec import ModelSpec
 
 SAVE_EVERY = 15.0
 """Seconds between two writes of the state."""

@@ -17,7 +17,7 @@ from evengaze.errors import CurveError, DataError
 if TYPE_CHECKING:
     from evengaze.calibration.observe import Observations
     from evengaze.debias.curve import Curve
-    from evengaze.evaluate.predictor import ModelSpec
+    from evengaze.evaluate.spec import ModelSpec
 
 Name = Annotated[str, typer.Argument(help="Curve file (.json) or preset.")]
 

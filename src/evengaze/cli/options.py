@@ -84,7 +84,7 @@ def loads_model(command: Command) -> Command:
 
     @wraps(command)
     def with_spec(**given: Any) -> None:
-        from evengaze.evaluate.predictor import ModelSpec
+        from evengaze.evaluate.spec import ModelSpec
 
         chosen = {name: given.pop(name) for name in _OF_MODEL}
         command(spec=ModelSpec(chosen.pop("model"), **chosen), **given)

@@ -15,7 +15,7 @@ from evengaze.cli.profile_report import contradictions as contradictions
 from evengaze.cli.profile_report import plotted, report, written
 
 if TYPE_CHECKING:
-    from evengaze.evaluate.predictor import ModelSpec
+    from evengaze.evaluate.spec import ModelSpec
     from evengaze.methods import Pruner
     from evengaze.profile.prompts import Prompt
 
@@ -186,7 +186,7 @@ def _batches(text: str) -> tuple[int, ...]:
 
 def _check_device(spec: ModelSpec, *, graphs: bool, static: bool) -> None:
     from evengaze.errors import ConfigError
-    from evengaze.evaluate.predictor import device_of, dtype_of
+    from evengaze.evaluate.spec import device_of, dtype_of
 
     dtype_of(spec.dtype)
     where = device_of(spec.device)
@@ -212,7 +212,7 @@ def _check_methods(pruners: Mapping[str, Pruner], config: Any, visual: int | Non
 def _random(config: Any, spec: ModelSpec, visual: int | None, text: int | None) -> tuple[Any, Prompt]:
     import torch
 
-    from evengaze.evaluate.predictor import device_of, dtype_of
+    from evengaze.evaluate.spec import device_of, dtype_of
     from evengaze.profile.build import random_model
     from evengaze.profile.plan import picture_tokens
     from evengaze.profile.prompts import make_prompt

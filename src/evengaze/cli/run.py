@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from evengaze.cli.session import Answer, Session
-    from evengaze.evaluate.predictor import ModelSpec
+    from evengaze.evaluate.spec import ModelSpec
     from evengaze.methods import Pruner
     from evengaze.viz.compare import Compared
 

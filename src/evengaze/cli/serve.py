@@ -9,7 +9,7 @@ import typer
 from evengaze.cli.options import loads_model
 
 if TYPE_CHECKING:
-    from evengaze.evaluate.predictor import ModelSpec
+    from evengaze.evaluate.spec import ModelSpec
 
 
 def register(app: typer.Typer) -> None:

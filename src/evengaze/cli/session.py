@@ -17,8 +17,10 @@ from evengaze.cli import output
 from evengaze.debias import Debias
 from evengaze.errors import ConfigError, DataError
 from evengaze.evaluate.benchmarks.types import Record
-from evengaze.evaluate.predictor import DEMO, ModelSpec, Predictor, open_media
+from evengaze.evaluate.media import open_media
+from evengaze.evaluate.predictor import Predictor
 from evengaze.evaluate.samples import TEMPLATE
+from evengaze.evaluate.spec import DEMO, ModelSpec
 from evengaze.methods import parse
 from evengaze.models import adapter_for
 
@@ -47,9 +49,8 @@ class Session:
         predictor: the loaded model.
     """
 
-    def __init__(self, spec: ModelSpec | str, **loading: Any) -> None:
-        """Load a model; `loading` are the other fields of a `ModelSpec` whose source is given."""
-        spec = ModelSpec(spec, **loading) if isinstance(spec, str) else spec
+    def __init__(self, spec: ModelSpec) -> None:
+        """Load a model."""
         if not sys.stderr.isatty() or output.voice.quiet:
             disable_progress_bar()
         start = perf_counter()
@@ -110,14 +111,14 @@ def depth(spec: ModelSpec) -> int:
     return int(config_of(spec.source, spec.revision).get_text_config().num_hidden_layers)
 
 
-def check_stages(pruners: Sequence[Pruner], spec: ModelSpec | str, revision: str | None = None) -> None:
+def check_stages(pruners: Sequence[Pruner], spec: ModelSpec) -> None:
     """Find out before anything is loaded whether methods fit a model's depth.
 
     Raises:
         ConfigError: a stage lies outside of it.
         DataError: there is no such model.
     """
-    layers = depth(ModelSpec(spec, revision) if isinstance(spec, str) else spec)
+    layers = depth(spec)
     for pruner in pruners:
         pruner.stages(layers)
 

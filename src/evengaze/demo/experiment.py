@@ -18,7 +18,8 @@ from evengaze.debias import Debias, PaddingMask
 from evengaze.debias.curve import Curve, Origin
 from evengaze.demo.dataset import DemoImage, DemoQuestion
 from evengaze.demo.model import dtype_of
-from evengaze.evaluate.predictor import DEMO, ModelSpec, Predictor
+from evengaze.evaluate.predictor import Predictor
+from evengaze.evaluate.spec import DEMO, ModelSpec
 from evengaze.layout import VisualLayout
 from evengaze.methods import get
 from evengaze.methods.base import Pruner

@@ -13,7 +13,8 @@ import torch
 
 from evengaze.engine.rows import Group
 from evengaze.layout import Candidates, Start
-from evengaze.protocol import Memory, Merge, Pending, Selection, View, Words
+from evengaze.memory import Memory
+from evengaze.protocol import Merge, Pending, Selection, View, Words
 
 Select = Callable[[View], Selection | Sequence[Selection]]
 

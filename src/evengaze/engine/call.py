@@ -26,7 +26,7 @@ from evengaze.engine.generation import Request
 from evengaze.engine.prefill import Prefill, Selections
 from evengaze.engine.rotary import Rotary
 from evengaze.layout import VisualLayout
-from evengaze.protocol import Store
+from evengaze.memory import Store
 
 _FROZEN = 8
 """Generations without a cache that may take turns inside one `generate` (contrastive decoding runs two)."""

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from evengaze.engine.intercept import intercept
+from evengaze.memory import Store
 from evengaze.models.base import EncoderCall, Placement
-from evengaze.protocol import Store
 
 Kind = Literal["image", "video"]
 

@@ -21,25 +21,25 @@ from evengaze.engine.attention import AttentionStates
 from evengaze.engine.kept import Kept, Pictures, entries, missing
 from evengaze.engine.masks import take
 from evengaze.engine.question import Questions
+from evengaze.engine.record import Decided, RowTraces
 from evengaze.engine.rotary import Rotary
 from evengaze.engine.rows import Decision, Group, cut, decided, groups, split
 from evengaze.engine.text import Text
 from evengaze.errors import ConfigError
 from evengaze.layout import Candidates, VisualLayout
+from evengaze.memory import Shared, Store
 from evengaze.protocol import (
     Merge,
     Method,
     Pending,
     Selection,
-    Shared,
     Source,
     Stage,
-    Store,
     View,
     Words,
     merge_states,
 )
-from evengaze.trace import Decided, RowTraces, StageTrace, Trace
+from evengaze.trace import StageTrace, Trace
 
 Selections = list[Decision]
 """What a stage decided; rows without visual tokens are in none."""

@@ -16,8 +16,8 @@ from evengaze.engine.prefill import Prefill
 from evengaze.engine.question import Clues, Questions, Said, answered_in, clues, questions, said_of
 from evengaze.errors import LayoutError
 from evengaze.layout import VisualLayout
+from evengaze.memory import Shared
 from evengaze.models.base import Call as Prompt
-from evengaze.protocol import Shared
 
 
 class Prompts:

@@ -15,7 +15,8 @@ from torch import Tensor
 from evengaze.engine.question import Question, Questions
 from evengaze.errors import ConfigError
 from evengaze.layout import Candidates, Rows, VisualLayout, device_rows, upload
-from evengaze.protocol import Memory, Selection
+from evengaze.memory import Memory
+from evengaze.protocol import Selection
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ from evengaze.engine.rotary import Served
 from evengaze.engine.tap import Taps
 from evengaze.errors import ConfigError, UnsupportedModelError
 from evengaze.layout import VisualLayout
-from evengaze.protocol import Method, Shared
+from evengaze.memory import Shared
+from evengaze.protocol import Method
 from evengaze.trace import Trace
 
 _TRACES = 1000

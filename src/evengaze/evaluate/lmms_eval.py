@@ -28,8 +28,9 @@ from evengaze.evaluate.benchmarks.types import Record
 from evengaze.evaluate.conversation import Style, render
 from evengaze.evaluate.likelihood import likelihood
 from evengaze.evaluate.media import as_rgb, open_media
-from evengaze.evaluate.predictor import ModelSpec, Predictor
+from evengaze.evaluate.predictor import Predictor
 from evengaze.evaluate.runner import rank_and_world
+from evengaze.evaluate.spec import ModelSpec
 from evengaze.methods import Pruner, parse
 
 _PASSED_ON = ("max_new_tokens", "num_beams", "temperature", "top_p", "top_k", "do_sample")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,20 +16,17 @@ import torch
 from evengaze.calibration.observe import image_digest
 from evengaze.debias.curve import architecture_of
 from evengaze.engine.session import Handle
-from evengaze.errors import ConfigError, DataError, EvengazeError, LayoutError
+from evengaze.errors import DataError, EvengazeError
 from evengaze.evaluate.benchmarks.types import Record
-from evengaze.evaluate.conversation import Style, chat, render, resolve
+from evengaze.evaluate.conversation import chat, render, resolve
 from evengaze.evaluate.media import OFFICIAL_PICTURE, Media, read_media
-from evengaze.evaluate.media import open_media as open_media
+from evengaze.evaluate.spec import ModelSpec as ModelSpec
+from evengaze.evaluate.spec import open_spec
 from evengaze.methods import Pruner, parse
 from evengaze.models import adapter_for
-from evengaze.models.loading import load_adapter, load_model, load_processor, quantization
-from evengaze.parameters import coerce
 from evengaze.schedule import DecoderShape
 from evengaze.trace import Trace
 
-DEMO = "demo"
-"""Name of the embedded model."""
 CALIBRATED_ON = "calibrated_on"
 """Set in the trace of an answer about a picture that the debias curve was calibrated on."""
 _ABOUT_MEDIA = re.compile(r"image|img|video|vision|audio|frame", re.IGNORECASE)
@@ -38,51 +34,6 @@ _TRIES = 8
 """Records that are tried for the number of visual tokens, if the model raises on the first ones."""
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
 """What errors of allocators say that are no `torch.OutOfMemoryError`: the CPU's, cuBLAS's, cuDNN's."""
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What to load; picklable, so that every worker loads the same.
-
-    Attributes:
-        source: hub id, local folder, or "demo" for the embedded model.
-        revision: commit, branch or tag on the hub.
-        dtype: "auto", "float32", "bfloat16" or "float16".
-        device: "auto" (an accelerator if there is one, this process's own under torchrun), "cpu", "cuda:1", ..., or
-            "balanced" to spread the layers over all GPUs (needs accelerate).
-        attention: attention implementation; None is transformers' default.
-        prompt: see `evengaze.evaluate.conversation`; "official" also converts pictures as LLaVA's scripts do.
-        allow_missing: load a checkpoint that lacks weights all the same, with random numbers in their place.
-        adapter: a LoRA (or another adapter of peft's) on top of the model: local folder or hub id.
-        quantize: quantise the weights while they are loaded: "8bit" or "4bit"; None leaves them as they are.
-    """
-
-    source: str = ""
-    revision: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    attention: str | None = None
-    prompt: Style = "auto"
-    allow_missing: bool = False
-    adapter: str | None = None
-    quantize: str | None = None
-
-    def __post_init__(self) -> None:
-        coerce(self, "model")
-
-    @property
-    def official(self) -> bool:
-        """Whether everything up to the model is to be as in LLaVA's scripts: prompts, and how pictures become RGB."""
-        return self.prompt == "official"
-
-    @property
-    def name(self) -> str:
-        """``model_id`` of answer records: the last part of the path, with its parent for ``checkpoint-N``."""
-        parts = [part for part in self.source.replace(os.sep, "/").split("/") if part]
-        if parts[-1].startswith("checkpoint-") and len(parts) > 1:
-            return f"{parts[-2]}_{parts[-1]}"
-        return parts[-1]
 
 
 class OutOfMemory(EvengazeError, RuntimeError):
@@ -137,46 +88,8 @@ class Predictor:
                 its own.
             ConfigError: the device or dtype does not exist.
         """
-        dtype, device = dtype_of(spec.dtype), device_of(spec.device)  # before anything slow
-        if spec.source == DEMO:
-            from evengaze import demo
-
-            _only_from_a_checkpoint(quantize=spec.quantize)
-            model, processor = demo.load(torch.float32 if dtype == "auto" else dtype)
-            model = _with_attention(model, spec.attention)
-            if spec.adapter is not None:
-                load_adapter(model, spec.adapter)
-            return cls(model.to(device), processor, spec)
-        if "/" not in spec.source and not Path(spec.source).exists():
-            raise DataError(
-                f"model {spec.source}: there is no such folder here, and hub ids look like llava-hf/llava-1.5-7b-hf; "
-                f"'{DEMO}' is the embedded model"
-            )
-        from transformers import AutoModelForImageTextToText
-
-        options: dict[str, Any] = {"dtype": dtype}
-        if spec.attention is not None:
-            options["attn_implementation"] = spec.attention
-        if spec.device == "balanced":
-            options["device_map"] = "balanced"
-        if spec.quantize is not None:
-            options["quantization_config"] = quantization(spec.quantize)
-            options.setdefault("device_map", {"": device})  # quantised weights stay where they were loaded
-        name = f"model {spec.source}"
-        processor = load_processor(spec.source, revision=spec.revision, name=name)
-        model, missing = load_model(
-            AutoModelForImageTextToText,
-            spec.source,
-            revision=spec.revision,
-            name=name,
-            allow_missing=spec.allow_missing,
-            **options,
-        )
-        if model.config.model_type == "llava":
-            processor = _square(processor)
-        if spec.adapter is not None:
-            load_adapter(model, spec.adapter)
-        return cls(model if "device_map" in options else model.to(device), processor, spec, missing)
+        model, processor, missing = open_spec(spec)
+        return cls(model, processor, spec, missing)
 
     # -- what a run depends on ------------------------------------------------------------------------------------
     def describe(self, template: str = "vicuna_v1") -> dict[str, Any]:
@@ -436,60 +349,3 @@ def digest_weights(model: Any) -> str:
     for name, value in model.state_dict().items():
         total.update(f"{name}\0{tuple(value.shape)}\0{float(value.double().sum()):.12e}".encode())
     return total.hexdigest()[:16]
-
-
-def _square(processor: Any) -> Any:
-    from evengaze.models import llava_processor
-
-    try:
-        return llava_processor(processor)
-    except LayoutError:  # a Pixtral or SigLIP processor of its own kind: it pads as its model was trained
-        return processor
-
-
-def _only_from_a_checkpoint(**given: Any) -> None:
-    named = [name for name, value in given.items() if value is not None]
-    if named:
-        raise ConfigError(f"{', '.join(named)}: the embedded model is no checkpoint that this can be done to")
-
-
-def _with_attention(model: Any, name: str | None) -> Any:
-    """The embedded model with another attention implementation."""
-    if name is not None:
-        try:
-            model.set_attn_implementation(name)
-        except (ValueError, ImportError) as error:
-            raise ConfigError(f"attention {name!r} cannot be used: {' '.join(str(error).split())[:300]}") from None
-    return model
-
-
-def dtype_of(name: str) -> Any:
-    """The torch dtype of `ModelSpec.dtype`; "auto" stays.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
-    if name == "auto":
-        return "auto"
-    if name not in _DTYPES:
-        raise ConfigError(f"dtype {name!r} does not exist; use auto, {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}")
-    return getattr(torch, name)
-
-
-def device_of(name: str) -> torch.device:
-    """The device of `ModelSpec.device`; of "balanced" the first.
-
-    Raises:
-        ConfigError: there is none of that name here.
-    """
-    if name in ("auto", "balanced"):
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        probe = torch.ones(1, device=name)
-        probe.item()  # "meta" has tensors, but no numbers in them
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"device {name!r} cannot be used ({reason}); use auto, cpu, cuda, cuda:N or mps") from None
-    return probe.device

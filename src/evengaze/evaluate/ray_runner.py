@@ -16,8 +16,9 @@ from typing import Any
 from evengaze.cluster import connect, last_line
 from evengaze.errors import ConfigError, DataError, EvengazeError
 from evengaze.evaluate.benchmarks.types import Record
-from evengaze.evaluate.predictor import ModelSpec, Predictor
+from evengaze.evaluate.predictor import Predictor
 from evengaze.evaluate.runner import Answered, Work, answer_work
+from evengaze.evaluate.spec import ModelSpec
 
 MAX_BLOCKS = 4096
 """More batches than this are handed out several at a time, which keeps Ray's bookkeeping small."""

@@ -12,8 +12,8 @@ import yaml
 
 from evengaze.errors import ConfigError
 from evengaze.evaluate.grid import Plan
-from evengaze.evaluate.predictor import ModelSpec
 from evengaze.evaluate.setting import DEFAULT, Setting
+from evengaze.evaluate.spec import ModelSpec
 from evengaze.files import read_text
 from evengaze.methods import split
 from evengaze.parameters import coerce

@@ -20,7 +20,8 @@ from evengaze.errors import DataError
 from evengaze.evaluate import predictor
 from evengaze.evaluate.benchmarks import BENCHMARKS, Record
 from evengaze.evaluate.jsonl import read_jsonl, require_clean
-from evengaze.evaluate.predictor import DEMO, open_media
+from evengaze.evaluate.media import open_media
+from evengaze.evaluate.spec import DEMO
 from evengaze.evaluate.video import EXTENSIONS
 
 if TYPE_CHECKING:

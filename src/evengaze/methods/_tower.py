@@ -20,8 +20,9 @@ from evengaze.engine.intercept import before_forward, behind_forward
 from evengaze.engine.tap import Taps
 from evengaze.errors import ConfigError, LayoutError, UnsupportedModelError
 from evengaze.layout import upload
+from evengaze.memory import Shared, Store
 from evengaze.models.base import Adapter, VisionTower
-from evengaze.protocol import Picked, Selection, Shared, Store, View, merge_states
+from evengaze.protocol import Picked, Selection, View, merge_states
 
 Choose = Callable[[Tensor], Selection]
 """From the (images, n) scores of current patches to what becomes of them."""

@@ -17,6 +17,7 @@ from evengaze.engine.question import Said
 from evengaze.engine.session import Handle
 from evengaze.errors import ConfigError, ScoreError
 from evengaze.layout import VisualLayout
+from evengaze.memory import Shared
 from evengaze.methods.fitting import fitted_changes
 from evengaze.methods.ranking import Allowed, Ranking, Unpadded, content, debiased, every
 from evengaze.methods.scope import select_parts
@@ -29,7 +30,6 @@ from evengaze.protocol import (
     Positions,
     Scope,
     Selection,
-    Shared,
     Source,
     Stage,
     View,

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from evengaze.errors import ConfigError
 from evengaze.layout import precise
+from evengaze.memory import Shared
 from evengaze.methods._tower import Patches, shorten
 from evengaze.methods.ranking import Ranking
 from evengaze.methods.registry import register
 from evengaze.methods.stages import OneStage, check_layers
-from evengaze.protocol import Merge, Selection, Shared, Stage, View, resolve_keep, top
+from evengaze.protocol import Merge, Selection, Stage, View, resolve_keep, top
 
 if TYPE_CHECKING:
     from evengaze.models.base import Adapter

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from evengaze.errors import LayoutError
 from evengaze.layout import Candidates, Start, VisualTokens, device_rows
-from evengaze.protocol import Memory, Merge, Selection, View
+from evengaze.memory import Memory
+from evengaze.protocol import Merge, Selection, View
 
 Select = Callable[[View], Sequence[Selection]]
 

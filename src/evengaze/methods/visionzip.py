@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
+from evengaze.memory import Shared
 from evengaze.methods._tower import Patches, watch
 from evengaze.methods.registry import register
 from evengaze.methods.stages import OneStage
-from evengaze.protocol import Shared, Source, View
+from evengaze.protocol import Source, View
 
 if TYPE_CHECKING:
     from evengaze.models.base import Adapter

@@ -23,11 +23,12 @@ from evengaze.engine.masks import causal_mask, mask_columns, take_mask
 from evengaze.engine.tap import Taps
 from evengaze.errors import ConfigError
 from evengaze.layout import Candidates
+from evengaze.memory import Shared, Store
 from evengaze.methods.fastv import FastV
 from evengaze.methods.registry import register
 from evengaze.models import find_decoder
 from evengaze.models.base import Adapter, attending_layers
-from evengaze.protocol import Mode, Selection, Shared, Store, View, Words
+from evengaze.protocol import Mode, Selection, View, Words
 
 
 @register
