@@ -31,7 +31,7 @@ import evengaze as eg
 from evengaze import methods
 from evengaze.compat import cache_argument, cache_of
 from evengaze.debias import Exponential
-from evengaze.engine import segments
+from evengaze.engine import graphs as captured
 
 PARTS = ("prefill", "graphs", "syncs", "decode", "compiled")
 NAMES = ("dense", "fastv", "pyramiddrop", "sparsevlm", "himap", "tokencarve", "illava", "divprune", "visionzip", "tome")
@@ -210,7 +210,7 @@ def graphs(bench, names, options):
                         bench.prefill(one)
                     held = [snapshot(bench, x) for x in (one, other)]
                     ms = turns({name: (nullcontext, bench.once(one))}, options.rounds)[name]
-                    counts = dict(run._segments.counts)
+                    counts = dict(run.graphs.counts)
                 equal = {"graphs": alike(held, plain[:2]), "engine itself": alike(plain[2:], plain[:1])}
                 rows[shape]["ms"][name], rows[shape]["equal"][name] = ms, equal
                 del plain, held
@@ -407,7 +407,7 @@ def main():
     if not CUDA:
         if not options.tiny:
             parser.error("there is no CUDA device here: --tiny shows that everything runs")
-        segments.recorder = lambda model: Again
+        captured.recorder = lambda model: Again
         torch.set_num_threads(1)
     device = torch.cuda.get_device_name() if CUDA else "CPU"
     say(f"{device}; torch {torch.__version__}, transformers {transformers.__version__}, tiny {options.tiny}")

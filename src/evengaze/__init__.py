@@ -19,6 +19,7 @@ from evengaze.version import __version__
 _EXPORTS = {
     "attach": "evengaze.methods.base",
     "Handle": "evengaze.engine.session",
+    "Graphs": "evengaze.engine.graphs",
     "Debias": "evengaze.debias",
     "PaddingMask": "evengaze.debias",
     "TrendCurve": "evengaze.debias",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from evengaze.calibration.calibrate import calibrate
     from evengaze.calibration.observe import Sample
     from evengaze.debias import Debias, PaddingMask, TrendCurve
+    from evengaze.engine.graphs import Graphs
     from evengaze.engine.session import Handle
     from evengaze.layout import ImageInfo, VisualLayout, VisualTokens
     from evengaze.methods import ManyStages, Merge, OneStage, Pruner, Selection, Stage, View, parse, register

@@ -215,7 +215,7 @@ def test_graphs_are_timed_when_they_replay(monkeypatch: pytest.MonkeyPatch) -> N
         events.append("timing")
         return clock_prefill(*arguments)
 
-    monkeypatch.setattr("evengaze.engine.segments.recorder", lambda model: StandIn)
+    monkeypatch.setattr("evengaze.engine.graphs.recorder", lambda model: StandIn)
     monkeypatch.setattr("evengaze.profile.measure.clock_prefill", timed)
     model = random_model(tiny("llava")[0].config, dtype=torch.float32)
     pruners = {"f": methods.parse("fastv:keep=4")}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from evengaze.cli import main
-from evengaze.engine import segments
+from evengaze.engine import graphs
 from serve.serving import ask, serving
 
 
@@ -36,7 +36,7 @@ class Replay:
 
 
 def test_graphs_outlive_requests(predictor, scenes, monkeypatch):
-    monkeypatch.setattr(segments, "recorder", lambda model: Replay)
+    monkeypatch.setattr(graphs, "recorder", lambda model: Replay)
     with serving(predictor, graphs=True) as server:
         client = server.client()
         asked = [

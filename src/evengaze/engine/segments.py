@@ -2,30 +2,39 @@
 
 Once a budget is fixed, what a run of layers between two stages receives has the same shapes for every prompt of one
 length. The first layer of such a segment replays the graph of all of them; the others hand its result through. Hooks,
-masks, caches and positions stay the engine's: each layer's keys and values go from the graph's buffers into the cache
-at that layer's own turn (which copies them once), and the attention by which the next stage ranks is captured as well.
+masks, caches and positions stay the engine's: the keys and values of a segment are copied out of the graph's buffers
+together, and go into the cache at each layer's own turn; the attention by which the next stage ranks is captured, too.
 
 A shape is captured when it is seen for the second time; the first time runs as ever, and shows whether the model's loop
 does anything between layers but call them. Calls that are no prefill of a first turn (decoding, further turns) run as
-ever, too, and so do those of threads other than the one that attached the pruner: buffers serve one call at a time.
+ever, too, and so does a call that finds the graphs in use by another thread: buffers serve one call at a time.
 """
 
 from __future__ import annotations
 
 import functools
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache as memoize
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+from transformers.utils import output_capturing
 
+from evengaze.engine import cache as kv
 from evengaze.engine.attention import AttentionStates
+from evengaze.engine.graphs import Graphs, copied, copies_of
 from evengaze.engine.intercept import put
 from evengaze.errors import ConfigError
 
@@ -33,77 +42,75 @@ if TYPE_CHECKING:
     from evengaze.engine.prefill import Prefill
     from evengaze.engine.tap import Taps
 
-SHAPES = 32
-"""Graphs that are kept; the one that was not used for the longest time goes first."""
 
+class _Forward:
+    """What stands in the place of a layer's or a tower's forward.
 
-class CudaGraph:
-    """A function whose launches are recorded once and replayed. Its results stay in the same buffers.
-
-    Args:
-        function: from inputs by name to anything made of tensors.
-        inputs: what it is captured with; copied.
-        pool: memory shared by all graphs of an attachment, which never run at the same time.
+    Compiled code sees the plain forward only. There is one object for each module, whoever is attached: another one
+    would be compiled anew.
     """
 
-    def __init__(
-        self, function: Callable[[Mapping[str, Tensor]], Any], inputs: Mapping[str, Tensor], pool: Any
-    ) -> None:
-        self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            function(self._inputs)  # whatever is set up on first use
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self.result = function(self._inputs)
+    def __init__(self) -> None:
+        self.plain: Any = None
+        self.instead: Any = None
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Any:
-        """The results for other inputs of the same shapes; they last until the next call."""
-        for name, tensor in inputs.items():
-            self._inputs[name].copy_(tensor)
-        self._graph.replay()
-        return self.result
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.plain(*args, **kwargs)
+        return self.instead(*args, **kwargs)
 
-    @staticmethod
-    def pool() -> Any:
-        """Memory for several graphs."""
-        return torch.cuda.graph_pool_handle()
+    def __reduce__(self) -> Any:  # a copy of the module has its own forward
+        owner = getattr(self.plain, "__self__", None)
+        return (functools.partial, (self.plain,)) if owner is None else (getattr, (owner, "forward"))
 
 
-def recorder(model: nn.Module) -> Any:
-    """What captures a model's graphs.
+_idle: WeakKeyDictionary[nn.Module, _Forward] = WeakKeyDictionary()
+"""Those of modules that nobody is attached to."""
 
-    Raises:
-        ConfigError: its graphs cannot be captured.
-    """
-    devices = {p.device for p in model.parameters()}
-    if {d.type for d in devices} != {"cuda"}:
-        where = ", ".join(sorted(map(str, devices)))
-        raise ConfigError(f"graphs=True captures CUDA graphs, but the model is on {where}. Leave graphs out there.")
-    if len(devices) > 1:
-        raise ConfigError(
-            f"graphs=True needs a model on one device, not on {len(devices)}: a graph is captured on one. Leave graphs "
-            "out, or load the model without a device_map."
-        )
-    return CudaGraph
+
+def _replace(module: nn.Module, instead: Callable[..., Any]) -> tuple[_Forward, Callable[[], None]]:
+    """Let `instead` be called in the place of a module's forward; returns what stands there, and what undoes it."""
+    held = _idle.pop(module, None) or _Forward()
+    held.plain, held.instead = module.forward, instead
+    undo = put(module, "forward", held)
+
+    def remove() -> None:
+        undo()
+        held.instead = held.plain
+        if module.__dict__.get("forward") is not held:
+            held.plain = held.instead = None  # else they would keep the module
+            _idle[module] = held
+
+    return held, remove
 
 
 class _Store:
-    """Stands in for the cache while a segment is captured: it only takes what layers store."""
+    """Stands in for the cache while a segment is captured: it takes what layers store, and shows what they attend to.
 
-    def __init__(self) -> None:
+    Args:
+        sizes: of the static buffers, by layer.
+    """
+
+    def __init__(self, sizes: Mapping[int, int]) -> None:
         self.stored: dict[int, tuple[Tensor, Tensor]] = {}
+        self._sizes = sizes
 
     def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """What the layer attends to: its own keys and values."""
+        """The layer's own keys and values; in a static buffer, empty behind them."""
         self.stored[layer] = (key, value)
-        return key, value
+        size = self._sizes.get(layer)
+        return (key, value) if size is None else (_buffer(key, size), _buffer(value, size))
 
     def get_seq_length(self, *args: Any) -> int:
         """Nothing was there before."""
         return 0
+
+
+def _buffer(states: Tensor, size: int) -> Tensor:
+    batch, heads, length, width = states.shape
+    held = states.new_zeros(batch, heads, size, width)
+    held[:, :, :length] = states
+    return held
 
 
 @dataclass
@@ -119,120 +126,145 @@ class _Result:
 class _Running:
     """The segment that runs: a result to hand through, or the layers as they go by for the first time."""
 
-    result: _Result | None
     run: Any
+    result: _Result | None = None
+    stored: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     kwargs: dict[str, Any] = field(default_factory=dict)
     last: Any = None
 
 
 class Segments:
-    """The graphs of one attachment.
+    """An attachment's use of a model's graphs.
 
     Args:
+        graphs: the model's.
         layers: the decoder's layers.
         stages: the layers before which tokens leave.
         listened: the layers whose attention the stage behind them reads.
         probed: the layers whose own attention is read before they run.
         taps: the attachment's.
         run_of: gives the running prefill; None in other calls.
-        kind: what captures a graph; see `recorder`.
     """
 
     def __init__(
         self,
+        graphs: Graphs,
         layers: list[Any],
         stages: list[int],
         listened: set[int],
         probed: set[int],
         taps: Taps,
         run_of: Callable[[], Prefill | None],
-        kind: Any,
     ) -> None:
-        self._layers, self._listened, self._probed = layers, listened, probed
+        self._graphs, self._layers = graphs, layers
+        self._listened, self._probed = listened, probed
         self._taps, self._run_of = taps, run_of
-        self._forwards: list[Callable[..., Any]] = []
         cuts = [0, *sorted(stage for stage in stages if stage > 0), len(layers)]
         self._bounds = {i: (a, b) for a, b in pairwise(cuts) for i in range(a, b)}
-        self._kind, self._pool = kind, kind.pool()
-        self._graphs: OrderedDict[Any, Any] = OrderedDict()
-        self._seen: set[Any] = set()
-        self._thread = threading.get_ident()
+        self._forwards: list[_Forward] = []
+        self._undo: list[Callable[[], None]] = []
         self._now: _Running | None = None
-        self.counts = {"plain": 0, "captured": 0, "replayed": 0}
 
     def install(self) -> Callable[[], None]:
         """Take over the layers' forwards; returns what undoes it."""
-        undo = []
-        self._forwards = [layer.forward for layer in self._layers]
+        self._graphs.user = self
         for i, layer in enumerate(self._layers):
-            undo.append(put(layer, "forward", functools.partial(self._forward, i, layer.forward)))
+            held, undo = _replace(layer, functools.partial(self._forward, i))
+            self._forwards.append(held)
+            self._undo.append(undo)
 
         def remove() -> None:
-            for step in reversed(undo):
-                step()
-            self._graphs.clear()
+            while self._undo:
+                self._undo[-1]()
+                self._undo.pop()
+            self._now = self._graphs.user = None
 
         return remove
 
     def watch_tower(self, tower: Any) -> Callable[[], None]:
         """Capture a vision tower's forward as well; returns what undoes it."""
-        return put(tower, "forward", functools.partial(self._tower, tower.forward))
+        held, undo = _replace(tower, lambda *args, **kwargs: self._tower(held.plain, *args, **kwargs))
+        return undo
+
+    def leave(self, run: Any) -> None:
+        """A prefill is over."""
+        if self._now is not None and self._now.run is run:
+            self._now = None
+        self._graphs.leave(run)
 
     # -- a layer ------------------------------------------------------------------------------------------------------
-    def _forward(self, i: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        run = None if torch.compiler.is_compiling() or threading.get_ident() != self._thread else self._run_of()
-        probed = i in self._probed and self._taps.on(self._layers[i]).stops
-        if run is None or run.past or len(args) != 1 or probed:
+    def _forward(self, i: int, *args: Any, **kwargs: Any) -> Any:
+        forward, run = self._forwards[i].plain, self._run_of()
+        if run is None or len(args) != 1 or (i in self._probed and self._taps.on(self._layers[i]).stops):
             return forward(*args, **kwargs)
         hidden, (first, end) = args[0], self._bounds[i]
         if i == first:
-            self._now = self._begin(run, first, end, hidden, kwargs)
+            begun = self._begin(run, first, end, hidden, kwargs)
+            if begun is None:  # the graphs may be another call's, whose `_now` stays
+                return forward(*args, **kwargs)
+            self._now = begun
         now = self._now
         if now is None or now.run is not run:
             return forward(*args, **kwargs)
         if now.result is None:
             return self._watch(now, i, first, forward, hidden, kwargs)
-        return self._hand_through(now.result, i, kwargs)
+        return self._hand_through(now, now.result, i, kwargs)
 
     def _begin(self, run: Any, first: int, end: int, hidden: Tensor, kwargs: dict[str, Any]) -> _Running | None:
-        refuse(kwargs)
+        refuse(kwargs, hidden.device)
+        cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+        why, sizes = _without(run, cache, first, end)
+        if why is None and not self._graphs.take(run):
+            why = "graphs in use by another call"
+        if why is not None:
+            self._graphs.counts[why] += 1
+            if self._now is not None and self._now.run is run:
+                self._now = None
+            return None
         tensors, shape = _flat({**kwargs, "hidden_states": hidden})
-        key = (first, end, shape, torch.is_inference_mode_enabled())
-        graph = self._graphs.get(key)
+        heard = frozenset(i for i in range(first, end) if i in self._listened)
+        key = (first, end, heard, shape, tuple(sizes.items()), torch.is_inference_mode_enabled())
+        function = functools.partial(_segment, self._graphs, range(first, end), heard, dict(kwargs), sizes)
+        graph = self._captured(key, function, tensors)
         if graph is None:
-            if key not in self._seen:
-                self._seen.add(key)
-                self.counts["plain"] += 1
-                return _Running(None, run)
-            segment = functools.partial(self._segment, first, end, dict(kwargs))
-            graph = self._remember(key, self._kind(segment, tensors, self._pool))
-        self._graphs.move_to_end(key)
-        self.counts["replayed"] += 1
-        return _Running(graph(tensors), run)
+            return _Running(run)
+        result = graph(tensors)
+        return _Running(run, result, _copied(result.stored))
 
-    def _remember(self, key: Any, graph: Any) -> Any:
-        self._graphs[key] = graph
-        self.counts["captured"] += 1
-        while len(self._graphs) > SHAPES:
-            self._graphs.popitem(last=False)
-        return graph
+    def _captured(self, key: Any, function: Callable[..., Any], tensors: Mapping[str, Tensor]) -> Any:
+        try:
+            return self._graphs.graph(key, function, tensors)
+        except (ConfigError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as error:
+            raise ConfigError(
+                f"graphs=True: {type(self._layers[0]).__name__} cannot be captured as a CUDA graph ({error}). Attach "
+                "without graphs, or load the model with attn_implementation='sdpa'."
+            ) from error
 
-    def _segment(self, first: int, end: int, kwargs: dict[str, Any], tensors: Mapping[str, Tensor]) -> _Result:
-        """What is captured: the layers one after the other."""
-        store, found = _Store(), list[AttentionStates]()
+    def run(
+        self,
+        numbers: range,
+        heard: frozenset[int],
+        kwargs: dict[str, Any],
+        sizes: Mapping[int, int],
+        tensors: Mapping[str, Tensor],
+    ) -> _Result:
+        """What is captured: layers one after the other."""
+        store, found = _Store(sizes), list[AttentionStates]()
         given = {k: store if isinstance(v, Cache) else v for k, v in _unflat(tensors, kwargs).items()}
         out: Any = tensors["hidden_states"]
-        for i in range(first, end):
+        for i in numbers:
             states = out[0] if isinstance(out, tuple) else out
-            tap = self._taps.on(self._layers[i]).apart(found.append) if i in self._listened else nullcontext()
+            tap = self._taps.on(self._layers[i]).apart(found.append) if i in heard else nullcontext()
             with tap:
-                out = self._forwards[i](states, **given)
+                out = self._forwards[i].plain(states, **given)
         return _Result(out, store.stored, found[-1] if found else None)
 
-    def _hand_through(self, result: _Result, i: int, kwargs: dict[str, Any]) -> Any:
+    def _hand_through(self, now: _Running, result: _Result, i: int, kwargs: dict[str, Any]) -> Any:
         cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
-        if cache is not None and i in result.stored:
-            cache.update(*result.stored[i], i)
+        if cache is not None and i in now.stored:
+            _store(cache, i, *now.stored[i])
         if i in self._listened and result.states is not None:
             self._taps.on(self._layers[i]).hear(result.states)
         return result.hidden
@@ -252,31 +284,93 @@ class Segments:
 
     # -- the tower ----------------------------------------------------------------------------------------------------
     def _tower(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        pixels = kwargs.get("pixel_values", args[0] if args else None)
-        if not isinstance(pixels, Tensor) or torch.is_grad_enabled() or len(args) > 1:
-            return forward(*args, **kwargs)
-        if torch.compiler.is_compiling() or threading.get_ident() != self._thread:
-            return forward(*args, **kwargs)
+        pixels: Any = kwargs.get("pixel_values", args[0] if args else None)
         rest = {k: v for k, v in kwargs.items() if k != "pixel_values"}
-        if any(isinstance(v, Tensor) for v in rest.values()):
+        plain = not isinstance(pixels, Tensor) or torch.is_grad_enabled() or len(args) > 1
+        if plain or any(isinstance(v, Tensor) for v in rest.values()):
+            self._graphs.counts["tower with further tensors or gradients"] += 1
             return forward(*args, **kwargs)
-        key = ("tower", tuple(pixels.shape), pixels.dtype, repr(sorted(rest.items(), key=lambda item: item[0])))
-        if key not in self._graphs:
-            if key not in self._seen:
-                self._seen.add(key)
-                return forward(*args, **kwargs)
-            self._remember(key, self._kind(lambda x: forward(x["pixels"], **rest), {"pixels": pixels}, self._pool))
-        self._graphs.move_to_end(key)
-        return self._graphs[key]({"pixels": pixels})
+        key: tuple[Any, ...] = ("tower", tuple(pixels.shape), pixels.dtype, torch.is_inference_mode_enabled())
+        key += (repr(sorted(rest.items(), key=lambda item: item[0])),)
+        with self._graphs.turn() as free:
+            graph = None
+            if free:
+                graph = self._captured(key, lambda given: forward(given["pixels"], **rest), {"pixels": pixels})
+            if graph is not None:
+                return copied(graph({"pixels": pixels}))
+        return forward(*args, **kwargs)
 
 
-def refuse(kwargs: Mapping[str, Any]) -> None:
+def _segment(graphs: Graphs, *args: Any) -> _Result:
+    """What is captured, by whoever is attached."""
+    user: Segments = graphs.user
+    return user.run(*args)
+
+
+def refuse(kwargs: Mapping[str, Any], device: torch.device) -> None:
     """Raise a ConfigError if a call asks for what graphs cannot give."""
     if torch.is_grad_enabled():
         raise ConfigError("graphs=True records no gradients: call the model under torch.inference_mode() or no_grad().")
-    for name in ("output_attentions", "output_hidden_states"):
-        if kwargs.get(name):
-            raise ConfigError(f"graphs=True keeps the states between layers in buffers: {name} cannot be had with it.")
+    if torch.is_autocast_enabled(device.type):
+        raise ConfigError(
+            "graphs=True does not work under autocast, which casts weights anew. Load the model in bfloat16 or "
+            "float16, or attach without graphs."
+        )
+    collected = output_capturing._active_collector.get() or ()
+    for name in ("attentions", "hidden_states"):
+        if kwargs.get(f"output_{name}") or name in collected:
+            raise ConfigError(
+                f"graphs=True keeps the states between layers in buffers: output_{name} cannot be had with it."
+            )
+
+
+def _without(run: Any, cache: Cache | None, first: int, end: int) -> tuple[str | None, dict[int, int]]:
+    """Why a segment runs as ever; and the sizes of static buffers, by layer."""
+    if run.past:
+        return "further turn", {}
+    sizes: dict[int, int] = {}
+    if cache is None:
+        return None, sizes
+    for i in range(first, end):
+        layer = kv.layer_of(cache, i)
+        kind: Any = type(layer)
+        if layer is None or not _is_known(kind) or getattr(layer, "record_past", False):
+            return f"cache of {type(cache if layer is None else layer).__name__}", {}
+        if kv.is_fixed(layer):
+            sizes[i] = layer.max_cache_len
+    return None, sizes
+
+
+@memoize
+def _is_known(kind: Any) -> bool:
+    """Whether a class of cache layers shows and stores what `_Store` and `_store` do."""
+    base = next(c for c in kind.__mro__ if not getattr(c, "_evengaze", False))
+    return base in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer) or (
+        issubclass(base, StaticLayer) and not issubclass(base, StaticSlidingWindowLayer)
+    )
+
+
+@memoize
+def _is_growing(kind: Any) -> bool:
+    """Whether a class of cache layers stores what it is given, and nothing else."""
+    return next(c for c in kind.__mro__ if not getattr(c, "_evengaze", False)) is DynamicLayer
+
+
+def _copied(stored: dict[int, tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys and values out of a graph's buffers, all of them together."""
+    copies = iter(copies_of([states for pair in stored.values() for states in pair]))
+    return {i: (next(copies), next(copies)) for i in stored}
+
+
+def _store(cache: Any, i: int, key: Tensor, value: Tensor) -> None:
+    """Put a layer's keys and values, which are nobody else's, into the cache; copied only where it must be."""
+    layer = cache.layers[i]
+    kind: Any = type(layer)
+    if not _is_growing(kind) or layer.is_initialized or getattr(cache, "offloading", False):
+        cache.update(key, value, i)
+        return
+    layer.dtype, layer.device, layer.is_initialized = key.dtype, key.device, True
+    layer.keys, layer.values = key, value
 
 
 def _flat(kwargs: Mapping[str, Any]) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
@@ -286,7 +380,7 @@ def _flat(kwargs: Mapping[str, Any]) -> tuple[dict[str, Tensor], tuple[Any, ...]
     for name, value in kwargs.items():
         if isinstance(value, Tensor):
             tensors[name] = value
-            shape.append((name, tuple(value.shape), value.stride(), value.dtype))
+            shape.append((name, tuple(value.shape), value.stride(), value.dtype, value.device))
         elif isinstance(value, tuple) and value and all(isinstance(v, Tensor) for v in value):
             for k, v in enumerate(value):
                 tensors[f"{name}.{k}"] = v

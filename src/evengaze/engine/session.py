@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from evengaze.engine import compiled, guard, segments
+from evengaze.engine import compiled, guard
 from evengaze.engine.call import Calls
 from evengaze.engine.encoded import Encoded, Features, watch
 from evengaze.engine.generation import refuse_packing
+from evengaze.engine.graphs import Graphs
 from evengaze.engine.intercept import Mark, before_forward, behind_forward, intercept, put
 from evengaze.engine.layer_calls import LayerCalls
 from evengaze.engine.model_calls import ModelCalls
@@ -30,6 +32,7 @@ from evengaze.engine.plan import MARK, Plan
 from evengaze.engine.prompt import Prompts
 from evengaze.engine.question import Said, check_said
 from evengaze.engine.rotary import Served
+from evengaze.engine.segments import Segments
 from evengaze.engine.tap import Taps
 from evengaze.errors import ConfigError, UnsupportedModelError
 from evengaze.layout import VisualLayout
@@ -60,6 +63,7 @@ class Handle:
         pruner: the method.
         trace: what the last call with visual tokens (of any thread) kept and dropped; None before the first.
         traces: the same of all such calls in the order in which they ended; of the last 1000.
+        graphs: the captured graphs; None if it was attached without.
     """
 
     def __init__(
@@ -71,15 +75,16 @@ class Handle:
         question: Said = None,
         rerank: bool = False,
         freeze: bool = True,
-        graphs: bool = False,
+        graphs: bool | Graphs = False,
     ) -> None:
         self._plan = plan = Plan.of(model, pruner, layout)
         self.model, self.pruner = plan.model, plan.pruner
         self.trace: Trace | None = None
         self.traces: deque[Trace] = deque(maxlen=_TRACES)
         self.question = question
-        self._recorder = segments.recorder(plan.model) if graphs else None
-        self._segments: segments.Segments | None = None
+        self.graphs = graphs if isinstance(graphs, Graphs) else Graphs() if graphs else None
+        self._lent_graphs = graphs is self.graphs
+        self._segments: Segments | None = None
         self._undo: list[Callable[[], Any]] = []
         self._calls = Calls()
         self._served: Served = {}
@@ -156,6 +161,8 @@ class Handle:
         for module in (*plan.outer, plan.decoder):
             keep(guard.refuse_replicas(module))
         keep(before_forward(plan.decoder, on.enter_decoder))
+        if self.graphs is not None:  # before the call forgets its prefill
+            keep(behind_forward(plan.decoder, self._leave_graphs, always=True))
         keep(behind_forward(plan.decoder, on.leave_decoder, always=True))
         self._hook(range(plan.first, len(plan.layers)))
         for i in plan.previous | plan.own:
@@ -173,8 +180,8 @@ class Handle:
                 keep(undo)
             keep(plan.adapter.prepare(plan.model, self._surviving))
         keep(plan.pruner.prepare(plan.model, plan.adapter, self._shared))
-        if self._recorder is not None:
-            self._capture()
+        if self.graphs is not None:
+            self._capture(self.graphs)
         # Last, for what is compiled steps aside where it holds hooks or taps.
         wrappers = () if wrapper is plan.model else tuple(wrapper.modules())
         for undo in compiled.step_aside(plan.model, plan.decoder, self._prefills, wrappers):
@@ -183,7 +190,7 @@ class Handle:
     def _hook(self, numbers: Iterable[int]) -> None:
         self._layer_calls.hook(numbers, self._undo.append)
 
-    def _capture(self) -> None:
+    def _capture(self, graphs: Graphs) -> None:
         """Run the layers between stages, and the tower, as graphs."""
         plan = self._plan
         if plan.lenders or plan.recurrent:
@@ -191,20 +198,33 @@ class Handle:
                 f"graphs=True cannot serve {type(plan.model).__name__}: some of its layers borrow keys from others, or "
                 "carry a state through the sequence. Attach without graphs."
             )
-        self._segments = segments.Segments(
+        towers: list[nn.Module] = []
+        if plan.adapter is not None:
+            with suppress(UnsupportedModelError):
+                towers.append(plan.adapter.vision_tower(plan.model).module)
+        if not self._lent_graphs:
+            self._undo.append(graphs.clear)
+        graphs.serve(plan.model, [*plan.layers, *towers])
+        self._segments = Segments(
+            graphs,
             list(plan.layers),
             list(plan.stages),
             set(plan.previous),
             set(plan.own),
             self._taps,
             lambda: self._calls.top.run,
-            self._recorder,
         )
         self._undo.append(self._segments.install())
-        if plan.adapter is not None and not getattr(plan.pruner, "in_tower", False):
-            with suppress(UnsupportedModelError):
-                tower = plan.adapter.vision_tower(plan.model).module
-                self._undo.append(self._segments.watch_tower(tower))
+        for tower in () if getattr(plan.pruner, "in_tower", False) else towers:
+            self._undo.append(self._segments.watch_tower(tower))
+
+    def _leave_graphs(self, *call: Any) -> None:
+        """The decoder has been left: its prefill needs the graphs no longer."""
+        if torch.compiler.is_compiling() or self._segments is None:
+            return
+        run = self._calls.alive().run
+        if run is not None:
+            self._segments.leave(run)
 
     def _uninstall(self) -> None:
         while self._undo:  # an interrupt leaves the rest for the next time

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from evengaze.debias import Debias
 from evengaze.engine import selfcheck
+from evengaze.engine.graphs import Graphs
 from evengaze.engine.question import Said
 from evengaze.engine.session import Handle
 from evengaze.errors import ConfigError, ScoreError
@@ -246,7 +247,7 @@ class Pruner(ABC):
         layout: VisualLayout | None = None,
         question: Said = None,
         rerank: bool = False,
-        graphs: bool = False,
+        graphs: bool | Graphs = False,
     ) -> Handle:
         """Attach to a model; use the result as a context manager, or call its `remove()`.
 
@@ -263,7 +264,8 @@ class Pruner(ABC):
                 a picture's tokens stay as the first question chose them.
             graphs: capture the vision tower and the layers between stages as CUDA graphs, one for each shape that comes
                 a second time, and replay them: exact, and much faster where the host cannot keep up with the GPU (one
-                or two rows). For inference on a single GPU.
+                or two rows). For inference on a single GPU. True keeps them while attached; give the same
+                `evengaze.Graphs()` to each attachment to keep them longer. See docs/graphs.md.
         """
         selfcheck.ensure()
         handle = Handle(model, self, layout, question=question, rerank=rerank, freeze=self.freezes, graphs=graphs)
@@ -314,6 +316,7 @@ def attach(
     layout: VisualLayout | None = None,
     question: Said = None,
     rerank: bool = False,
+    graphs: bool | Graphs = False,
 ) -> Handle:
     """Prune a model's visual tokens from now on, until the returned handle is removed.
 
@@ -324,6 +327,7 @@ def attach(
             left out.
         question: where prompts end, if not at the end of their calls; see `Pruner.__call__`.
         rerank: whether later turns in `generate` rank anew; see `Pruner.__call__`.
+        graphs: capture and replay CUDA graphs; see `Pruner.__call__`.
 
     Raises:
         AttachError: the model is attached already, or its attention cannot be read.
@@ -331,4 +335,4 @@ def attach(
         ConfigError: the method's stages do not fit the model.
         IncompatibleReleaseError: pruning does not work with the installed transformers.
     """
-    return pruner(model, layout=layout, question=question, rerank=rerank)
+    return pruner(model, layout=layout, question=question, rerank=rerank, graphs=graphs)
