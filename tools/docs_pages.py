@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "src/evengaze/demo/MODEL_CARD.md": "model-card.md",
 }
+NOTEBOOKS = ("tour", "own_method", "calibrate", "compare")
 REFERENCE = {
     "Use": ["evengaze.methods.base", "evengaze.trace", "evengaze.schedule", "evengaze.errors"],
     "Methods": [
@@ -31,7 +33,7 @@ REFERENCE = {
     "Vocabulary": ["evengaze.protocol", "evengaze.layout", "evengaze.pixels"],
     "Models": ["evengaze.models.base", "evengaze.models.registry", "evengaze.models.loading"],
     "Evaluation": [f"evengaze.evaluate.{name}" for name in ("predictor", "conversation", "media", "uploads", "auto")],
-    "Serving": [f"evengaze.serve.{name}" for name in ("settings", "schema", "app", "metrics", "errors")],
+    "Serving": [f"evengaze.serve.{name}" for name in ("settings", "schema", "app", "metrics", "errors", "ray_serve")],
     "Testing and profiling": ["evengaze.testing.matrix", "evengaze.testing.oracle", "evengaze.profile.latency"],
 }
 """Modules of the reference, by section."""
@@ -50,6 +52,8 @@ def on_files(files: Files, config: Any) -> Files:
     for source, target in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, target, content=_moved(text, source)))
+    for name in NOTEBOOKS:
+        files.append(File.generated(config, f"examples/{name}.md", content=_notebook(name)))
     index = ["# Reference", "", "From the docstrings; what is not listed here is private.", ""]
     for section, modules in REFERENCE.items():
         index += [f"## {section}", "", *(f"- [`{m}`]({_path(m).removeprefix('reference/')})" for m in modules), ""]
@@ -75,6 +79,17 @@ def _moved(text: str, source: str) -> str:
     for other, target in PAGES.items():
         text = text.replace(f"]({other}", f"]({target}")
     return re.sub(r"\[([^\]]+)\]\((?:src|benchmarks|examples|tests|tools|LICENSE|CITATION)[^)]*\)", r"\1", text)
+
+
+def _notebook(name: str) -> str:
+    """A notebook's text and code as a page; what the code prints is seen by running it."""
+    cells = json.loads((ROOT / "examples" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    texts = [("".join(cell["source"]), cell["cell_type"]) for cell in cells]
+    head, *rest = [text if kind == "markdown" else f"```python\n{text}\n```" for text, kind in texts]
+    note = (
+        f"*The notebook `examples/{name}.ipynb` of the repository, which a test runs from its first cell to its last.*"
+    )
+    return "\n\n".join([head, note, *rest]) + "\n"
 
 
 def _path(module: str) -> str:
