@@ -90,9 +90,33 @@ def __getattr__(name: str) -> Any:
     elif name in _MODULES:
         value = import_module(f"evengaze.{name}")
     else:
-        raise AttributeError(f"module 'evengaze' has no attribute {name!r}")
+        raise AttributeError(f"module 'evengaze' has no attribute {name!r}.{_hint(name)}")
     globals()[name] = value
     return value
+
+
+_ELSEWHERE = {
+    **dict.fromkeys(
+        ("attention", "cache", "checks", "cut", "intercept", "prefill", "rotary", "steps"), "engine, private"
+    ),
+    "scope": "methods.scope",
+    "Curve": "debias.Curve",
+    "Exponential": "debias.Exponential",
+    "Observations": "calibration.observe.Observations",
+    "observe": "calibration.observe.observe",
+    "validate": "calibration.validate.validate",
+    "ModelSpec": "evaluate.predictor.ModelSpec",
+    "Predictor": "evaluate.predictor.Predictor",
+    "Adapter": "models.Adapter",
+    "top": "methods.top",
+}
+"""Where names are that were here in 0.1.0, or that people look for here."""
+
+
+def _hint(name: str) -> str:
+    from evengaze.spelling import did_you_mean
+
+    return f" It is in evengaze.{_ELSEWHERE[name]}" if name in _ELSEWHERE else did_you_mean(name, __all__)
 
 
 def __dir__() -> list[str]:
