@@ -124,6 +124,11 @@ class VisualTokens:
         x, padding = (values.to(device, precise(device)) for values in (x, padding))
         return cls(position, image, frame, cell, x, padding, tuple(images))
 
+    @cached_property
+    def span(self) -> tuple[int, int]:
+        """The index of the first token, and the first index behind the last one; read once."""
+        return (int(self.position[0]), int(self.position[-1]) + 1) if len(self) else (0, 0)
+
     def take(self, index: Tensor) -> VisualTokens:
         """The tokens at `index` (m,), in that order."""
         return replace(self, **{k: getattr(self, k)[index] for k in _COLUMNS})
@@ -140,6 +145,8 @@ class VisualTokens:
 
     def to(self, device: torch.device | str) -> VisualTokens:
         """The same table on another device."""
+        if self.position.device == torch.device(device) and self.x.dtype == self.padding.dtype == precise(device):
+            return self
         indices = {k: getattr(self, k).to(device) for k in _INDICES}
         shares = {k: getattr(self, k).to(device, precise(device)) for k in _SHARES}
         return replace(self, **indices, **shares)

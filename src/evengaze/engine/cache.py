@@ -40,8 +40,8 @@ def layer_of(cache: Any, index: int) -> Any:
 
 def check(cache: Any) -> None:
     """Raise a ConfigError unless the entries of a cache's layers can be counted and dropped."""
-    kinds = [type(layer) for layer in getattr(cache, "layers", ())]
-    kinds.append(getattr(cache, "layer_class_to_replicate", None) or type(None))
+    kinds = {type(layer) for layer in getattr(cache, "layers", ())}
+    kinds.add(getattr(cache, "layer_class_to_replicate", None) or type(None))
     for kind in kinds:
         if issubclass(kind, QUANTIZED_LAYER):
             raise ConfigError(
@@ -86,14 +86,14 @@ def stored(layer: Any) -> int:
 
 def sizes(layer: Any, total: int) -> tuple[int, int]:
     """Bytes that a cache layer holds, and bytes that it would hold of `total` tokens if none had been dropped."""
-    if layer is None or not layer.is_initialized:
+    keys = getattr(layer, "keys", None)
+    if keys is None:
         return 0, 0
-    held = int(layer.keys.nbytes + layer.values.nbytes)
-    if is_a(layer, StaticLayer):  # a buffer, whatever is in it
+    held, count = keys.nbytes + layer.values.nbytes, keys.shape[-2]
+    if count == total or is_a(layer, StaticLayer):  # a buffer, whatever is in it
         return held, held
     if is_a(layer, DynamicSlidingWindowLayer):
         total = min(total, int(layer.sliding_window) - 1)
-    count = int(layer.keys.shape[-2])
     return held, held // count * total if count else 0
 
 
@@ -102,7 +102,7 @@ def cut_mask(
     layer: Any,
     old: Kept | None,
     hidden: Tensor,
-    implementation: str,
+    config: Any,
     *,
     past: int,
     length: int,
@@ -116,7 +116,7 @@ def cut_mask(
         layer: cache layer or None.
         old: what the layer remembered before this call.
         hidden: (B, M, d) the layer's input.
-        implementation: attention implementation, which decides the form of a mask where none came in.
+        config: the decoder's, whose attention implementation decides the form of a mask where none came in.
         past: logical length before this call.
         length: number of tokens of this call.
         slots: (B, M) those of them that are left; None for all.
@@ -127,7 +127,9 @@ def cut_mask(
     held, real = entries(old, past, new + past, real)
     if mask is None:
         shown = stored(layer) + queries
-        return None if real is None else causal_mask(real[:, -shown:], queries, implementation, hidden.dtype)
+        if real is None:
+            return None
+        return causal_mask(real[:, -shown:], queries, config._attn_implementation or "eager", hidden.dtype)
     columns, real = _columns(layer, held, real, queries, mask, past + length)
     return take_mask(mask, slots, columns, real)
 

@@ -41,13 +41,13 @@ class Steps:
     """Fits the arguments of layers to their caches, in a call that prunes nothing itself.
 
     Args:
-        implementation: the decoder's attention implementation.
+        config: the decoder's.
         rotary: the call's.
         remember: whether masks are remembered for further layers; of one call only.
     """
 
-    def __init__(self, implementation: str, rotary: Rotary, *, remember: bool = True) -> None:
-        self._implementation = implementation
+    def __init__(self, config: Any, rotary: Rotary, *, remember: bool = True) -> None:
+        self._config = config
         self._rotary = rotary
         self._remember = remember
         self._made: dict[Any, tuple[dict[str, Any] | None, dict[str, Any], Any]] = {}
@@ -102,4 +102,4 @@ class Steps:
             fixed = kept.fixed(cache.max_cache_len)
             return take_mask(mask, None, fixed.columns.to(hidden.device), fixed.seen.to(hidden.device))
         past, length = int(cache.get_seq_length()), hidden.shape[1]
-        return kv.cut_mask(mask, cache, kept, hidden, self._implementation, past=past, length=length)
+        return kv.cut_mask(mask, cache, kept, hidden, self._config, past=past, length=length)

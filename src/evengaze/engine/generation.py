@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -189,6 +190,11 @@ def _several_axes(decoder: Any) -> bool:
 
 def brings_pictures(arguments: Mapping[str, Any]) -> bool:
     """Whether a forward call of a model is given pixels, features or encodings of pictures."""
-    marks = ("pixel", "image", "video", "mm_encoder")
-    given = (value for name, value in arguments.items() if any(mark in name for mark in marks))
+    given = (arguments[name] for name in _of_pictures(tuple(arguments)))
     return any(any(v is not None for v in (g.values() if isinstance(g, Mapping) else [g])) for g in given)
+
+
+@lru_cache
+def _of_pictures(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of some arguments' names that say that they hold pictures."""
+    return tuple(name for name in names if any(mark in name for mark in ("pixel", "image", "video", "mm_encoder")))

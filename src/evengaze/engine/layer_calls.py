@@ -45,7 +45,7 @@ class LayerCalls:
         self._plan, self._calls, self._taps = plan, calls, taps
         self._stages, self._previous = plan.stages, plan.previous
         self._lenders, self._lending = plan.lenders, frozenset(plan.lenders.values())
-        self._plain = Steps(plan.implementation, Rotary(served), remember=False)
+        self._plain = Steps(plan.decoder.config, Rotary(served), remember=False)
         self._hooked: set[int] = set()
         self._lock = threading.Lock()
         self.unhooked = list(range(len(plan.layers)))

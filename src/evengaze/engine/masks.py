@@ -44,8 +44,9 @@ def is_flat(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.dim() == 2
 
 
-def real_tokens(mask: Any, states: Tensor, past: int) -> Tensor:
-    """(B, L) bool: which tokens of a call are no padding, from a 2-D or 4-D mask, one for each layer type, or none."""
+def real_tokens(mask: Any, states: Tensor, past: int) -> Tensor | None:
+    """(B, L) bool: which tokens of a call are no padding, from a 2-D or 4-D mask or one for each layer type; None if
+    there is no mask."""
     batch, length = states.shape[:2]
     if isinstance(mask, Mapping):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
@@ -55,7 +56,7 @@ def real_tokens(mask: Any, states: Tensor, past: int) -> Tensor:
         seen = mask[:, 0, -1, past : past + length]  # the last query sees every real token
         seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
         return seen.expand(batch, -1).to(states.device)
-    return torch.ones(batch, length, dtype=torch.bool, device=states.device)
+    return None
 
 
 def read_prompt(ids: Tensor | None, real: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

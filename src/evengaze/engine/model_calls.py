@@ -153,7 +153,7 @@ class ModelCalls:
             states = kwargs.get("input_ids", args[0] if args else None)
         size = (0, 0) if states is None else (states.shape[0], states.shape[1])
         rotary = Rotary(self._served)
-        call.begin(size, cache_in(args, kwargs), rotary, Steps(self._plan.implementation, rotary))
+        call.begin(size, cache_in(args, kwargs), rotary, Steps(self._plan.decoder.config, rotary))
         gate = layers.gate_of(call.cache)
         if gate is not None:
             _set_gate(gate, is_open=True)
@@ -208,7 +208,7 @@ class ModelCalls:
             run.cache = cache_in_output(out)
         checks.refuse_missed(plan.pruner, sorted(plan.stages)[len(run.stages) :], run.entered, run.watched)
         self.pending += run.pending
-        trace = run.trace(plan.pruner, len(plan.layers))
+        trace = run.trace(plan.settings, len(plan.layers))
         self._report(trace)
         if self._untried:
             check_first(plan.model, run, trace, out, plan.lenders)

@@ -125,11 +125,6 @@ class Plan:
         """The layers whose attention ranks tokens."""
         return [stage.attended for _, stage in self.stages.values() if stage.attended is not None]
 
-    @property
-    def implementation(self) -> str:
-        """The decoder's attention implementation, which may be set anew while a pruner is attached."""
-        return self.decoder.config._attn_implementation or "eager"
-
 
 def _whole(model: nn.Module) -> nn.Module:
     """The model itself: adapters such as LoRA, and `torch.compile`, wrap the module whose forward runs."""

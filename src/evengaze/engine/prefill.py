@@ -6,7 +6,7 @@ Indices are into the call's L tokens ("slots") unless they are said to be into t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -51,15 +51,15 @@ class Prefill:
 
     Attributes:
         layout: the visual tokens of every row before pruning.
-        real: (B, L) bool, False for batch padding.
         inputs: (B, L, d) states that enter layer 0.
         past: logical length of what the cache held before.
-        implementation: the decoder's attention implementation.
+        config: the decoder's.
+        real: (B, L) bool, False for batch padding; None if no mask came in.
         rotary: where survivors are renumbered; None where they keep their positions.
         shared: what methods keep for the attachment.
         notes: what they noted while the call's pictures were encoded.
         replay: selections of an earlier call to repeat instead of asking the method.
-        padded: `real` on the host; None if no row is padded.
+        padded: the same on the host; None if no row is padded.
         asked: who ranks what; None if every row is one prompt that ends with the row, in text.
         samples: (B, L) number of the sample that each token of a packed row belongs to; None without packed rows.
         slots: (B, M) slot of each token of the current sequence; None while all are there.
@@ -80,10 +80,10 @@ class Prefill:
     """
 
     layout: VisualLayout
-    real: Tensor
     inputs: Tensor
     past: int
-    implementation: str
+    config: Any
+    real: Tensor | None = None
     rotary: Rotary | None = None
     shared: Shared = field(default_factory=Shared)
     notes: Store = field(default_factory=Store)
@@ -118,12 +118,18 @@ class Prefill:
     @property
     def length(self) -> int:
         """L."""
-        return self.real.shape[1]
+        return self.inputs.shape[1]
 
     @property
     def batch(self) -> int:
         """B."""
-        return self.real.shape[0]
+        return self.inputs.shape[0]
+
+    def reality(self, device: torch.device) -> Tensor:
+        """(B, L) bool, False for batch padding, on a device."""
+        if self.real is None:
+            return torch.ones(self.batch, self.length, dtype=torch.bool, device=device)
+        return self.real.to(device)
 
     @property
     def _moves(self) -> bool:
@@ -310,9 +316,7 @@ class Prefill:
     def _mask(self, before: Kept | None, mask: Any, cache: Any, hidden: Tensor) -> Any:
         slots, filled = self.on(hidden.device)
         past, length = self.past, self.length
-        return kv.cut_mask(
-            mask, cache, before, hidden, self.implementation, past=past, length=length, slots=slots, real=filled
-        )
+        return kv.cut_mask(mask, cache, before, hidden, self.config, past=past, length=length, slots=slots, real=filled)
 
     def _positions(self, before: Kept | None, name: str, value: Any, hidden: Tensor) -> Any:
         if self.rotary is not None and self.rotary.renumbers:
@@ -333,7 +337,7 @@ class Prefill:
             first = rotary.positions(self.batch, device).gather(1, begins)
             start = torch.full_like(self.samples.to(device), self.length).scatter_reduce(1, held, ahead, "amin")
             return ahead - start.gather(1, held) + first
-        start = rotary.first_position(self.real.to(device))
+        start = rotary.first_position(self.reality(device))
         if before is not None and before.shift is not None:
             start = start - before.shift.to(device)
         return (there.cumsum(1) - 1).clamp(min=0) + start
@@ -353,7 +357,7 @@ class Prefill:
     def _there(self, device: torch.device) -> Tensor:
         """(B, M) bool: neither batch padding nor a filler."""
         slots, filled = self.on(device)
-        there = self.real.to(device).gather(1, slots)
+        there = self.reality(device).gather(1, slots)
         return there if filled is None else there & filled
 
     def _alive(self, device: torch.device) -> Tensor | None:
@@ -399,7 +403,7 @@ class Prefill:
         held, kept_real = entries(old, self.past, slots + self.past, filled)
         lost = None
         if self.rotary is not None and self.rotary.renumbers:
-            lost = missing(old, self.past, self.real.to(device), slots, self._there(device))
+            lost = missing(old, self.past, self.reality(device), slots, self._there(device))
         pictures = () if old is None else old.pictures
         here = Pictures(tuple((t.position, t.image) for t in self.layout.rows), self.past, self.merges)
         return Kept(held, kept_real, self.past + self.length, lost, (*pictures, here))
@@ -425,17 +429,23 @@ class Prefill:
             layers.trim(cache, index, kept, held.shape[1] - index.shape[1], self.gate)
 
     # -- the record ---------------------------------------------------------------------------------------------------
-    def trace(self, pruner: Method, layers: int) -> Trace:
-        """What happened, once the call is over."""
+    def trace(self, settings: Mapping[str, Any], layers: int) -> Trace:
+        """What happened, once the call is over.
+
+        Args:
+            settings: the method's parameters.
+            layers: number of decoder layers.
+        """
         total = self.past + self.length
-        sizes = [kv.sizes(kv.layer_of(self.cache, i), total) for i in range(layers)]
+        sizes = [kv.sizes(layer, total) for layer in getattr(self.cache, "layers", ())[:layers]]
+        sizes += [(0, 0)] * (layers - len(sizes))
         held, unpruned = [list(column) for column in zip(*sizes, strict=True)]
         entering = [self.length] * layers
         for layer, length in self.lengths.items():
             entering[layer:] = [length] * (layers - layer)
         for layer, length in self.narrow.items():
             entering[layer] = length
-        return Trace(pruner.to_dict(), self.layout, self.length, self.stages, entering, held, unpruned)
+        return Trace(settings, self.layout, self.length, self.stages, entering, held, unpruned)
 
 
 def _merged(hidden: Tensor, out: Tensor, before: Group, after: Group, merge: Merge, order: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class Prompts:
         elif (past or call.drafting) and not call.pictured and not encoded:
             return None  # placeholder ids in later text, or from a draft, are no pictures
         else:
-            ids, padded = read_prompt(ids, None if given is None else real)
+            ids, padded = read_prompt(ids, real)
             layout = self._find(Prompt(ids, padded, past, encoded, placed), length)
         if layout is None or layout.total == 0:
             return None
@@ -85,7 +85,7 @@ class Prompts:
             real=real,
             inputs=states,
             past=past,
-            implementation=plan.implementation,
+            config=plan.decoder.config,
             rotary=call.rotary if plan.pruner.positions == "renumbered" else None,
             cache=cache,
             fresh=layers.gate_of(cache) is None,
@@ -109,7 +109,7 @@ class Prompts:
                     "images or videos were encoded, but the prompt has no visual tokens. Build the inputs with the "
                     "model's processor, with one image placeholder in the text for each image."
                 )
-        reach = max((int(r.position.max()) + 1 for r in layout.rows if len(r)), default=0) if layout is not None else 0
+        reach = max((row.span[1] for row in layout.rows), default=0) if layout is not None else 0
         if reach > length:
             raise LayoutError(f"the layout reaches to token {reach}, but the call has only {length} tokens")
         return layout

@@ -251,7 +251,7 @@ def _ends_in_picture(layout: VisualLayout, real: Tensor | None, length: int) -> 
     for b, table in enumerate(layout.rows):
         if len(table):
             last = length - 1 if real is None else int(real[b].nonzero()[-1])
-            if int(table.position[-1]) == last:
+            if table.span[1] - 1 == last:
                 return True
     return False
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,17 +49,23 @@ class Rotary:
     """
 
     def __init__(self, served: Served) -> None:
-        self._calls: list[tuple[Any, _Call]] = []
+        self._seen: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]] = []
         self._layers = served
 
-    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def observe(self, *call: Any) -> None:
         """A forward hook for rotary modules."""
-        self._calls.append((out, _Call.of(module, args, kwargs)))
+        self._seen.append(call)
 
     @property
+    def _calls(self) -> list[tuple[Any, _Call]]:
+        """What each of them returned, and the call."""
+        return [(out, _Call.of(module, args, kwargs)) for module, args, kwargs, out in self._seen]
+
+    @cached_property
     def renumbers(self) -> bool:
-        """Whether the running forward has one-dimensional positions."""
-        return bool(self._calls) and all(call.positions.dim() == 2 for _, call in self._calls)
+        """Whether the running forward has one-dimensional positions; asked when all its calls have been made."""
+        calls = self._calls
+        return bool(calls) and all(call.positions.dim() == 2 for _, call in calls)
 
     def positions(self, batch: int, device: torch.device) -> Tensor:
         """(B, L) positions of the running forward's tokens."""

@@ -109,8 +109,8 @@ class Text:
         if not len(position):
             return position, False
         other = torch.ones(self._length, dtype=torch.bool) if self._real is None else self._real[row].clone()
-        first, end = int(position[0]), int(position[-1])
+        first, end = self._layout.rows[row].span
         other[:first] = False
         other[position] = False
         text = other.nonzero()[:, 0]
-        return (text if len(text) else self._last([row], question)[0]), end - first + 1 > len(position)
+        return (text if len(text) else self._last([row], question)[0]), end - first > len(position)
