@@ -44,11 +44,16 @@ class Steps:
         config: the decoder's.
         rotary: the call's.
         remember: whether masks are remembered for further layers; of one call only.
+
+    Attributes:
+        rotary: the call's.
+        relayed: whether the call's first layer has seen to the others.
     """
 
     def __init__(self, config: Any, rotary: Rotary, *, remember: bool = True) -> None:
         self._config = config
-        self._rotary = rotary
+        self.rotary = rotary
+        self.relayed = False
         self._remember = remember
         self._made: dict[Any, tuple[dict[str, Any] | None, dict[str, Any], Any]] = {}
 
@@ -71,7 +76,7 @@ class Steps:
         if made is None:
             cut, served = self._arguments(layer, hidden, kwargs, cache, kept)
             made = self._made[key] = (cut, served, (kept, *kwargs.values()))  # what is held keeps the key's ids unique
-        self._rotary.serve(layer, made[1])
+        self.rotary.serve(layer, made[1])
         if made[0] is None:
             return None
         kwargs.update(made[0])
@@ -87,10 +92,10 @@ class Steps:
         served: dict[str, Any] = {}
         if kept.shift is not None:
             for table, value in kwargs.items():
-                served |= self._rotary.made(table, value)
-            self._rotary.serve(layer, served)
+                served |= self.rotary.made(table, value)
+            self.rotary.serve(layer, served)
             cut["position_ids"] = kwargs["position_ids"] - kept.shift.to(hidden.device)
-            cut.update(self._rotary.step(layer, hidden, cut["position_ids"]))
+            cut.update(self.rotary.step(layer, hidden, cut["position_ids"]))
         elif mask is None and kept.real is None:
             return None, served
         if mask is not None or kept.real is not None:

@@ -71,12 +71,28 @@ class Mark:
         return type(None), ()
 
 
-def before_forward(module: nn.Module, hook: Callable[..., Any]) -> Callable[[], None]:
+class Registered:
+    """A hook on a module. Called, it is taken off.
+
+    Attributes:
+        hooks: all hooks of its kind on the module, by number.
+        number: its own.
+    """
+
+    def __init__(self, hooks: dict[int, Any], number: int, remove: Callable[[], None]) -> None:
+        self.hooks, self.number, self._remove = hooks, number, remove
+
+    def __call__(self) -> None:
+        """Take it off."""
+        self._remove()
+
+
+def before_forward(module: nn.Module, hook: Callable[..., Any]) -> Registered:
     """Call `hook(module, args, kwargs)` before a module's forward; returns what undoes it."""
     return _register(module, "_forward_pre_hooks", ["_forward_pre_hooks_with_kwargs"], hook)
 
 
-def behind_forward(module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> Callable[[], None]:
+def behind_forward(module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> Registered:
     """Call `hook(module, args, kwargs, output)` behind a module's forward, `always` also behind one that failed."""
     flags = ["_forward_hooks_with_kwargs", *(["_forward_hooks_always_called"] if always else [])]
     return _register(module, "_forward_hooks", flags, hook)
@@ -86,7 +102,7 @@ _free: WeakKeyDictionary[nn.Module, dict[str, list[int]]] = WeakKeyDictionary()
 """Numbers of hooks that were taken off, by module and kind."""
 
 
-def _register(module: nn.Module, kind: str, flags: list[str], hook: Callable[..., Any]) -> Callable[[], None]:
+def _register(module: nn.Module, kind: str, flags: list[str], hook: Callable[..., Any]) -> Registered:
     """What torch's `register_forward_hook` does, but hooks that come and go have the same numbers again.
 
     Compiled graphs look a hook's number up: with another one they would be compiled anew for each attachment.
@@ -106,7 +122,7 @@ def _register(module: nn.Module, kind: str, flags: list[str], hook: Callable[...
             free.append(number)
             free.sort()
 
-    return remove
+    return Registered(hooks, number, remove)
 
 
 def intercept(owner: Any, name: str, around: Around) -> Callable[[], None]:

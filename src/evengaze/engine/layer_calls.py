@@ -21,6 +21,7 @@ from evengaze.engine.decode import Steps, in_graph
 from evengaze.engine.intercept import before_forward
 from evengaze.engine.plan import Plan
 from evengaze.engine.prefill import Prefill
+from evengaze.engine.relay import Group, Handed, Relay, Relays
 from evengaze.engine.rotary import Rotary, Served
 from evengaze.engine.sharing import Arguments, Fold, borrowed
 from evengaze.engine.tap import Taps, probe
@@ -38,6 +39,7 @@ class LayerCalls:
 
     Attributes:
         gates: of the caches that were pruned.
+        relays: what stands in for the hooks of layers that get what an earlier one gets.
         unhooked: layers that a pruner has no business with.
     """
 
@@ -46,10 +48,14 @@ class LayerCalls:
         self._stages, self._previous = plan.stages, plan.previous
         self._lenders, self._lending = plan.lenders, frozenset(plan.lenders.values())
         self._plain = Steps(plan.decoder.config, Rotary(served), remember=False)
+        # Layers that are not alike, or not in one place, are each looked at.
+        devices = {p.device for p in plan.decoder.parameters()}
+        self._relayed = not plan.lenders and not plan.recurrent and len(devices) == 1
         self._hooked: set[int] = set()
         self._lock = threading.Lock()
         self.unhooked = list(range(len(plan.layers)))
         self.gates: WeakSet[layers.Gate] = WeakSet()
+        self.relays = Relays()
 
     @property
     def watched(self) -> int:
@@ -60,7 +66,10 @@ class LayerCalls:
         """Hook those of some layers that are not hooked yet; `keep` gets what undoes it."""
         with self._lock:
             for i in set(numbers) - self._hooked:
-                keep(before_forward(self._plan.layers[i], functools.partial(self._enter, i)))
+                layer, enter = self._plan.layers[i], functools.partial(self._enter, i)
+                hook = before_forward(layer, enter)
+                keep(hook)
+                self.relays.add(i, Relay(layer, hook, enter, self._calls))
                 self._hooked.add(i)
             self.unhooked = [i for i in range(len(self._plan.layers)) if i not in self._hooked]
 
@@ -122,8 +131,13 @@ class LayerCalls:
             if run is not None:
                 run.cache = call.cache
         cache = kv.layer_of(call.cache, i)
+        relayed = self._relayed and fold is None and not call.nested and not torch.is_grad_enabled()
+        given = dict(kwargs) if relayed else kwargs
         if run is None:
-            return steps.arguments(i, args, kwargs, cache)
+            new = steps.arguments(i, args, kwargs, cache)
+            if relayed and call.decoding and call.steps is not None and not call.steps.relayed:
+                self._relay_step(call, call.steps, i, args, given)
+            return new
         changed = i in self._stages
         if changed:
             number, stage = self._stages[i]
@@ -137,7 +151,40 @@ class LayerCalls:
             self._taps.on(layer).arm(functools.partial(setattr, run, "states"), past=run.stored(cache))
         if run.slots is None:
             return steps.arguments(i, args, kwargs, cache) or ((args, kwargs) if changed else None)
-        return run.arguments(i, args, kwargs, cache)
+        new = run.arguments(i, args, kwargs, cache)
+        if changed and relayed and run.alike(range(i, len(self._plan.layers))):
+            self._relay_prefill(call, run, i, given, new)
+        return new
+
+    def _relay_step(self, call: Call, steps: Steps, i: int, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        """In a step, let the layers behind `i` take over what it gets, or what those get that hold the same tokens."""
+        steps.relayed = True
+        groups = self.relays.groups(call.cache) or self._relayed_groups(call.cache, i)
+        for group in groups:
+            new = steps.arguments(group.layer, args, dict(given), call.cache.layers[group.layer])
+            group.handed.set(call, given, new)
+
+    def _relayed_groups(self, cache: Any, first: int) -> list[Group]:
+        found: dict[Any, Group] = {}
+        handed = {}
+        for k in range(first + 1, len(self._plan.layers)):
+            layer = kv.layer_of(cache, k)
+            if k not in self._hooked or layer is None:
+                continue
+            kept = kv.kept_of(layer)
+            key = id(kept), type(layer)
+            if key not in found:
+                found[key] = Group(k, kept, Handed())
+            handed[k] = found[key].handed
+        groups = list(found.values())
+        return groups if self.relays.begin(handed, cache, groups) else []
+
+    def _relay_prefill(self, call: Call, run: Prefill, stage: int, given: dict[str, Any], new: Arguments) -> None:
+        """Let the layers up to the next stage take over what the first one behind a stage gets."""
+        handed = Handed()
+        handed.set(call, given, new)
+        behind = range(stage + 1, min((n for n in self._stages if n > stage), default=len(self._plan.layers)))
+        run.pass_on(stage, self.relays.begin({k: handed for k in behind if k not in self._previous}))
 
     def _read(
         self,

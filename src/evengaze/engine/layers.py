@@ -7,7 +7,7 @@ class comes: an instance's class can only be exchanged for one with the same lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache as memoize
 from typing import Any
 
@@ -49,6 +49,19 @@ def record(layer: Any, kept: Kept, dropped: int, gate: Gate | None) -> None:
     if is_a(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length += dropped  # its own counter of the logical length
     layer.dropped = getattr(layer, "dropped", 0) + dropped
+
+
+def record_all(told: Sequence[Any], kept: Kept | None, dropped: int, gate: Gate | None) -> None:
+    """The same for layers of one kind that grow and are empty."""
+    if kept is None or not told:
+        return
+    kind = _logical(told[0].__class__)
+    sliding = is_a(told[0], DynamicSlidingWindowLayer)
+    for layer in told:
+        layer.__class__ = kind
+        layer.kept, layer.guarded, layer.gate, layer.fixed, layer.dropped = kept, True, gate, None, dropped
+        if sliding:
+            layer.cumulative_length += dropped
 
 
 def guard(cache: Any) -> Gate | None:

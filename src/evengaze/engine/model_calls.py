@@ -91,7 +91,10 @@ class ModelCalls:
             ranked_anew(request, pictures=plan.adapter is not None) if self._rerank else nullcontext(),
             self._calls.generate(request),
         ):
-            yield
+            try:
+                yield
+            finally:
+                self._layer_calls.relays.clear()
 
     # -- the model ----------------------------------------------------------------------------------------------------
     def enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
@@ -154,6 +157,7 @@ class ModelCalls:
         size = (0, 0) if states is None else (states.shape[0], states.shape[1])
         rotary = Rotary(self._served)
         call.begin(size, cache_in(args, kwargs), rotary, Steps(self._plan.decoder.config, rotary))
+        self._layer_calls.relays.enter(call)
         gate = layers.gate_of(call.cache)
         if gate is not None:
             _set_gate(gate, is_open=True)
@@ -186,6 +190,7 @@ class ModelCalls:
         call, frame = self._calls.alive(), module_frame()
         if not call.decoding:  # an exception came before it began
             return None
+        self._layer_calls.relays.leave(call)
         for i in self._plan.previous if call.run is not None else ():
             self._taps.on(self._plan.layers[i]).disarm()
         _set_gate(layers.gate_of(call.cache), is_open=False)

@@ -6,12 +6,13 @@ Indices are into the call's L tokens ("slots") unless they are said to be into t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import StaticLayer
 
 from evengaze.compat import is_mask
 from evengaze.engine import cache as kv
@@ -391,11 +392,32 @@ class Prefill:
             self._before[layer] = None if self.fresh else kv.kept_of(cache)
         return self._before[layer]
 
+    def alike(self, numbers: Iterable[int]) -> bool:
+        """Whether the caches of some layers are of one kind, and empty."""
+        if self.past or not self.fresh:
+            return False
+        found = [kv.layer_of(self.cache, i) for i in numbers]
+        return len(set(map(type, found))) == 1 and not layers.is_a(found[0], StaticLayer)
+
+    def pass_on(self, layer: int, others: Sequence[int]) -> None:
+        """Tell the caches of other layers, alike and empty, that they are about to store what that of `layer` does."""
+        if self.cache is not None:
+            assert self.slots is not None
+            kept = kv.kept_of(self.cache.layers[layer])
+            told = [kv.layer_of(self.cache, k) for k in others]
+            layers.record_all(told, kept, self.length - self.slots.shape[1], self.gate)
+        if self.rotary is not None:
+            calls = self.rotary.served(layer)
+            for k in others:
+                self.rotary.serve(k, calls)
+
     def remember(self, cache: Any, before: Kept | None) -> None:
         """Tell a layer's cache which tokens it is about to store."""
         assert self.slots is not None
         device = self.slots.device
         kept = self._once(("kept", id(before)), before, functools.partial(self._kept, before, device))
+        if kv.kept_of(cache) is kept:  # it has been told before
+            return
         layers.record(cache, kept, self.length - self.slots.shape[1], self.gate)
 
     def _kept(self, old: Kept | None, device: torch.device) -> Kept:

@@ -85,6 +85,10 @@ class Rotary:
         if calls:
             self._layers[layer] = calls
 
+    def served(self, layer: int) -> dict[str, _Call]:
+        """The calls that make a layer's arguments, as far as they are known."""
+        return self._layers.get(layer, {})
+
     def retable(self, table: Any, hidden: Tensor, positions: Tensor) -> Any:
         """What an observed call returned, for other positions (B, M); None if no call returned it."""
         call = next((c for out, c in self._calls if out is table), None)
@@ -92,4 +96,4 @@ class Rotary:
 
     def step(self, layer: int, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
         """The same arguments of a layer for a decoding step."""
-        return {name: call.at(hidden, positions) for name, call in self._layers.get(layer, {}).items()}
+        return {name: call.at(hidden, positions) for name, call in self.served(layer).items()}

@@ -227,6 +227,7 @@ class Handle:
             self._segments.leave(run)
 
     def _uninstall(self) -> None:
+        self._layer_calls.relays.clear()
         while self._undo:  # an interrupt leaves the rest for the next time
             self._undo[-1]()
             self._undo.pop()

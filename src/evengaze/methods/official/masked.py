@@ -68,7 +68,7 @@ class FastVMasked(FastV):
                 "nothing can be hidden. Use fastv, which removes the tokens."
             )
         masks.taps.on(layers[self.layer - 1])
-        undo = [masks.taps.remove, before_forward(decoder, masks.begin)]
+        undo: list[Callable[[], None]] = [masks.taps.remove, before_forward(decoder, masks.begin)]
         undo += [before_forward(layers[self.layer - 1], masks.listen)]
         undo += [before_forward(layer, masks.apply) for layer in layers[self.layer :]]
 
