@@ -1,6 +1,8 @@
-"""Decoders some of whose layers carry a state instead of attending: Qwen3.5, LFM2-VL."""
+"""Decoders some of whose layers carry a state instead of attending: Qwen3.5, LFM2-VL, Nemotron-H."""
 
 from __future__ import annotations
+
+import warnings
 
 import pytest
 import torch
@@ -49,6 +51,20 @@ def test_default_layers_move_to_where_the_decoder_attends(method: str, changes: 
     assert run.pruner.to_dict() == run.trace.pruner
 
 
+def test_layers_that_nobody_chose_move_to_where_no_window_hides_tokens() -> None:
+    kinds = (["sliding_attention"] * 5 + ["full_attention"]) * 3
+    model, inputs = tiny("gemma3", num_hidden_layers=18, layer_types=kinds, sliding_window=12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with get("pyramiddrop")(keep=0.5)(model) as run:
+            greedy(model, inputs, 2)
+    assert run.trace is not None
+    assert [stage.layer for stage in run.trace.stages] == [5, 11, 17]
+    with pytest.warns(UserWarning, match="which see only the last 12"), get("fastv")(keep=5, layer=2)(model) as run:
+        greedy(model, inputs, 2)
+    assert run.trace.stages[0].layer == 2
+
+
 def test_too_few_layers_that_attend_are_an_error() -> None:
     model, _ = tiny("qwen3_5", layer_types=["linear_attention"] * 5 + ["full_attention"])
     with pytest.raises(ConfigError, match="only 5 can rank"):
@@ -93,3 +109,24 @@ def test_a_row_alone_answers_as_in_a_batch() -> None:
     with pruner(alone):
         _, first = greedy(alone, single)
     assert float((together[0] - first[0]).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["fastv", "sparsevlm", "divprune"])
+@pytest.mark.parametrize("family", [*HYBRIDS, "nemotron_h_omni"])
+def test_a_forward_on_rows_padded_at_their_right(family: str, method: str) -> None:
+    """As in training: a state has read all of a row before it comes to the padding."""
+    pruner = get(method)(**METHODS[method])
+    model, inputs = tiny(family, 3, side="right", images=[2, 0, 1])
+    left, same = tiny(family, 3, side="left", images=[2, 0, 1])
+    with torch.no_grad(), pruner(model), pruner(left):
+        found, expected = model(**inputs).logits, left(**same).logits
+    for b, row in enumerate(inputs["attention_mask"]):
+        difference = float((found[b, int(row.sum()) - 1] - expected[b, -1]).abs().max())
+        assert difference < TOLERANCE * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_generate_on_rows_padded_at_their_right_says_why_not(family: str) -> None:
+    model, inputs = tiny(family, 3, side="right", images=[2, 0, 1])
+    with get("fastv")(keep=5, layer=2)(model), pytest.raises(ConfigError, match="read the padding before the answer"):
+        greedy(model, inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from evengaze.compat import cache_in
 from evengaze.errors import ConfigError
+from evengaze.models.base import attending_layers
 from evengaze.protocol import Method
 
 
@@ -76,7 +77,7 @@ class Request:
 
     # -- what is refused ----------------------------------------------------------------------------------------------
     def check(
-        self, pruner: Method, decoder: nn.Module, layers: Iterable[nn.Module], *, trims: bool, ahead: bool
+        self, pruner: Method, decoder: nn.Module, layers: Sequence[nn.Module], *, trims: bool, ahead: bool
     ) -> None:
         """Raise a ConfigError if the call cannot be right under a pruner.
 
@@ -93,7 +94,15 @@ class Request:
         if self.drafted_from is not None:
             self._refuse_drafts(pruner, trims=trims, ahead=ahead)
         if pruner.positions == "renumbered" and not _several_axes(decoder):
-            self._refuse_right_padding(pruner)
+            self._refuse_right_padding(
+                "Their answers would begin behind the padding, at positions that count from it, and "
+                f"{pruner.name} moves positions down: they would become negative"
+            )
+        if len(attending_layers(layers)) < len(layers):
+            self._refuse_right_padding(
+                "Layers with a state (linear attention, convolution, Mamba) read the padding before the answer: the "
+                "state fades over it, and pruning takes padding away"
+            )
 
     def _refuse_chunks(self) -> None:
         if self.option("prefill_chunk_size") is not None:
@@ -157,7 +166,7 @@ class Request:
                 "model.eval() before generate() and model.train() behind it, or pass use_cache=False."
             )
 
-    def _refuse_right_padding(self, pruner: Method) -> None:
+    def _refuse_right_padding(self, why: str) -> None:
         mask, prompt, pad = self._given.get("attention_mask"), self.prompt, self.option("pad_token_id")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             ends = mask[:, -1] == 0
@@ -167,9 +176,8 @@ class Request:
             return
         if bool(ends.any()):
             raise ConfigError(
-                f"the prompts are padded at their right. Their answers would begin behind the padding, at positions "
-                f"that count from it, and {pruner.name} moves positions down: they would become negative. Pad at the "
-                "left, as generate() expects: processor.tokenizer.padding_side = 'left'."
+                f"the prompts are padded at their right. {why}. Pad at the left, as generate() expects: "
+                "processor.tokenizer.padding_side = 'left'."
             )
 
 

@@ -14,7 +14,7 @@ from evengaze.engine.sharing import lenders
 from evengaze.errors import UnsupportedModelError
 from evengaze.layout import VisualLayout
 from evengaze.models import BareDecoder, adapter_for, find_decoder
-from evengaze.models.base import Adapter, attending_layers
+from evengaze.models.base import Adapter, attending_layers, full_attention_layers
 from evengaze.models.refusals import refuse_decoder
 from evengaze.protocol import Method, Stage
 
@@ -77,6 +77,9 @@ class Plan:
         attending, lending = attending_layers(layers), lenders(layers, decoder.config)
         # Behind the first layer whose keys later ones attend to, tokens must stay.
         able = tuple(i for i in attending if i < min(lending.values(), default=len(layers)))
+        if getattr(pruner, "layers", ()) is None:  # nobody chose: a window may hide tokens, so where there is none
+            wide = tuple(i for i in able if i in full_attention_layers(decoder))
+            able = wide if len(wide) >= len(pruner.stages(len(layers))) else able
         if len(able) < len(layers) and hasattr(pruner, "fitted"):
             pruner = pruner.fitted(len(layers), able)
         stages = list(pruner.stages(len(layers)))

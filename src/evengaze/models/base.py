@@ -136,12 +136,7 @@ class Adapter:
     def full_attention_layers(self, model: nn.Module) -> tuple[int, ...]:
         """Decoder layers that attend to the whole sequence. A layer with a sliding window gives tokens outside of it
         exactly 0, so it cannot rank them."""
-        decoder: Any = self.decoder(model)
-        window = getattr(decoder.config, "sliding_window", None)
-        types = getattr(decoder.config, "layer_types", None)
-        if types is None:  # one kind for all layers
-            types = ["full_attention" if window is None else "sliding_attention"] * len(decoder.layers)
-        return tuple(i for i, kind in enumerate(types) if kind in ("full_attention", "attention"))
+        return full_attention_layers(self.decoder(model))
 
     def check_windows(self, model: nn.Module, layers: Iterable[int], length: int) -> None:
         """Warn if a layer whose attention ranks tokens cannot see the whole of a sequence of `length` tokens."""
@@ -197,6 +192,15 @@ def find_decoder(model: nn.Module) -> nn.Module:
         f"{type(model).__name__}: no decoder layers found (looked for a ModuleList called 'layers' under "
         f"{', '.join(_INNER)}). Register an adapter whose decoder() returns the module that holds them."
     )
+
+
+def full_attention_layers(decoder: Any) -> tuple[int, ...]:
+    """Which of a decoder's layers attend to the whole sequence."""
+    window = getattr(decoder.config, "sliding_window", None)
+    types = getattr(decoder.config, "layer_types", None)
+    if types is None:  # one kind for all layers
+        types = ["full_attention" if window is None else "sliding_attention"] * len(decoder.layers)
+    return tuple(i for i, kind in enumerate(types) if kind in ("full_attention", "attention"))
 
 
 def attending_layers(layers: Iterable[nn.Module]) -> tuple[int, ...]:

@@ -15,6 +15,10 @@ from evengaze.models.refusals import refuse_format
 from evengaze.models.registry import adapter_for
 
 
+class CannotBuildError(UnsupportedModelError):
+    """transformers cannot make a model of a config: a package is missing, or the config lacks values."""
+
+
 @dataclass(frozen=True)
 class Diagnosis:
     """How pruning fits a model.
@@ -84,11 +88,11 @@ def skeleton_model(config: Any) -> Any:
                 if type(config) in cls._model_mapping:
                     return cls.from_config(config)
     except ImportError as error:
-        raise UnsupportedModelError(
+        raise CannotBuildError(
             f"{config.model_type!r} needs a package that is not installed: {_line(error)}"
         ) from error
     except Exception as error:  # whatever transformers' modules raise for a config that they cannot build
-        raise UnsupportedModelError(
+        raise CannotBuildError(
             f"transformers {transformers.__version__} cannot build a model of this {config.model_type!r} config: "
             f"{type(error).__name__}: {_line(error)}"
         ) from error

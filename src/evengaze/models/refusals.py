@@ -22,7 +22,14 @@ def refuse_decoder(decoder: nn.Module) -> None:
         raise UnsupportedModelError(reason)
 
 
+_BY_ITSELF = (
+    "its generate() encodes pictures by itself and hands embeddings to a model inside, where nobody sees which of them "
+    "are a picture's. Say it by hand: pruner(model, layout=VisualLayout.from_spans(spans, grid))"
+)
 _BY_TYPE = {
+    "blip-2": _BY_ITSELF,
+    "instructblip": _BY_ITSELF,
+    "instructblipvideo": _BY_ITSELF,
     "granite4_vision": "it adds features of its tower to visual tokens between its layers, by a mask over the whole "
     "prompt inside of its own forward, where the tokens that are left cannot be told from those that are not",
     "unlimited_ocr": "its cache keeps the prompt and a window behind it in layers of a class of its own",

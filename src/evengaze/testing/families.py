@@ -21,6 +21,7 @@ from evengaze.testing.recipes import (
     native,
     qwen,
     square_images,
+    stand_ins,
     text_of,
     tile_images,
     timestamped_videos,
@@ -30,9 +31,7 @@ from evengaze.testing.recipes import (
 )
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        "LlamaForCausalLM", lambda text: text_of("LlamaConfig", text), lambda n, _: ([[IMAGE] * 16] * n, {})
-    ),
+    "llama": Family("LlamaForCausalLM", partial(text_of, "LlamaConfig"), stand_ins, bare=True),
     "llava": Family(
         "LlavaForConditionalGeneration",
         vlm("LlavaConfig", CLIP, "LlamaConfig", image_token_id=IMAGE, image_seq_length=16),

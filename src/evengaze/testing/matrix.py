@@ -22,7 +22,7 @@ from evengaze.errors import UnsupportedModelError
 from evengaze.methods import get
 from evengaze.models import adapter_for
 from evengaze.testing.markdown import put_between
-from evengaze.testing.models import families, layout_of, skipped, tiny
+from evengaze.testing.models import bare, families, layout_of, skipped, tiny
 from evengaze.testing.oracle import replayed
 
 ATTENTION = ("sdpa", "eager")
@@ -81,7 +81,7 @@ def check(family: str, method: str, attention: str = "sdpa", batch: int = 1, **i
         inputs_: further arguments of `tiny`, such as `images=2` or `video=True`.
     """
     model, inputs, dense = _dense(family, batch, attention, **inputs_)
-    layout: dict[str, Any] = {"layout": layout_of(inputs)} if family == "llama" else {}
+    layout: dict[str, Any] = {"layout": layout_of(inputs)} if bare(family) else {}
     everything, pruner = get(method)(**_ALL[method]), get(method)(**METHODS[method])
     with everything(model, **layout):
         _, same = greedy(model, inputs)

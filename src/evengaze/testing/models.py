@@ -28,10 +28,16 @@ def families(*, video: bool = False, generic: bool = False) -> tuple[str, ...]:
     return tuple(name for name, f in chosen.items() if not video or f.videos is not None)
 
 
+def bare(family: str) -> bool:
+    """Whether a family is a text decoder, which needs a layout by hand."""
+    return {**FAMILIES, **GENERIC}[family].bare
+
+
 def skipped(family: str) -> tuple[str, ...]:
     """Which rows of the matrix a family lacks, and why; for people."""
     kind = {**FAMILIES, **GENERIC}[family]
-    return () if kind.videos is not None else ("No video, which the model does not take",)
+    why = "a text decoder" if kind.bare else "the model takes none"
+    return () if kind.videos is not None else (f"No video ({why})",)
 
 
 def tiny(
@@ -50,8 +56,8 @@ def tiny(
     """A tiny random model and inputs for it.
 
     Args:
-        family: one of `families()`; "llama" is a bare decoder whose prompts hold stand-ins for image tokens
-            (`layout_of` says where).
+        family: one of `families()`; "llama" and others (`bare`) are decoders whose prompts hold stand-ins for image
+            tokens (`layout_of` says where).
         batch: rows; their texts differ in content and length.
         attention: attention implementation.
         images: pictures in each row, or one number for each row (0 makes a row of text only).

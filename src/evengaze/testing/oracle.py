@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Embedding
 
 from evengaze.layout import VisualTokens
 from evengaze.methods.base import Pruner
@@ -53,7 +54,8 @@ def replayed(
         ends_in_picture: whether every prompt's last token is a visual one, behind which nothing moves.
     """
     decoder = decoder_of(model)
-    renumber = pruner.positions == "renumbered" and not _multimodal_rope(decoder.config)
+    renumber = pruner.positions == "renumbered" and hasattr(decoder, "rotary_emb")
+    renumber = renumber and not _multimodal_rope(decoder.config)
     plan = {
         s.layer: rows
         for s, rows in zip(trace.stages, _plan(trace, renumber, ends_in_picture, attention_mask.device), strict=True)
@@ -73,7 +75,13 @@ def replayed(
 
 def decoder_of(model: Any) -> Any:
     """The module with decoder layers and token embeddings, found without the library's help."""
-    return next(m for m in model.modules() if hasattr(m, "layers") and hasattr(m, "embed_tokens"))
+    names = ("embed_tokens", "embeddings")
+    found = (
+        m
+        for m in model.modules()
+        if hasattr(m, "layers") and any(isinstance(getattr(m, n, None), Embedding) for n in names)
+    )
+    return next(found)
 
 
 def _multimodal_rope(config: Any) -> bool:
@@ -241,7 +249,9 @@ class _State:
 def attends(layer: Any) -> bool:
     """Whether a decoder layer has attention."""
     names = ("self_attn", "attention", "attn", "self_attention")
-    return any(getattr(layer, name, None) is not None for name in names)
+    return any(getattr(layer, name, None) is not None for name in names) or hasattr(
+        getattr(layer, "mixer", None), "k_proj"
+    )
 
 
 def _left_padded(alive: Tensor) -> tuple[Tensor, Tensor]:

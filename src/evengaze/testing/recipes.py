@@ -30,6 +30,7 @@ class Family:
         videos: the same for videos, or None.
         types: name of an input that marks token types, and how it follows from the ids.
         by_row: pixels are (rows, most tiles of a row, ...) with zeros where a row has fewer.
+        bare: whether it is a text decoder, whose prompts hold stand-ins for visual tokens.
         eager_tower: whether the model class has no sdpa; its decoder has, where the tower alone is given eager.
         tower: a module that stands in for a vision tower of timm, which need not be installed; from its config.
         broken: a release of transformers in which the unpruned model fails, and how.
@@ -41,6 +42,7 @@ class Family:
     videos: Callable[[int, torch.Generator], Pictures] | None = None
     types: tuple[str, Callable[[Tensor], Tensor]] | None = None
     by_row: bool = False
+    bare: bool = False
     eager_tower: bool = False
     tower: Callable[[Any], nn.Module] | None = None
     broken: tuple[str, str] | None = None
@@ -124,6 +126,11 @@ def square_images(tokens: int, *, wrap: bool = False) -> Callable[[int, torch.Ge
         return [picture] * n, {"pixel_values": noise(generator, n, 3, 56, 56)} if n else {}
 
     return make
+
+
+def stand_ins(n: int, generator: torch.Generator) -> Pictures:
+    """Tokens that stand for pictures in a decoder's prompt."""
+    return [[IMAGE] * 16] * n, {}
 
 
 def frame_videos(frames: int, tokens: int, newline: int = 0) -> Callable[[int, torch.Generator], Pictures]:
