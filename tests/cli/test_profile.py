@@ -47,7 +47,7 @@ def test_the_folder_of_a_config_is_a_model_without_weights(config: Path, capsys:
     arguments = ["profile", "--model", config.parent, "-m", "fastv:keep=4", "--new-tokens", 0, "--rounds", 1]
     code, out, err = call(capsys, *arguments)
     assert code == 0 and "random weights" in out and "has no weights: random ones are used" in err
-    assert "decoding and memory" in out and "Percentages are shares" in err
+    assert "prefill" in out and "memory" in out and "decoding" not in out and "Percentages are shares" in err
 
 
 LONG = "pyramiddrop:keep=[0.75,0.5,0.25],layers=[2,3,4],debias=padding"

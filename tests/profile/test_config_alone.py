@@ -90,6 +90,7 @@ def test_shapes_are_models_of_their_names(name: str) -> None:
         from evengaze.models.inspect import skeleton_model
 
         billions = sum(p.numel() for p in skeleton_model(config).parameters()) / 1e9
-    said = float(name.rpartition("-")[2].removesuffix("b"))
+    size = name.rpartition("-")[2]
+    said = float(size[:-1]) / {"b": 1, "m": 1000}[size[-1]]
     assert found.model_type == config.model_type and said <= billions < said * 1.2
     assert shape_of("something else") is None

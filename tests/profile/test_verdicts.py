@@ -47,7 +47,8 @@ def dense(**changes: Any) -> Row:
 
 
 def pruned(time: float, half: float = 0.01, **changes: Any) -> Row:
-    return dense(method="fastv", flops=0.3, time=time, time_low=time - half, time_high=time + half, **changes)
+    values = {"average_tokens": 156.0, **changes}
+    return dense(method="fastv", flops=0.3, time=time, time_low=time - half, time_high=time + half, **values)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,13 @@ def test_a_method_says_what_it_saves_and_why_not_more() -> None:
         "not measured: it does"
     )
     assert "nothing can be compared" in sentence(pruned(1.0), None)
+
+
+def test_a_budget_that_keeps_everything_is_said() -> None:
+    text = sentence(pruned(1.0, average_tokens=576.0), dense())
+    assert text.startswith("its budget keeps all 576 visual tokens, so nothing is dropped; its prefill cannot be told")
+    assert "keeps all" not in sentence(pruned(1.0), dense())
+    assert "keeps all" not in sentence(dense(method="dense (attached)", variant="graphs"), dense())
 
 
 def test_decoding_gains_where_the_cache_is_what_is_read() -> None:

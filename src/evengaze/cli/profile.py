@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from evengaze.methods import Pruner
     from evengaze.profile.prompts import Prompt
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+"""Or torch's C++ tells of memory that was allocated before a profile of it began."""
 METHODS = "fastv:keep=0.5;fastv:keep=0.25;fastv:keep=0.125"
 VISUAL, TEXT = 576, 64
 """Of a prompt whose size was not asked for."""

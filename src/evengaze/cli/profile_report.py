@@ -36,8 +36,8 @@ def report(rows: Rows) -> None:
                     f"{first['model']} ({first['model_type']}, {first['layers']} layers, {weights}), {first['dtype']}, "
                     f"{first['attention']} attention, on {first['device']}; torch {first['torch']}, transformers "
                     f"{first['transformers']}.",
-                    f"A prompt has {first['visual_tokens']} visual{shown} and {first['text_tokens']} other tokens, an "
-                    f"answer {first['new_tokens']}.",
+                    f"A prompt has {first['visual_tokens']} visual{shown} and {first['text_tokens']} other tokens, "
+                    + (f"an answer {first['new_tokens']}." if first["new_tokens"] > 1 else "answers are left out."),
                 ]
             )
         )
@@ -47,20 +47,22 @@ def report(rows: Rows) -> None:
         terminal.echo("")
         terminal.echo(_prefills(alike, f"Batch {batch}, prefill"))
         terminal.echo("")
-        terminal.echo(_answers(alike, f"Batch {batch}, decoding and memory"))
+        terminal.echo(_answers(alike, f"Batch {batch}, {'decoding and ' if alike[0]['new_tokens'] > 1 else ''}memory"))
         terminal.echo("")
         terminal.echo(
             "\n".join(tables.lines([f"{name_of(row)}: {row['verdict']}" for row in alike])) + _why_unknown(alike)
         )
-    output.note(
+    said = [
         "Percentages are shares of the dense model's, to which nothing is attached. Predicted are FLOPs (of the "
         "decoder's prefill) and bytes (that a decoding step reads); the rest is measured: medians of "
-        f"{first['rounds']} rounds, in brackets the interval of the share."
-    )
+        f"{first['rounds']} rounds, and the interval of the prefill's share. The tower's time holds all that is not "
+        "the decoder; peak is what a prefill holds beyond the weights, cache the keys and values after it."
+    ]
+    output.note("\n".join(tables.lines(said)))
 
 
 def _prefills(rows: Rows, title: str) -> str:
-    heads = ("average tokens", "FLOPs", "tower ms", "decoder ms", "", "prefill ms", "", "")
+    heads = ("average tokens", "FLOPs", "tower ms", "decoder ms", "of dense", "prefill ms", "of dense", "interval")
     cells = [
         [
             name_of(row),
@@ -80,15 +82,15 @@ def _prefills(rows: Rows, title: str) -> str:
 
 
 def _answers(rows: Rows, title: str) -> str:
-    heads = ("bytes", "step ms", "", "answer s", "", "peak MB", "", "cache MB", "", "largest batch")
+    heads = (
+        *("bytes", "step ms", "of dense", "answer s", "of dense", "peak MB", "of dense", "cache MB", "of dense"),
+        "largest batch",
+    )
     cells = [
         [
             name_of(row),
-            f"{row['predicted_step']:.0%}",
-            _ms(row["step_seconds"]),
-            _share(row["step"]),
-            "-" if row["answer_seconds"] is None else f"{row['answer_seconds']:.3g}",
-            _share(row["answer"]),
+            f"{row['predicted_step']:.0%}" if row["new_tokens"] > 1 else "",
+            *_answer(row),
             _mega(row["peak_bytes"]),
             _share(row["peak_memory"]),
             _mega(row["kv_bytes"]),
@@ -98,6 +100,15 @@ def _answers(rows: Rows, title: str) -> str:
         for row in rows
     ]
     return tables.table([tables.name("method"), *map(tables.Column, heads)], cells, title=title)
+
+
+def _answer(row: Mapping[str, Any]) -> list[str]:
+    """Step and answer; nothing where no answers were asked for, so that the columns are left out."""
+    if row["new_tokens"] < 2:
+        return [""] * 4
+    seconds = row["answer_seconds"]
+    answer = "-" if seconds is None else f"{seconds:.3g}"
+    return [_ms(row["step_seconds"]), _share(row["step"]), answer, _share(row["answer"])]
 
 
 def _why_unknown(rows: Rows) -> str:

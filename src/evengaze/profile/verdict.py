@@ -86,7 +86,7 @@ def sentence(row: Row, dense: Row | None, graphed: Row | None = None) -> str:
     if row.name == DENSE:
         parts = [_limit(row, allows), _graphs(row, graphed)]
     else:
-        parts = [_prefill(row, allows), _graphs(row, graphed) if not row.variant else "", _answer(row)]
+        parts = [_nothing(row), _prefill(row, allows), _graphs(row, graphed) if not row.variant else "", _answer(row)]
     return "; ".join(part for part in parts if part) + "."
 
 
@@ -104,6 +104,12 @@ def _limit(dense: Row, allows: Reach) -> str:
     if dense.answer_seconds and dense.step_seconds:
         most += f"; decoding is {(dense.new_tokens - 1) * dense.step_seconds / dense.answer_seconds:.0%} of an answer"
     return why + most
+
+
+def _nothing(row: Row) -> str:
+    if row.average_tokens < row.visual_tokens or row.method.startswith(DENSE):
+        return ""
+    return f"its budget keeps all {row.visual_tokens} visual tokens, so nothing is dropped"
 
 
 def _prefill(row: Row, allows: Reach) -> str:
