@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache as memoize
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -98,6 +99,8 @@ def is_fixed(layer: Any) -> bool:
 
 def is_a(layer: Any, kind: type) -> bool:
     """`isinstance` for cache layers, which are abstract classes: asked of every layer in every call, and slow there."""
+    if torch.compiler.is_compiling():  # which warns of functions that remember
+        return issubclass(type(layer), kind)
     return _is_a(type(layer), kind)  # type: ignore[arg-type]
 
 

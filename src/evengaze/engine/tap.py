@@ -205,13 +205,26 @@ class Taps:
 
 
 # -- the shadow -------------------------------------------------------------------------------------------------------
+_PREFIX = "evengaze:"
+
+
 class _Name(str):
-    """An implementation's name. It equals the plain one, but a table has an entry of its own for it."""
+    """An implementation's name. It equals the plain one, but tables find the entry of the prefixed one for it.
+
+    Tables themselves hold the prefixed one, a plain string: releases of torch.compile do not read a table whose keys
+    have a hash of their own, also where nobody looks for them.
+    """
 
     __slots__ = ()
 
     def __hash__(self) -> int:
-        return hash(("evengaze", str(self)))
+        return hash(_PREFIX + str(self))
+
+    def __eq__(self, other: object) -> bool:
+        return str(self) == other or _PREFIX + str(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
 
     def __reduce__(self) -> tuple[Any, ...]:
         return str, (str(self),)
@@ -271,12 +284,11 @@ def _shadow_class(base: Any) -> Any:
 @functools.cache
 def _listening(name: str | None) -> _Name:
     """The name under which `_tapped` is registered for an implementation."""
-    listening = _Name(name or "eager")
-    AttentionInterface.register(listening, _tapped)
-    plain = str(listening)
+    plain = str(name or "eager")
+    AttentionInterface.register(_PREFIX + plain, _tapped)
     if plain in ALL_MASK_ATTENTION_FUNCTIONS:  # some modules make masks of their own
-        AttentionMaskInterface.register(listening, ALL_MASK_ATTENTION_FUNCTIONS[plain])
-    return listening
+        AttentionMaskInterface.register(_PREFIX + plain, ALL_MASK_ATTENTION_FUNCTIONS[plain])
+    return _Name(plain)
 
 
 # -- the attention function -------------------------------------------------------------------------------------------
