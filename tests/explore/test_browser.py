@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from time import monotonic
 from typing import Any
 
@@ -56,11 +58,13 @@ def shown(tab: Any) -> dict[str, str]:
     return {name: tab.inner_html(f"#{name}") for name in (*PANELS, "maps", "charts")}
 
 
-def wait_for(tab: Any, text: str, where: str = "#plain") -> float:
+def wait_for(tab: Any, text: str, where: str = "#plain", seconds: float = 20) -> float:
     """Seconds until something is said."""
     start = monotonic()
     tab.wait_for_function(
-        "([where, text]) => document.querySelector(where).innerText.includes(text)", arg=[where, text], timeout=20_000
+        "([where, text]) => document.querySelector(where).innerText.includes(text)",
+        arg=[where, text],
+        timeout=1000 * seconds,
     )
     return monotonic() - start
 
@@ -174,13 +178,35 @@ def test_every_picture_and_control_has_words(tab: Any) -> None:
         assert tab.get_by_label(label, exact=False).count() >= 1
 
 
-@pytest.mark.slow
-def test_a_slider_answers_within_a_second(tab: Any) -> None:
-    """The fastest of some moves: other work on the machine is not the page's."""
-    seconds = []
-    for share, kept in ((12, 24), (18, 35), (31, 61), (44, 86), (57, 112)):
+def test_eight_tabs_with_different_settings(browser: Any, page: Any) -> None:
+    """All move their sliders before any has its answer; each sees its own settings, and its own picture."""
+    tabs = []
+    for number in range(8):
+        tab = browser.new_context(viewport={"width": 1400, "height": 1150}).new_page()
+        tab.goto(page.local_url)
+        tabs.append((tab, 10 + 5 * number, number % 6 + 1))
+    for tab, _, _ in tabs:
+        tab.wait_for_selector("#debiased .eg-answer", timeout=120_000)
+    for tab, share, picture in tabs:
+        tab.get_by_label(f"picture {picture}").check()
         tab.locator("#keep input[type=number]").fill(str(share))
         tab.keyboard.press("Tab")
-        seconds.append(wait_for(tab, f"{kept} of 196 kept", "#debiased"))
-    print("seconds from a slider's move to all panels:", " ".join(f"{s:.2f}" for s in sorted(seconds)))
+    for tab, share, picture in tabs:
+        kept = math.ceil(196 * share / 100 - 0.5)
+        for panel in ("#plain", "#debiased"):
+            wait_for(tab, f"{kept} of 196 kept", panel, seconds=120)
+        wait_for(tab, f"picture {picture}", "#status", seconds=120)
+        assert "196.0" in tab.inner_text("#dense")
+        tab.context.close()
+
+
+def test_a_slider_answers_within_a_second(tab: Any) -> None:
+    """The fastest of some moves: other work on the machine is not the page's. Plain and debiased come in one answer."""
+    seconds = []
+    for share, kept in ((12, 24), (18, 35), (31, 61), (44, 86), (57, 112), (22, 43), (49, 96)):
+        tab.locator("#keep input[type=number]").fill(str(share))
+        tab.keyboard.press("Tab")
+        seconds.append(wait_for(tab, f"{kept} of 196 kept") + wait_for(tab, f"{kept} of 196 kept", "#debiased"))
+    told = " ".join(f"{s:.2f}" for s in sorted(seconds))
+    print(f"seconds from a slider's move to all panels: median {median(seconds):.2f} of {told}")
     assert min(seconds) < 1.0
