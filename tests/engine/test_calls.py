@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
+import sys
 import threading
 import time
 
@@ -315,3 +317,29 @@ def test_an_exchanged_attention_is_read_an_exchanged_layer_is_an_error():
                 model(**inputs)
             layers[i] = old
         assert snapshot(model) == before
+
+
+def test_of_threads_that_attach_at_once_one_does():
+    model, inputs = tiny("llava")
+    expected = model(**inputs).logits
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(40):
+            ready, handles = threading.Barrier(6), []
+
+            def attach(ready=ready, handles=handles):
+                ready.wait()
+                with contextlib.suppress(AttachError):
+                    handles.append(eg.FastV(keep=5)(model))
+
+            threads = [threading.Thread(target=attach) for _ in range(6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(handles) == 1
+            handles[0].remove()
+    finally:
+        sys.setswitchinterval(interval)
+    assert torch.equal(model(**inputs).logits, expected)

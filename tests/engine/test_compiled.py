@@ -290,3 +290,23 @@ def test_compiled_steps_of_layers_that_share_keys_are_refused():
     config._compile_all_devices = True
     with eg.Uniform(keep=4, layer=4)(model), pytest.raises(AttachError, match="disable_compile=True"):
         model.generate(**inputs, **options, compile_config=config)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning"
+)
+def test_a_trace_is_refused():
+    """It would keep the same tokens of every other prompt."""
+    model, inputs = tiny("llava")
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids, pixels):
+            return self.model(input_ids=ids, pixel_values=pixels, use_cache=False).logits
+
+    given = (inputs["input_ids"], inputs["pixel_values"])
+    with torch.no_grad(), eg.FastV(keep=5)(model), pytest.raises(AttachError, match=r"torch\.jit\.trace"):
+        torch.jit.trace(Logits().eval(), given, check_trace=False)

@@ -135,6 +135,32 @@ def test_training_with_gradient_checkpointing(method):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+TOWER = ["visionzip:keep=5", "illava:keep=9,layer=3,vision_layers=[0,1],vision_drop=2"]
+
+
+@pytest.mark.parametrize("method", TOWER)
+def test_training_of_a_tower_in_which_patches_leave(method):
+    """Gradients are those of what is computed, and the same if the tower's layers run once more for them."""
+    model, inputs = tiny("llava", batch=2, dtype=torch.float64)
+    trained = model.model.vision_tower.get_submodule("encoder.layers.0.mlp.fc1").weight
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    found = []
+    with parse(method)(model):
+        for reentrant in (None, False, True):
+            if reentrant is not None:
+                enable({"use_reentrant": reentrant})
+            model.train().zero_grad()
+            loss = model(**inputs).logits[:, -1].logsumexp(-1).sum()
+            loss.backward()
+            found.append(trained.grad.clone())
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+        step = 1e-6 * torch.randn(trained.shape, dtype=trained.dtype, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            trained += step
+            later = model(**inputs).logits[:, -1].logsumexp(-1).sum()
+    assert (later - loss).item() == pytest.approx((found[0] * step).sum().item(), rel=1e-3)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_states_and_caches_are_released(method):
     model, inputs = tiny("llava")

@@ -180,3 +180,11 @@ def refuse_sharing() -> None:
         "layers of this model attend to the keys of earlier layers, whose cache was pruned: such steps cannot be "
         "compiled yet. Generate with disable_compile=True."
     )
+
+
+def refuse_tracing() -> None:
+    """Raise an AttachError for `torch.jit.trace`."""
+    raise AttachError(
+        "torch.jit.trace would record which tokens this prompt keeps, and keep the same of every other. Trace the "
+        "model without a pruner."
+    )

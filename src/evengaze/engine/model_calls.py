@@ -166,6 +166,8 @@ class ModelCalls:
         if states is not None and states.shape[1] > 1:  # one token is a decoding step
             watched = self._layer_calls.watched
             call.run = self._prompts.begin(call, states, kwargs, call.cache, watched=watched)
+        if call.run is not None and torch._C._get_tracing_state() is not None:
+            compiled.refuse_tracing()
         call.idle = call.run is None and gate is None and not call.nested
 
     def _hook_pruned(self, cache: Any) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from evengaze.engine import checks, compiled
-from evengaze.engine.intercept import Mark
+from evengaze.engine.intercept import Mark, put
 from evengaze.engine.sharing import lenders
 from evengaze.errors import UnsupportedModelError
 from evengaze.layout import VisualLayout
@@ -18,8 +19,10 @@ from evengaze.models.base import Adapter, attending_layers, full_attention_layer
 from evengaze.models.refusals import refuse_decoder
 from evengaze.protocol import Method, Stage
 
-MARK = "_evengaze_handle"
+_MARK = "_evengaze_handle"
 """Where a decoder says whose it is."""
+
+_claiming = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +74,7 @@ class Plan:
         decoder: Any = compiled.inner(find_decoder(model) if adapter is None else adapter.decoder(model))
         if adapter is None:
             refuse_decoder(decoder)
-        held: Mark | None = decoder.__dict__.get(MARK)
+        held: Mark | None = decoder.__dict__.get(_MARK)
         checks.refuse_second(model, None if held is None else held.value.pruner)
         layers = list(map(compiled.inner, decoder.get_submodule("layers").children()))
         attending, lending = attending_layers(layers), lenders(layers, decoder.config)
@@ -127,6 +130,18 @@ class Plan:
     def ranked_by(self) -> list[int]:
         """The layers whose attention ranks tokens."""
         return [stage.attended for _, stage in self.stages.values() if stage.attended is not None]
+
+
+def claim(plan: Plan, handle: Any) -> Callable[[], None]:
+    """Make a decoder the handle's; returns what gives it back.
+
+    Raises:
+        AttachError: it is another's, perhaps since a moment ago.
+    """
+    with _claiming:
+        held: Mark | None = plan.decoder.__dict__.get(_MARK)
+        checks.refuse_second(plan.model, None if held is None else held.value.pruner)
+        return put(plan.decoder, _MARK, Mark(handle))
 
 
 def _whole(model: nn.Module) -> nn.Module:

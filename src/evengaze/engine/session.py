@@ -25,10 +25,10 @@ from evengaze.engine.call import Calls
 from evengaze.engine.encoded import Encoded, Features, watch
 from evengaze.engine.generation import refuse_packing
 from evengaze.engine.graphs import Graphs
-from evengaze.engine.intercept import Mark, before_forward, behind_forward, intercept, put
+from evengaze.engine.intercept import before_forward, behind_forward, intercept
 from evengaze.engine.layer_calls import LayerCalls
 from evengaze.engine.model_calls import ModelCalls
-from evengaze.engine.plan import MARK, Plan
+from evengaze.engine.plan import Plan, claim
 from evengaze.engine.prompt import Prompts
 from evengaze.engine.question import Said, check_said
 from evengaze.engine.rotary import Served
@@ -154,7 +154,7 @@ class Handle:
     def _install(self, wrapper: nn.Module) -> None:
         """Put everything on; `wrapper` is what was given as the model, with what compiles or wraps it."""
         plan, keep, on = self._plan, self._undo.append, self._model_calls
-        keep(put(plan.decoder, MARK, Mark(self)))
+        keep(claim(plan, self))
         for outer in plan.outer:
             keep(before_forward(outer, on.enter_model))
             keep(behind_forward(outer, on.leave_model, always=True))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evengaze.engine.attention import AttentionStates
+from evengaze.engine.attention import AttentionStates, attention_module
 from evengaze.engine.intercept import before_forward, behind_forward
 from evengaze.engine.tap import Taps
 from evengaze.errors import ConfigError, LayoutError, UnsupportedModelError
@@ -124,7 +124,8 @@ def watch(model: nn.Module, adapter: Adapter | None, shared: Shared) -> Callable
             images, length = states.query.shape[0], states.query.shape[2]
             index = torch.arange(length, device=states.query.device).expand(images, -1)
             queries = index[:, : tower.special] if tower.special else index
-            patches.add(states.received(Picked(queries), index[:, tower.special :]))
+            with torch.no_grad():
+                patches.add(states.received(Picked(queries), index[:, tower.special :]))
 
         taps.on(layer).arm(sink)
 
@@ -172,7 +173,8 @@ class TowerCut:
         for i in self.layers:
             layer = self.tower.layers[i]
             self._taps.on(layer)
-            undo.append(before_forward(layer, self._listen))
+            # Inside of the layer, as the merge is: gradient checkpointing runs a forward once more, but no hooks on it.
+            undo.append(before_forward(attention_module(layer), functools.partial(self._listen, layer)))
             undo.append(before_forward(_second_norm(layer), self._merge))
             undo.append(behind_forward(layer, self._take))
         return undo
@@ -195,12 +197,13 @@ class TowerCut:
             survived = torch.zeros(len(kept), now.full - self.tower.special, device=kept.device)
             patches.add(survived.scatter(1, kept, 1.0), kept.shape[1])
             now.begin()
+            now.over = True
             return out
 
         module = self.tower.module
         return [before_forward(module, begin), behind_forward(module, end)]
 
-    def _listen(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+    def _listen(self, layer: nn.Module, attention: nn.Module, args: Any, kwargs: Any) -> None:
         self._taps.on(layer).arm(functools.partial(setattr, self._now, "states"))
 
     def _merge(self, norm: nn.Module, args: tuple[Tensor, ...], kwargs: Any) -> None:
@@ -208,22 +211,25 @@ class TowerCut:
         assert states is not None
         special = self.tower.special
         index = torch.arange(stream.shape[1], device=stream.device).expand(len(stream), -1)
-        selection = self.choose(states.received(Picked(index), index[:, special:]))
+        with torch.no_grad():
+            selection = self.choose(states.received(Picked(index), index[:, special:]))
         if selection.merge is not None:
-            merge_states(stream, stream, selection.merge, special)
+            parts = stream.clone() if stream.requires_grad else stream  # what is read for gradients must stay as it was
+            merge_states(parts, stream, selection.merge, special)
         self._now.keep, self._now.states = selection.keep, None
 
     def _take(self, layer: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
         now, special = self._now, self.tower.special
         assert now.keep is not None
-        if now.kept is None:
-            now.full = hidden.shape[1]
-        now.kept = now.keep if now.kept is None else now.kept.gather(1, now.keep)
         first = torch.arange(special, device=hidden.device).expand(len(hidden), -1)
         index = torch.cat([first, now.keep + special], 1)
         short = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
-        now.lengths[short.shape[1]] = torch.cat([first, now.kept + special], 1)
+        if not now.over:
+            if now.kept is None:
+                now.full = hidden.shape[1]
+            now.kept = now.keep if now.kept is None else now.kept.gather(1, now.keep)
+            now.lengths[short.shape[1]] = torch.cat([first, now.kept + special], 1)
         return (short, *out[1:]) if isinstance(out, tuple) else short
 
     def _spread(self, states: Any) -> Any:
@@ -243,6 +249,7 @@ class _Cut(threading.local):
         states: attention of the layer that runs.
         lengths: by length of a sequence, the original patches in it, special tokens included.
         full: length of the sequence before anything left.
+        over: whether the tower has been left; gradient checkpointing runs layers once more then, the last one first.
     """
 
     def __init__(self) -> None:
@@ -255,6 +262,7 @@ class _Cut(threading.local):
         self.states: AttentionStates | None = None
         self.lengths: dict[int, Tensor] = {}
         self.full = 0
+        self.over = False
 
 
 def _second_norm(layer: nn.Module) -> nn.Module:
