@@ -366,8 +366,10 @@ def merge_states(states: Tensor, out: Tensor, merge: Merge, offset: int = 0) -> 
     sums = torch.cat(
         [torch.where(slot[:, None] == p[:, None], weight, 0.0) @ parts for p in torch.split(place, chunk)], 1
     )
-    # All parts of a target are given its sum, so that writing it several times does no harm.
+    # All parts of a target are given its sum, so that writing it several times does no harm; gradients go to the first.
     sums = take_states(sums, slot).to(out.dtype)
+    if sums.requires_grad:
+        sums = torch.where(first[..., None], sums, sums.detach())
     out.scatter_(1, ordered[..., None].expand_as(sums), sums)
 
 

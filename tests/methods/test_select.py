@@ -28,7 +28,7 @@ from evengaze.methods.pyramiddrop import PyramidDrop
 from evengaze.methods.sparsevlm import Raters, SparseVLM, density_peaks, raters, recycling
 from evengaze.methods.tokencarve import TokenCarve, contribution
 from evengaze.methods.tome import ToMe
-from evengaze.protocol import Merge, Selection, Stage, View, top
+from evengaze.protocol import Merge, Selection, Stage, View, merge_states, top
 
 ATTENTION: list[Pruner] = [
     FastV(5),
@@ -431,3 +431,31 @@ def test_blind_methods_ignore_debiasing(name: str) -> None:
     one, two = methods.get(name)(keep=5), methods.get(name)(keep=5, debias=debias)
     blind = {"size": (40, 20), "sources": [None]}
     assert torch.equal(select(one, view(**blind)).keep, select(two, view(**blind)).keep)
+
+
+@pytest.mark.parametrize("itself", [False, True])
+def test_gradients_of_merges_are_those_of_their_sums(itself: bool) -> None:
+    """Several parts go to one target: each of them counts once."""
+    generator = torch.Generator().manual_seed(0)
+    source = torch.stack([torch.randperm(9, generator=generator)[:7] for _ in range(2)])
+    target = torch.tensor([[1, 1, 4, 1, 4, 8, 8], [0, 0, 0, 0, 0, 0, 2]])
+    merge = Merge(source, target, torch.rand(2, 7, generator=generator))
+    weights = torch.randn(2, 9, 3, generator=generator)
+    leaves = [torch.randn(2, 9, 3, generator=generator, requires_grad=True) for _ in range(2)]
+    states, out = leaves[0] * 1.0, leaves[0 if itself else 1] * 1.0
+    plain = [list(rows) for rows in out.detach().clone()]
+    leaf, other = (leaf.detach().clone().requires_grad_() for leaf in leaves)
+    for b in range(2):
+        for place in range(9):
+            plain[b][place] = (leaf if itself else other)[b, place]
+            parts = [k for k in range(7) if int(target[b, k]) == place]
+            if parts:
+                plain[b][place] = torch.stack([merge.weight[b, k] * leaf[b, source[b, k]] for k in parts]).sum(0)
+    expected = torch.stack([torch.stack(rows) for rows in plain])
+    merge_states(states.clone(), out, merge)
+    assert torch.allclose(out, expected, atol=1e-6)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for mine, its in zip(leaves, (leaf, other), strict=True):
+        assert (mine.grad is None) == (its.grad is None)
+        assert mine.grad is None or torch.allclose(mine.grad, its.grad, atol=1e-6)
