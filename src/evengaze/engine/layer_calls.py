@@ -165,17 +165,16 @@ class LayerCalls:
             group.handed.set(call, given, new)
 
     def _relayed_groups(self, cache: Any, first: int) -> list[Group]:
-        found: dict[Any, Group] = {}
-        handed = {}
+        found: dict[int, Group] = {}
+        handed, kind = {}, type(kv.layer_of(cache, first))
         for k in range(first + 1, len(self._plan.layers)):
             layer = kv.layer_of(cache, k)
-            if k not in self._hooked or layer is None:
+            if k not in self._hooked or type(layer) is not kind:  # layers of another kind get another mask
                 continue
             kept = kv.kept_of(layer)
-            key = id(kept), type(layer)
-            if key not in found:
-                found[key] = Group(k, kept, Handed())
-            handed[k] = found[key].handed
+            if id(kept) not in found:
+                found[id(kept)] = Group(k, kept, Handed())
+            handed[k] = found[id(kept)].handed
         groups = list(found.values())
         return groups if self.relays.begin(handed, cache, groups) else []
 
