@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -187,6 +188,8 @@ def test_validation_tells_over_from_under_correction() -> None:
     assert judge(found.measures(1), {"kept_index": low}) == "over-corrects"
     even = {"kept_index": Measure(0.5, 0.48, 0.52, 0.5, 40, False)}
     assert judge(even, even) == "no bias"
+    alone = dataclasses.replace(even["kept_index"], low=float("nan"), high=float("nan"))
+    assert judge({"kept_index": alone}, {"kept_index": alone}) == "too few samples"
     assert judge(even, {"kept_index": low}) == "over-corrects"
 
 

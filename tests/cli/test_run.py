@@ -59,6 +59,37 @@ def test_bad_input_is_one_line(change, message, tiny_folder, picture, capsys):
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1
 
 
+def test_a_budget_that_keeps_everything_is_said(tiny_folder, picture, capsys):
+    arguments = ["run", "--model", tiny_folder, "-i", picture, "-p", "what ?", "--max-new-tokens", 2, "-m"]
+    for method, said in (("fastv:keep=999", True), ("fastv:keep=4", False), ("dense", False)):
+        code, _, error = call(capsys, *arguments, method)
+        assert code == 0 and ("nothing was dropped" in error) is said
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--data", "nowhere"], "is not a directory"),
+        (["--baselines", "randm"], "Did you mean 'random'"),
+        (["--out", "this file"], "is a file"),
+    ],
+)
+def test_evaluate_loads_no_model_for_what_is_wrong_anyway(change, message, tiny_folder, tmp_path, capsys, monkeypatch):
+    from evengaze.evaluate import predictor
+
+    monkeypatch.setattr(predictor, "open_spec", lambda spec: pytest.fail("loaded"))
+    folder = tmp_path / "playground/data/eval/questions"
+    folder.mkdir(parents=True)
+    question = {"question_id": 1, "image": "a.png", "text": "?"}
+    (folder / "questions.jsonl").write_text(json.dumps(question) + "\n")
+    (folder / "answers.jsonl").write_text(json.dumps({"question_id": 1, "answer": "yes"}) + "\n")
+    (folder / "images").mkdir()
+    given = {"--data": tmp_path, "--out": tmp_path / "out", "--model": tiny_folder, "--benchmarks": "questions"}
+    given |= {change[0]: __file__ if change[0] == "--out" else change[1]}
+    code, _, error = call(capsys, "evaluate", *(part for pair in given.items() for part in pair))
+    assert code == 2 and message in " ".join(error.split())
+
+
 def test_compare_draws_methods_side_by_side(tiny_folder, picture, tmp_path, capsys):
     out = tmp_path / "grid.png"
     arguments = ["compare", "--model", tiny_folder, "-i", picture, "-p", "what is this ?", "-o", out]

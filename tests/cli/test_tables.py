@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import typer
 
+import evengaze.cli
 from evengaze.cli import main, tables
 
 NAME = "pyramiddrop:keep=[0.5,0.25,0.125],layers=[2,10,20],mode=official"
@@ -96,8 +98,30 @@ def test_plan_at_any_width(width: int, capsys: pytest.CaptureFixture[str], monke
     assert all(len(line) <= width or line == NAME for line in out.splitlines())
 
 
-def test_no_command_prints_a_table_of_another_kind() -> None:
-    import evengaze.cli
+def test_rows_that_continue_a_group_take_no_line_for_its_name() -> None:
+    columns = [tables.name("group"), tables.name("row"), tables.Column("value")]
+    rows = [["a" * 20, "one", "1"], ["", "two", "2"], [], ["b", "three", "3"]]
+    made = tables.table(columns, rows, limit=24).splitlines()
+    assert made[made.index("a" * 20) :] == ["a" * 20, "  one        1", "  two        2", "", "b", "  three      3"]
 
+
+def commands() -> list[list[str]]:
+    app = typer.main.get_command(evengaze.cli.build())
+    found: list[list[str]] = [[]]
+    for name, one in app.commands.items():  # type: ignore[attr-defined]
+        found += [[name], *([name, inner] for inner in getattr(one, "commands", ()))]
+    return found
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_help_is_never_cut(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shown(capsys, monkeypatch, 80, *command, "--help")
+    assert "Usage" in out and "\u2026" not in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_no_command_prints_a_table_of_another_kind() -> None:
     folder = Path(evengaze.cli.__file__).parent
     assert not [path.name for path in folder.glob("*.py") if "rich.table" in path.read_text(encoding="utf-8")]

@@ -332,7 +332,7 @@ def test_the_report_sets_published_figures_beside_measured_ones(tmp_path: Path) 
     assert "second-hand" not in (tmp_path / "bare" / "report.md").read_text()
     again = call("report", str(tmp_path / "r"), "-o", str(tmp_path / "again"))
     assert again.exit_code == 0
-    for name in ("report.html", "report.md", "curves.svg", "radar.svg"):
+    for name in ("report.html", "report.md", "curves.svg", "curves.pdf", "radar.svg", "radar.pdf"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 

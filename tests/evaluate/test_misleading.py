@@ -352,6 +352,24 @@ def test_plain_and_debiased_points_differ_in_colour_marker_and_filling(tmp_path:
     assert all(container.has_yerr for container in axis.containers)
 
 
+def test_baselines_of_different_first_layers_are_lines_of_their_own_and_intervals_side_by_side(tmp_path: Path) -> None:
+    for budget in (4, 8):
+        made_up(tmp_path, "gqa", f"fastv:keep={budget}", "none", 50.0 + budget)
+        for first in ("", ",layer=1"):
+            made_up(tmp_path, "gqa", f"random:keep={budget}{first}", "none", 40.0 + budget, "baseline")
+    for path in tmp_path.rglob("result.json"):
+        tokens = 4.0 if "keep=4" in json.loads(path.read_text())["cell"]["method"] else 8.0
+        edit(path, tokens={"average_tokens": tokens, "relative_flops": 0.4, "visual_tokens": 576})
+    figure = curves(tables(load(tmp_path), resamples=100))
+    assert figure is not None
+    lines = [container.lines[0] for container in figure.axes[0].containers]
+    assert [len(line.get_xdata()) for line in lines] == [2, 2, 2]
+    assert len({float(line.get_xdata()[0]) for line in lines}) == 3
+    assert all(abs(float(line.get_xdata()[0]) - 4) < 0.1 for line in lines)
+    names = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert {"random from layer 1", "random from layer 2"} <= names
+
+
 def test_one_budget_makes_bars(tmp_path: Path) -> None:
     made_up(tmp_path, "gqa", "dense", "none", 80.0, "dense")
     for debias in ("none", "preset"):

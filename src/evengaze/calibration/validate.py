@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import isnan
 from typing import Any
 
 from torch import nn
@@ -26,7 +27,8 @@ class Verdict:
     Attributes:
         before: measures of the plain ranking.
         after: measures of the debiased ranking.
-        finding: "even", "over-corrects", "under-corrects" or "no bias" (there was none to correct).
+        finding: "even", "over-corrects", "under-corrects", "no bias" (there was none to correct), or "too few samples"
+            (a single one has no interval).
         overlap: held-out pictures that the curve was calibrated on.
     """
 
@@ -83,6 +85,8 @@ def validate(
 def judge(before: Mapping[str, Measure], after: Mapping[str, Measure], margin: float = MARGIN) -> str:
     """In a word or two, what debiasing did to the mean index of the kept tokens."""
     was, now = before["kept_index"], after["kept_index"]
+    if any(isnan(edge) for one in (was, now) for edge in (one.low, one.high)):
+        return "too few samples"
     if not now.biased or abs(now.value - now.even) <= margin:
         return "even" if was.biased and abs(was.value - was.even) > margin else "no bias"
     if (now.value > now.even) == (was.value > was.even) and was.biased:

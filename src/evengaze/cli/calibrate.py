@@ -13,7 +13,7 @@ import typer
 from evengaze.cli import output, terminal
 from evengaze.cli.options import AsJson, BatchSize, Formats, Images, Limit, Method, Prompts, loads_model
 from evengaze.cli.output import INTERRUPTED
-from evengaze.errors import ConfigError
+from evengaze.errors import ConfigError, CurveError
 
 if TYPE_CHECKING:
     from evengaze.calibration.fit import Family, Fit
@@ -88,22 +88,26 @@ def calibrate(
             seen[:] = [now]
             return after_batch(now)
 
-        curve = measure(
-            predictor.model,
-            predictor.processor,
-            source.samples(predictor),
-            pruner,
-            layers=chosen,
-            target=cast("Literal['attention', 'frequency']", target),
-            family=cast("Family", family),
-            fit=cast("Fit | None", fit),
-            tolerance=tolerance,
-            batch_size=batch_size,
-            encode=encode,
-            state=state,
-            after_batch=watch,
-            origin=Origin(model=predictor.spec.name, revision=predictor.revision, data=source.name),
-        )
+        try:
+            curve = measure(
+                predictor.model,
+                predictor.processor,
+                source.samples(predictor),
+                pruner,
+                layers=chosen,
+                target=cast("Literal['attention', 'frequency']", target),
+                family=cast("Family", family),
+                fit=cast("Fit | None", fit),
+                tolerance=tolerance,
+                batch_size=batch_size,
+                encode=encode,
+                state=state,
+                after_batch=watch,
+                origin=Origin(model=predictor.spec.name, revision=predictor.revision, data=source.name),
+            )
+        except CurveError:
+            output.skipped(source.skipped)  # it may be why
+            raise
     curve.save(out)
     output.note(_sentence(curve.summary, curve.origin.samples, curve.origin.layer))
     if figures is not None:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from evengaze.cli import output, tables, terminal
 from evengaze.cli.options import AsJson, overrides_model
-from evengaze.errors import ConfigError
+from evengaze.errors import ConfigError, DataError
 
 RECORDS_LOST = 3
 """Exit status of a run that went through, but in which records could not be read or cells failed."""
@@ -41,9 +41,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Answers and results go here; give it again to resume.")] = None,
     methods: Annotated[
         list[str] | None,
-        typer.Option(
-            "--methods", "-m", help="'none,fastv:keep=128,layer=2,random:keep=128'; ';' works too; repeatable."
-        ),
+        typer.Option("--methods", "-m", help="E.g. 'none,fastv:keep=128', or with ';'; repeatable."),
     ] = None,
     debias: Annotated[
         list[str] | None,
@@ -103,7 +101,7 @@ def evaluate(
     missing += [] if settings.benchmarks else ["--benchmarks"]
     if data is None or out is None or missing:
         raise ConfigError(f"evaluate needs {', '.join(missing)}; see `evengaze evaluate --help`")
-    check_plan(settings)
+    check_plan(settings, data, out)
     options = ScoreOptions(judge=make_judge(judge, judge_url, judge_local), cache=out / "judge.jsonl", say=say)
     if ray is None:
         from evengaze.evaluate.predictor import Predictor
@@ -117,8 +115,8 @@ def evaluate(
     raise typer.Exit(_run(settings, data, out, backend, options, as_json))
 
 
-def check_plan(settings: Any) -> None:
-    """Find out before a model is loaded whether methods, their layers and the debiasing exist."""
+def check_plan(settings: Any, data: Path, out: Path) -> None:
+    """Find out before a model is loaded whether methods, their layers, debiasing, files and folders are right."""
     from evengaze.cli import session
     from evengaze.debias import Debias
     from evengaze.evaluate.benchmarks import get_benchmark
@@ -127,9 +125,14 @@ def check_plan(settings: Any) -> None:
     for label in settings.plan.debias:
         if label not in ("none", "preset", "published"):
             Debias.parse(label)
-    for name in settings.benchmarks:
-        get_benchmark(name)
+    for name in settings.plan.baselines:
+        session.method(name)
+    chosen = [get_benchmark(name) for name in settings.benchmarks]
     session.check_stages(pruners, settings.model)
+    for benchmark in chosen:
+        benchmark.check(data)
+    if out.exists() and not out.is_dir():
+        raise DataError(f"--out {out} is a file; give a folder")
 
 
 def _run(settings: Any, data: Path, out: Path, backend: Any, options: Any, as_json: bool) -> int:
@@ -264,7 +267,9 @@ def report(
     published: Annotated[bool, typer.Option(help="Set published numbers beside the measured ones.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Make tables and figures of an evaluation: Markdown, one self-contained HTML page, PNG and SVG."""
+    """Make tables and figures of an evaluation: Markdown, one self-contained HTML page, PNG, SVG and PDF."""
+    if not results.is_dir():
+        raise DataError(f"{results} is no folder. Give the --out folder of `evengaze evaluate`.")
     from evengaze.cli.session import check_folder
     from evengaze.evaluate.report import write_report
 

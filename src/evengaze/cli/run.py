@@ -64,6 +64,9 @@ def run(
     if answer.trace is None:
         return
     output.note(f"{answer.trace}; {answer.seconds:.2f} s")
+    entering = answer.trace.visual_tokens(0)
+    if pruner.name != "dense" and min(entering) == len(answer.trace.layout.rows[0]):
+        output.note(f"{method} keeps all {min(entering)} visual tokens: nothing was dropped")
     if trace is not None:
         answer.trace.save(trace)
     if plot is not None:
@@ -80,7 +83,7 @@ def compare(
     prompt: Prompt,
     out: Annotated[Path, typer.Option("--out", "-o", help="The figure (.png, .pdf, .svg).")] = Path("compare.png"),
     methods: Annotated[
-        list[str] | None, typer.Option("--methods", "-m", help="E.g. 'fastv:keep=64,layer=2;random:keep=64'.")
+        list[str] | None, typer.Option("--methods", "-m", help="E.g. 'fastv:keep=64;random'; repeatable.")
     ] = None,
     debias: Annotated[
         str | None, typer.Option(help="Curve to debias with: padding, a preset's name, or curve.json.")

@@ -27,7 +27,7 @@ def score(
         "default"
     ),
     rule: Annotated[str | None, typer.Option(help="MMBench: letter, vlmevalkit or lmms-eval.")] = None,
-    consistency: Annotated[bool, typer.Option(help="GQA: also score consistency.")] = False,
+    consistency: Annotated[bool, typer.Option("--consistency", help="GQA: also score consistency.")] = False,
     judge: Annotated[str | None, typer.Option(help="MM-Vet, video: model that judges (through an API).")] = None,
     judge_url: Annotated[str | None, typer.Option(help="Base URL of the judge's OpenAI-compatible server.")] = None,
     judge_local: Annotated[str | None, typer.Option(help="Judge with a model run here through transformers.")] = None,

@@ -77,7 +77,7 @@ def table(
     assert widths is not None
     made = [columns[0].head, *(GAP + line for line in _head(rest, widths)), _rule(limit)]
     for row in rows:
-        made += [*row[:1 if row[0] else 0], *(GAP + line for line in _row(rest, row[1:], widths))] if row else [""]
+        made += [*row[: 1 if row[0] else 0], *(GAP + line for line in _row(rest, row[1:], widths))] if row else [""]
     return "\n".join([*lines, *made])
 
 

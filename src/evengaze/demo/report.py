@@ -238,7 +238,7 @@ def kept(cell: Trial | None) -> str:
 
 _CSS = """
 body{font:15px/1.55 system-ui,sans-serif;color:#1f2430;max-width:62rem;margin:2.5rem auto;padding:0 1.2rem}
-h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem}
+h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem;break-after:avoid}
 .lead{font-size:1.05rem;color:#374151}figure{margin:1rem 0}
 img{max-width:100%;border:1px solid #e5e7eb;border-radius:6px}
 figcaption,.note{color:#6b7280;font-size:.88rem}.scroll{overflow-x:auto}

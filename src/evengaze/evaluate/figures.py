@@ -12,13 +12,19 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from evengaze.evaluate.metrics.paired import wilson
 from evengaze.evaluate.results import Row, Table, short
+from evengaze.methods import OneStage, parse
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart; a family keeps its colour everywhere.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C6D00", "#4C3A9E", "#56B4E9", "#7A3B2E")
 _GREY = {"random": "#9a9a9a", "uniform": "#6b6b6b"}
 _STYLES = ("-", "-.", (0, (3, 1, 1, 1, 1, 1)))
+_FIRST = (":", "-.", "--", (0, (1, 3)))
+"""Of baselines that begin at different layers."""
 _MARKERS = ("s", "^", "D", "v", "P", "X", "*")
 """Of kinds of debiasing; plain is a circle."""
+
+_APART = 0.012
+"""Between neighbouring methods at one budget, of the width of all budgets."""
 
 Series = dict[tuple[str, str, str], list[Row]]
 """Rows by family, debiasing and role."""
@@ -70,13 +76,19 @@ def curves(tables: Sequence[Table]) -> Figure | None:
 
 def _lines(axis: Any, series: Series, looks: _Looks, handles: dict[str, Any]) -> None:
     """A line a method over its budgets, with intervals."""
-    for key, rows in series.items():
-        points = sorted((row.average, row.value, *_interval(row)) for row in rows)
+    middle = (len(series) - 1) / 2
+    means = [row.average for rows in series.values() for row in rows if row.average is not None]
+    step = _APART * (
+        (max(means) - min(means) if means else 0.0) or 1.0
+    )  # at equal budgets, intervals would lie on each other
+    for place, (key, rows) in enumerate(series.items()):
+        aside = step * (place - middle)
+        points = sorted((float(row.average or 0.0) + aside, row.value, *_interval(row)) for row in rows)
         x, y, low, high = zip(*points, strict=True)
         below, above = ([abs(b - a) for a, b in zip(y, ends, strict=True)] for ends in (low, high))
         handle = axis.errorbar(x, y, yerr=[below, above], capsize=2, elinewidth=0.8, **looks.of(*key))
         handles.setdefault(looks.label(*key), handle)
-    axis.set_xlabel("average visual tokens a layer", fontsize=9)
+    axis.set_xlabel("average visual tokens a layer (methods side by side)", fontsize=9)
 
 
 def _bars(axis: Any, series: Series, looks: _Looks, handles: dict[str, Any]) -> None:
@@ -159,12 +171,22 @@ def radar(tables: Sequence[Table]) -> Figure | None:
 
 def _series(table: Table) -> Series:
     found: Series = {}
-    for row in table.rows:
-        cell = row.cell
-        if cell.role == "dense" or row.value is None or row.average is None:
-            continue
-        found.setdefault((row.prefix + cell.family, cell.debias, cell.role), []).append(row)
+    shown = [r for r in table.rows if r.cell.role != "dense" and r.value is not None and r.average is not None]
+    first = {_first_layer(row) for row in shown if row.cell.role == "baseline"}
+    for row in shown:
+        cell, name = row.cell, row.prefix + row.cell.family
+        if cell.role == "baseline" and len(first) > 1:  # equal averages, but not the same baseline
+            name += f"{_FROM}{_first_layer(row)}"
+        found.setdefault((name, cell.debias, cell.role), []).append(row)
     return found
+
+
+_FROM = " from layer "
+
+
+def _first_layer(row: Row) -> int:
+    """The layer from which on a baseline has fewer tokens."""
+    return next((pruner.layer for pruner in [parse(row.cell.method)] if isinstance(pruner, OneStage)), 0)
 
 
 class _Looks:
@@ -182,10 +204,11 @@ class _Looks:
 
     def of(self, family: str, debias: str, role: str) -> dict[str, Any]:
         if role == "baseline":
-            name = family.rpartition(": ")[2]
+            name, _, first = family.rpartition(": ")[2].partition(_FROM)
             grey = _GREY.get(name, "#808080")
             marker = "x" if name == "random" else "+"
-            return {"color": grey, "ls": ":", "marker": marker, "ms": 5, "lw": 1, "markerfacecolor": grey}
+            style = ":" if not first else _FIRST[int(first) % len(_FIRST)]
+            return {"color": grey, "ls": style, "marker": marker, "ms": 5, "lw": 1, "markerfacecolor": grey}
         colour = self.families[family]
         if debias == "none":
             pale = tuple(0.55 * part + 0.45 for part in to_rgb(colour))

@@ -298,13 +298,14 @@ def _number(value: float | None, digits: int) -> str:
 def _save_figure(figure: Any, out: Path, name: str) -> list[Path]:
     import matplotlib
 
-    paths = [out / f"{name}.png", out / f"{name}.svg"]
+    paths = [out / f"{name}.png", out / f"{name}.svg", out / f"{name}.pdf"]
     try:
         out.mkdir(parents=True, exist_ok=True)
         # A fixed salt and no date: the same results give the same file.
-        with matplotlib.rc_context({"svg.hashsalt": "evengaze", "svg.fonttype": "path"}):
-            figure.savefig(paths[0], dpi=150)
+        with matplotlib.rc_context({"svg.hashsalt": "evengaze", "svg.fonttype": "path", "pdf.fonttype": 42}):
+            figure.savefig(paths[0], dpi=200)
             figure.savefig(paths[1], metadata={"Date": None})
+            figure.savefig(paths[2], metadata={"CreationDate": None})
     except OSError as error:
         raise DataError(
             f"{paths[0]} cannot be written: {error}. Check the folder's permissions and the disk."

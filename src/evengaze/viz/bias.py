@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.ticker import FormatStrFormatter, MaxNLocator
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from evengaze.calibration.fit import evaluate
@@ -123,9 +123,9 @@ def plot_layers(
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if name == "padding_ratio":
             ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # more would be written over each other
             ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-            ax.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
-            ax.tick_params(which="minor", colors=MUTED, labelsize=7, length=2)
+            ax.yaxis.set_minor_locator(NullLocator())
         title(ax, _SHORT[name])
     figure.legend(
         *axes[0].get_legend_handles_labels(),

@@ -203,7 +203,7 @@ def draw_panels(rows: Sequence[Sequence[Panel | None]], *, height: float = 3.1, 
     widest = max(panel.canvas.aspect for row in rows for panel in row if panel is not None)
     width = max(2.5, height * widest) * len(rows[0])
     room = width / len(rows[0]) - 0.15
-    figure = new_figure(width, (height + 0.5) * len(rows) + (0.35 if heading else 0) + 0.3)
+    figure = new_figure(width, (height + 0.52) * len(rows) + (0.35 if heading else 0) + 0.5)
     if heading:
         shown, families = drawable(heading)
         figure.suptitle(shown, x=0.01, ha="left", fontsize=11, color=INK, fontfamily=families)
@@ -217,6 +217,7 @@ def draw_panels(rows: Sequence[Sequence[Panel | None]], *, height: float = 3.1, 
             kept = None if panel.kept is None else canvas.mask(panel.kept)
             canvas.draw(ax, kept, None if panel.recycled is None else canvas.mask(panel.recycled))
             title(ax, panel.head, panel.detail, panel.right, room)
+            ax.set_anchor("S")  # what the layout leaves over is the titles'
     _legend(figure, [panel for row in rows for panel in row if panel is not None])
     return figure
 
