@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
 def plan(
     methods: Annotated[
-        list[str] | None, typer.Option("--methods", "-m", help="E.g. 'fastv:keep=64;pyramiddrop'; repeatable.")
+        list[str] | None, typer.Option("--methods", "-m", help="E.g. 'fastv:keep=64;himap'; repeatable.")
     ] = None,
     model: Annotated[
         str | None,
@@ -33,12 +33,11 @@ def plan(
         int | None,
         typer.Option(
             "--visual-tokens",
-            "--visual",
             min=1,
             help="Visual tokens of the prompt. Default: of one picture, if that is fixed.",
         ),
     ] = None,
-    text: Annotated[int, typer.Option("--text-tokens", "--text", min=0, help="Text tokens of the prompt.")] = 64,
+    text: Annotated[int, typer.Option("--text-tokens", min=0, help="Text tokens of the prompt.")] = 64,
     budget: Annotated[
         float | None, typer.Option(min=1, help="Bring every method to this average of visual tokens a layer.")
     ] = None,
@@ -70,7 +69,7 @@ def plan(
         visual = visual or picture_tokens(config)
         if visual is None:
             raise ConfigError(
-                f"--visual is needed: the visual tokens of {config.model_type} depend on the pictures' sizes. "
+                f"--visual-tokens is needed: the visual tokens of {config.model_type} depend on the pictures' sizes. "
                 "`evengaze run` says how many a picture of yours has"
             )
     if budget is not None:

@@ -45,7 +45,7 @@ def profile(
     ] = None,
     methods: Annotated[
         list[str] | None,
-        typer.Option("--methods", "-m", help="E.g. 'fastv:keep=64;random:keep=64'; see `evengaze list methods`."),
+        typer.Option("--methods", "-m", help="E.g. 'fastv:keep=64', more with ';'; see `evengaze list methods`."),
     ] = None,
     image: Annotated[Path | None, typer.Option("--image", "-i", help="Picture; a synthetic one if left out.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help=f"The question. Default: {_PROMPT}")] = None,
@@ -53,13 +53,12 @@ def profile(
         int | None,
         typer.Option(
             "--visual-tokens",
-            "--visual",
             min=1,
             help="Instead of --image: pictures of random pixels, of about so many tokens.",
         ),
     ] = None,
     text: Annotated[
-        int | None, typer.Option("--text-tokens", "--text", min=2, help="Instead of --prompt: so many tokens besides.")
+        int | None, typer.Option("--text-tokens", min=2, help="Instead of --prompt: so many tokens besides.")
     ] = None,
     new: Annotated[
         int, typer.Option("--new-tokens", min=0, help="Tokens of an answer; with 0 or 1 decoding is not measured.")
