@@ -41,6 +41,7 @@ def plan(
     budget: Annotated[
         float | None, typer.Option(min=1, help="Bring every method to this average of visual tokens a layer.")
     ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a decoding step; FLOPs and cache are those of one.")] = 1,
     cache_bits: Annotated[int, typer.Option(min=1, help="Bits of one number in the cache.")] = 16,
     revision: Revision = None,
     as_json: AsJson = False,
@@ -48,7 +49,8 @@ def plan(
     """Average tokens, FLOPs and key/value cache of methods on a prompt of a given size, in a second.
 
     Nothing is loaded and nothing is timed: for what a machine makes of it, see `evengaze profile`. FLOPs are those of
-    the decoder's prefill; the vision tower's come on top, the same for all methods that do not prune in it.
+    the decoder's prefill; the vision tower's come on top, the same for all methods that do not prune in it. A decoding
+    step reads the decoder's matrices and every row's cache.
     """
     from evengaze.errors import ConfigError
     from evengaze.methods import parse, split
@@ -76,9 +78,15 @@ def plan(
         solved = [solve_for_budget(one, budget, layers=layers, visual=visual) for one in pruners.values()]
         pruners = {spelled(one): one for one in solved}
     every = {"dense": parse("dense"), **pruners}
-    costs = costs_of(every, shape, layers, visual, text, entry_bytes=cache_bits / 8)
+    costs = costs_of(every, shape, layers, visual, text, entry_bytes=cache_bits / 8, batch=batch)
     if as_json:
-        found = {"layers": layers, "visual": visual, "text": text, "methods": [one.to_dict() for one in costs]}
+        found = {
+            "layers": layers,
+            "visual": visual,
+            "text": text,
+            "batch": batch,
+            "methods": [one.to_dict() for one in costs],
+        }
         terminal.echo(terminal.as_json(found))
         return
     title = f"{model or 'LLaVA-1.5-7B'}: {layers} layers, {visual} visual and {text} text tokens"
@@ -91,7 +99,7 @@ def plan(
 def _table(costs: list[Any], title: str) -> str:
     columns = [
         tables.name("method"),
-        *map(tables.Column, ("average tokens", "TFLOPs", "FLOPs", "KV cache MB", "KV cache")),
+        *map(tables.Column, ("average tokens", "TFLOPs", "FLOPs", "KV cache MB", "KV cache", "GB read a step", "read")),
         tables.text("visual tokens"),
     ]
     rows = [
@@ -102,6 +110,8 @@ def _table(costs: list[Any], title: str) -> str:
             f"{one.flops_share:.1%}",
             f"{one.kv_bytes / 1e6:.1f}",
             f"{one.kv_share:.1%}",
+            f"{one.step_bytes / 1e9:.2f}",
+            f"{one.step_share:.0%}",
             one.steps,
         ]
         for one in costs
