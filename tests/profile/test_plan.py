@@ -22,6 +22,10 @@ def test_costs_are_those_of_the_schedule() -> None:
     assert 0 < pruned.flops_share < pruned.kv_share * 1.1
     (half,) = plan({"f": FastV(keep=128)}, DecoderShape(), 32, 576, 64, entry_bytes=0.5)
     assert half.kv_bytes * 4 == pruned.kv_bytes and half.kv_share == pruned.kv_share
+    weights = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) * 2
+    assert dense.step_bytes == weights + dense.kv_bytes and pruned.step_bytes == weights + pruned.kv_bytes
+    (rows,) = plan({"f": FastV(keep=128)}, DecoderShape(), 32, 576, 64, batch=32)
+    assert rows.step_bytes == weights + 32 * pruned.kv_bytes and rows.step_share < 0.75 < 0.98 < pruned.step_share < 1
     with pytest.raises(ConfigError, match="outside the model"):
         plan({"f": FastV(layer=40)}, DecoderShape(), 32, 576)
 

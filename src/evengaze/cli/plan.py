@@ -91,15 +91,25 @@ def plan(
         return
     title = f"{model or 'LLaVA-1.5-7B'}: {layers} layers, {visual} visual and {text} text tokens"
     terminal.echo(_table(costs, title))
+    terminal.echo("")
+    terminal.echo("\n".join(tables.lines([_steps(costs, batch)])))
     if output.voice.verbose:
         for one in every.values():
             output.detail(one.schedule(layers, visual).describe(shape, text))
 
 
+def _steps(costs: list[Any], batch: int) -> str:
+    """What decoding reads, in a sentence."""
+    dense, *others = costs
+    shares = "; ".join(f"{one.method} {tables.together(f'{one.step_share:.0%} of that')}" for one in others)
+    rows = "one row" if batch == 1 else f"{batch} rows"
+    return f"A decoding step of {rows} reads {dense.step_bytes / 1e9:.2f} GB of weights and cache; {shares}."
+
+
 def _table(costs: list[Any], title: str) -> str:
     columns = [
         tables.name("method"),
-        *map(tables.Column, ("average tokens", "TFLOPs", "FLOPs", "KV cache MB", "KV cache", "GB read a step", "read")),
+        *map(tables.Column, ("average tokens", "TFLOPs", "FLOPs", "KV cache MB", "KV cache")),
         tables.text("visual tokens"),
     ]
     rows = [
@@ -110,8 +120,6 @@ def _table(costs: list[Any], title: str) -> str:
             f"{one.flops_share:.1%}",
             f"{one.kv_bytes / 1e6:.1f}",
             f"{one.kv_share:.1%}",
-            f"{one.step_bytes / 1e9:.2f}",
-            f"{one.step_share:.0%}",
             one.steps,
         ]
         for one in costs
