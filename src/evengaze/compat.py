@@ -67,6 +67,13 @@ def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
     return {"cache" if "cache" in parameters else "past_key_values": cache}
 
 
+def checkpoints_hooks(layer: nn.Module) -> bool:
+    """Whether the backward pass will run a layer again together with its hooks, when the call that they belong to is
+    over: gradient checkpointing before transformers 5.23, which wrapped `__call__`; since then it wraps `forward`."""
+    checkpointing = layer.training and bool(getattr(layer, "gradient_checkpointing", False))
+    return checkpointing and type(layer).__call__ is not nn.Module.__call__
+
+
 def by_name(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A decoder layer's arguments with all but the states by name (Gemma 3n and 4 pass tables by position)."""
     if len(args) < 2:

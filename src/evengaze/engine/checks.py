@@ -5,8 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Sequence
 
+import torch
 from torch import nn
 
+from evengaze.compat import checkpoints_hooks
 from evengaze.engine.attention import attention_module, implementation_of
 from evengaze.errors import AttachError, ConfigError, LayoutWarning, NothingPrunedError, QuestionWarning
 from evengaze.models.base import attending_layers
@@ -45,6 +47,16 @@ def check_stages(pruner: Method, stages: Sequence[Stage], layers: Sequence[nn.Mo
         if stage.attended is not None:
             _check_attends(pruner, stage, layers)
             implementation_of(attention_module(layers[stage.attended]))
+
+
+def refuse_checkpointing(layers: Sequence[nn.Module]) -> None:
+    """Raise a ConfigError if the backward pass would run layers again without what was cut for them."""
+    if torch.is_grad_enabled() and any(map(checkpoints_hooks, layers)):
+        raise ConfigError(
+            "gradient checkpointing of this release of transformers runs layers again in the backward pass, behind the "
+            "pruned call, with the whole prompt's positions and masks. Upgrade (pip install -U 'transformers>=5.23'), "
+            "or train without it: model.gradient_checkpointing_disable()."
+        )
 
 
 def _check_attends(pruner: Method, stage: Stage, layers: Sequence[nn.Module]) -> None:

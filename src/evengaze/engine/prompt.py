@@ -67,6 +67,7 @@ class Prompts:
         if layout is None or layout.total == 0:
             return None
         kv.check(cache)
+        checks.refuse_checkpointing(plan.layers)
         if plan.adapter is not None:
             plan.adapter.check_windows(plan.model, plan.ranked_by, past + length)
         layout = VisualLayout(tuple(row.to("cpu") for row in layout.expand(states.shape[0]).rows))
