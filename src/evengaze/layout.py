@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -385,6 +385,13 @@ def device_rows(rows: Sequence[int], device: torch.device) -> Rows:
     if list(rows) == list(range(rows[0], rows[0] + len(rows))):
         return slice(rows[0], rows[0] + len(rows))
     return upload(torch.tensor(rows), device)
+
+
+@lru_cache(256)
+def counting(length: int, device: torch.device) -> Tensor:
+    """(length,) 0, 1, 2, ... on a device, made once. Not to be written to."""
+    with torch.inference_mode(False):
+        return torch.arange(length, device=device)
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:

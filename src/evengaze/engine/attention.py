@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from evengaze.errors import AttachError
-from evengaze.layout import Rows
+from evengaze.layout import Rows, counting
 from evengaze.models.base import attention_of
 from evengaze.protocol import Picked
 
@@ -91,6 +91,9 @@ class AttentionStates:
         real = None if queries.real is None else queries.real.to(device)
         keys = self._keys()
         chunk = max(1, _ELEMENTS // (batch * heads * keys.shape[2]))
+        if index.shape[1] <= chunk and real is None:
+            total = self._sums(index, None, columns, keys)
+            return total if reduce == "sum" or index.shape[1] == 1 else total / index.shape[1]
         parts = torch.split(index, chunk, 1)
         flags = [None] * len(parts) if real is None else torch.split(real, chunk, 1)
         total = sum(self._sums(part, flag, columns, keys) for part, flag in zip(parts, flags, strict=True))
@@ -121,18 +124,28 @@ class AttentionStates:
         logits = (query @ key.transpose(2, 3)).reshape(batch, heads, count, keys) * self.scaling
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        allowed = self._allowed(queries, keys)
-        if allowed is not None:
-            logits = logits.masked_fill(~allowed, float("-inf"))
+        hidden = self._hidden(queries, keys)
+        if hidden is not None:
+            logits = logits.masked_fill(hidden, float("-inf"))
         if self.sinks is not None:
             sink = self.sinks.float().reshape(1, -1, 1, 1).expand(batch, heads, count, 1)
             return torch.softmax(torch.cat([logits, sink], -1), -1)[..., :-1]
         return torch.softmax(logits, -1)
 
+    def _hidden(self, queries: Tensor, keys: int) -> Tensor | None:
+        """(B, 1 or H, r, keys) bool: which keys each query may not see; None if it may see all."""
+        if self.mask is None and self.samples is None and self.window is None:
+            if not self.causal:
+                return None
+            position = queries + self.past if self.past else queries
+            return (counting(keys, queries.device) > position[:, :, None])[:, None]
+        allowed = self._allowed(queries, keys)
+        return None if allowed is None else ~allowed
+
     def _allowed(self, queries: Tensor, keys: int) -> Tensor | None:
-        """(B, 1 or H, r, keys) bool: which keys each query may see; None if it may see all."""
+        """The opposite."""
         mask, device, batch = self.mask, queries.device, len(queries)
-        columns = torch.arange(keys, device=device)
+        columns = counting(keys, device)
         if isinstance(mask, BlockMask):
             index = torch.arange(batch, device=device) if self.batch is None else self.batch.to(device)
             head = torch.zeros((), dtype=torch.long, device=device)

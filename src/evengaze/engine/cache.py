@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer, Sta
 
 from evengaze.compat import QUANTIZED_LAYER
 from evengaze.engine.kept import Kept, entries
-from evengaze.engine.layers import is_a
+from evengaze.engine.layers import is_a, is_kind
 from evengaze.engine.layers import is_fixed as is_fixed
 from evengaze.engine.masks import causal_mask, is_flat, mask_columns, take_mask
 from evengaze.errors import ConfigError
@@ -90,9 +90,10 @@ def sizes(layer: Any, total: int) -> tuple[int, int]:
     if keys is None:
         return 0, 0
     held, count = keys.nbytes + layer.values.nbytes, keys.shape[-2]
-    if count == total or is_a(layer, StaticLayer):  # a buffer, whatever is in it
+    kind: Any = layer.__class__
+    if count == total or is_kind(kind, StaticLayer):  # a buffer, whatever is in it
         return held, held
-    if is_a(layer, DynamicSlidingWindowLayer):
+    if is_kind(kind, DynamicSlidingWindowLayer):
         total = min(total, int(layer.sliding_window) - 1)
     return held, held // count * total if count else 0
 

@@ -152,7 +152,7 @@ class LayerCalls:
         if run.slots is None:
             return steps.arguments(i, args, kwargs, cache) or ((args, kwargs) if changed else None)
         new = run.arguments(i, args, kwargs, cache)
-        if changed and relayed and run.alike(range(i, len(self._plan.layers))):
+        if changed and relayed and run.alike(i, len(self._plan.layers)):
             self._relay_prefill(call, run, i, given, new)
         return new
 

@@ -99,13 +99,15 @@ def is_fixed(layer: Any) -> bool:
 
 def is_a(layer: Any, kind: type) -> bool:
     """`isinstance` for cache layers, which are abstract classes: asked of every layer in every call, and slow there."""
+    cls: Any = type(layer)
     if torch.compiler.is_compiling():  # which warns of functions that remember
-        return issubclass(type(layer), kind)
-    return _is_a(type(layer), kind)  # type: ignore[arg-type]
+        return issubclass(cls, kind)
+    return is_kind(cls, kind)  # type: ignore[arg-type]
 
 
 @memoize
-def _is_a(cls: type, kind: type) -> bool:
+def is_kind(cls: type, kind: type) -> bool:
+    """`issubclass`, likewise."""
     return issubclass(cls, kind)
 
 

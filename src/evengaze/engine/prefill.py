@@ -6,7 +6,7 @@ Indices are into the call's L tokens ("slots") unless they are said to be into t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from evengaze.engine.rotary import Rotary
 from evengaze.engine.rows import Decision, Group, cut, decided, groups, split
 from evengaze.engine.text import Text
 from evengaze.errors import ConfigError
-from evengaze.layout import Candidates, VisualLayout
+from evengaze.layout import Candidates, VisualLayout, counting
 from evengaze.memory import Shared, Store
 from evengaze.protocol import (
     Merge,
@@ -55,7 +55,7 @@ class Prefill:
         inputs: (B, L, d) states that enter layer 0.
         past: logical length of what the cache held before.
         config: the decoder's.
-        real: (B, L) bool, False for batch padding; None if no mask came in.
+        real: (B, L) bool, False for batch padding; None if no row is padded.
         rotary: where survivors are renumbered; None where they keep their positions.
         shared: what methods keep for the attachment.
         notes: what they noted while the call's pictures were encoded.
@@ -140,7 +140,7 @@ class Prefill:
     def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """`slots`, spelt out if nothing has been dropped, and `filled`, on a device."""
         if self.slots is None:
-            return torch.arange(self.length, device=device).expand(self.batch, -1), None
+            return counting(self.length, device).expand(self.batch, -1), None
         return self.slots.to(device), None if self.filled is None else self.filled.to(device)
 
     # -- a stage ------------------------------------------------------------------------------------------------------
@@ -200,13 +200,14 @@ class Prefill:
             )
         self._memo.clear()
         self._made.clear()
-        self.gate = layers.guard(self.cache)
+        if self.gate is None:
+            self.gate = layers.guard(self.cache)
         if stage.trims_below:
             self._trim_below(stage.layer, hidden.device)
         return out
 
     def _ask(self, pruner: Method, number: int, hidden: Tensor) -> Selections:
-        chosen, paid = [], self.states
+        chosen, paid, inputs = [], self.states, self.inputs.detach()
         if paid is not None and self.samples is not None and paid.mask is None:
             paid = replace(paid, samples=self._samples(paid.query.device))
         for group in self.groups:
@@ -214,18 +215,18 @@ class Prefill:
                 if group.pins:  # nothing to choose from, but visual tokens all the same
                     chosen.append(Decision(group.rows, Selection(group.tokens.position)))
                 continue
-            at = group.at(hidden.device)
+            every = len(group.rows) == len(hidden)
             view = View(
                 stage=number,
                 tokens=group.tokens,
                 original=group.original,
-                hidden=hidden[at],
-                embeddings=self.inputs.detach()[group.at(self.inputs.device)],
+                hidden=hidden if every else hidden[group.at(hidden.device)],
+                embeddings=inputs if every else inputs[group.at(inputs.device)],
                 words=self._text.words(group, self.slots, hidden.shape[1], group.tokens),
                 sources=tuple(self.sources),
                 rows=group.rows,
                 pinned=len(group.pins),
-                states=None if paid is None else paid.select(group.at(paid.query.device)),
+                states=paid if paid is None or every else paid.select(group.at(paid.query.device)),
                 memory=group.memory,
                 layout=self.layout,
                 notes=self.notes,
@@ -331,6 +332,11 @@ class Prefill:
 
     def _renumbered(self, rotary: Rotary, before: Kept | None, device: torch.device) -> Tensor:
         """(B, M) positions without gaps, counted from each row's first token."""
+        if self.real is None and self.filled is None and self.samples is None:
+            start = rotary.positions(self.batch, device)[:, :1]
+            if before is not None and before.shift is not None:
+                start = start - before.shift.to(device)
+            return counting(self.on(device)[0].shape[1], device) + start
         there = self._there(device).long()
         if self.samples is not None:  # each sample begins anew
             held, ahead = self._samples(device), there.cumsum(1) - there
@@ -392,19 +398,21 @@ class Prefill:
             self._before[layer] = None if self.fresh else kv.kept_of(cache)
         return self._before[layer]
 
-    def alike(self, numbers: Iterable[int]) -> bool:
-        """Whether the caches of some layers are of one kind, and empty."""
-        if self.past or not self.fresh:
+    def alike(self, first: int, end: int) -> bool:
+        """Whether the caches of some layers are of one kind that grows, and empty."""
+        if self.cache is None:
+            return True
+        last = kv.layer_of(self.cache, end - 1)  # which makes those before it as well
+        if self.past or not self.fresh or last is None or layers.is_a(last, StaticLayer):
             return False
-        found = [kv.layer_of(self.cache, i) for i in numbers]
-        return len(set(map(type, found))) == 1 and not layers.is_a(found[0], StaticLayer)
+        return set(map(type, self.cache.layers[first:end])) == {type(last)}
 
     def pass_on(self, layer: int, others: Sequence[int]) -> None:
         """Tell the caches of other layers, alike and empty, that they are about to store what that of `layer` does."""
         if self.cache is not None:
             assert self.slots is not None
             kept = kv.kept_of(self.cache.layers[layer])
-            told = [kv.layer_of(self.cache, k) for k in others]
+            told = [self.cache.layers[k] for k in others]
             layers.record_all(told, kept, self.length - self.slots.shape[1], self.gate)
         if self.rotary is not None:
             calls = self.rotary.served(layer)
@@ -422,10 +430,13 @@ class Prefill:
 
     def _kept(self, old: Kept | None, device: torch.device) -> Kept:
         slots, filled = self.on(device)
-        held, kept_real = entries(old, self.past, slots + self.past, filled)
+        held, kept_real = entries(old, self.past, slots + self.past if self.past else slots, filled)
         lost = None
         if self.rotary is not None and self.rotary.renumbers:
-            lost = missing(old, self.past, self.reality(device), slots, self._there(device))
+            if self.real is None and filled is None and not self.past:
+                lost = torch.ones(self.batch, self.length, dtype=torch.bool, device=device).scatter_(1, slots, False)
+            else:
+                lost = missing(old, self.past, self.reality(device), slots, self._there(device))
         pictures = () if old is None else old.pictures
         here = Pictures(tuple((t.position, t.image) for t in self.layout.rows), self.past, self.merges)
         return Kept(held, kept_real, self.past + self.length, lost, (*pictures, here))

@@ -83,7 +83,7 @@ class Prompts:
             padded=padded,
             asked=asked,
             samples=known.samples_of(states),
-            real=real,
+            real=None if padded is None else real,
             inputs=states,
             past=past,
             config=plan.decoder.config,

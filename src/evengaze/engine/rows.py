@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evengaze.engine.question import Question, Questions
 from evengaze.errors import ConfigError
-from evengaze.layout import Candidates, Rows, VisualLayout, device_rows, upload
+from evengaze.layout import Candidates, Rows, Start, VisualLayout, counting, device_rows, upload
 from evengaze.memory import Memory
 from evengaze.protocol import Selection
 
@@ -26,7 +26,8 @@ class Group:
     Attributes:
         rows: their numbers in the batch.
         tokens: what is left of their visual tokens; n may be 0.
-        rest: (rows, R) indices of all other tokens: in every row the real ones, then batch padding, then fillers.
+        others: (rows, R) indices of all other tokens: in every row the real ones, then batch padding, then fillers.
+            None if the visual tokens stand at `start` and behind it in every row, and there is no padding.
         real: number of real tokens among a row's `rest`.
         spare: number of batch paddings among it.
         original: number of visual tokens at the start.
@@ -34,11 +35,12 @@ class Group:
         asked: the questions of the only row, if it has several; their visual tokens have budgets of their own.
         pins: visual tokens that are no candidates, as the prompt's last token is never dropped: they are among `rest`.
         pinned: (rows, pins) where they are there.
+        start: see `others`.
     """
 
     rows: tuple[int, ...]
     tokens: Candidates
-    rest: Tensor
+    others: Tensor | None
     real: tuple[int, ...]
     spare: tuple[int, ...]
     original: int
@@ -46,11 +48,20 @@ class Group:
     asked: tuple[Question, ...] = ()
     pins: tuple[int, ...] = ()
     pinned: Tensor | None = None
+    start: int = 0
 
     @property
     def device(self) -> torch.device:
         """Where its tensors are."""
-        return self.rest.device
+        return self.tokens.position.device
+
+    @property
+    def rest(self) -> Tensor:
+        """`others`, spelt out."""
+        if self.others is not None:
+            return self.others
+        place = counting(self.real[0] + len(self.tokens), self.device)
+        return torch.cat([place[: self.start], place[self.start + len(self.tokens) :]]).expand(len(self.rows), -1)
 
     def at(self, device: torch.device) -> Rows:
         """The rows as an index."""
@@ -67,7 +78,7 @@ class Group:
         return Group(
             rows=tuple(self.rows[b] for b in rows),
             tokens=self.tokens.select(rows),
-            rest=self.rest[device_rows(rows, self.device)],
+            others=None if self.others is None else self.others[device_rows(rows, self.device)],
             real=tuple(self.real[b] for b in rows),
             spare=tuple(self.spare[b] for b in rows),
             original=self.original,
@@ -75,6 +86,7 @@ class Group:
             asked=self.asked,
             pins=self.pins,
             pinned=None if self.pinned is None else self.pinned[device_rows(rows, self.device)],
+            start=self.start,
         )
 
     def to(self, device: torch.device) -> Group:
@@ -85,7 +97,8 @@ class Group:
         origin = None if self.tokens.origin is None else self.tokens.origin.to(device)
         tokens = Candidates(self.tokens.position.to(device), start, origin)
         pinned = None if self.pinned is None else self.pinned.to(device)
-        return replace(self, tokens=tokens, rest=self.rest.to(device), pinned=pinned)
+        others = None if self.others is None else self.others.to(device)
+        return replace(self, tokens=tokens, others=others, pinned=pinned)
 
     @property
     def pin_places(self) -> Tensor | None:
@@ -138,6 +151,12 @@ def _group(
     length: int,
     device: torch.device,
 ) -> Group:
+    start, stop = layout.rows[rows[0]].span
+    tables = tuple(layout.rows[b] for b in rows)
+    if real is None and not pins and 0 < total == stop - start and all(t.span == (start, stop) for t in tables):
+        position = counting(length, device)[start:stop].expand(len(rows), -1)
+        here, spare = (length - total,) * len(rows), (0,) * len(rows)
+        return Group(tuple(rows), Candidates(position, Start(tables, device)), None, here, spare, total, start=start)
     others = torch.ones(len(rows), length, dtype=torch.bool)
     position = torch.stack([layout.rows[b].position for b in rows])
     kept, count = position[:, list(pins)], total - len(pins)
@@ -146,15 +165,14 @@ def _group(
     if count:
         others.scatter_(1, position, False)
     rest = others.nonzero()[:, 1].view(len(rows), length - count)
-    here, spare = [length - count] * len(rows), [0] * len(rows)
+    reals, spares = [length - count] * len(rows), [0] * len(rows)
     if real is not None:
         flags = real[rows].gather(1, rest)
-        here, rest = flags.sum(1).tolist(), rest.gather(1, (~flags).int().argsort(dim=1, stable=True))
-        spare = [length - count - n for n in here]
+        reals, rest = flags.sum(1).tolist(), rest.gather(1, (~flags).int().argsort(dim=1, stable=True))
+        spares = [length - count - n for n in reals]
     whole = upload(torch.cat([position, rest], 1), device)  # one copy for both
-    tokens = Candidates.of([layout.rows[b] for b in rows], device)
-    tokens = replace(tokens, position=whole[:, :count])
-    group = Group(tuple(rows), tokens, whole[:, count:], tuple(here), tuple(spare), total)
+    tokens = Candidates(whole[:, :count], Start(tables, device))
+    group = Group(tuple(rows), tokens, whole[:, count:], tuple(reals), tuple(spares), total)
     if not pins:
         return group
     tokens = replace(tokens, origin=upload(free, device).expand(len(rows), -1))
@@ -222,6 +240,9 @@ def cut(parts: Sequence[tuple[Group, Selection | None]], batch: int, *, moves: b
         moves: whether recycled tokens move behind the kept ones of their picture.
         front: whether padding and fillers move to the front.
     """
+    first, only = parts[0]
+    if len(parts) == 1 and only is not None and first.others is None and len(first.rows) == batch and not front:
+        return _cut_run(first, only, moves)
     size = max(group.needs(0 if chosen is None else chosen.survivors) for group, chosen in parts)
     device = parts[0][0].device
     rows: list[int] = []
@@ -258,6 +279,20 @@ def cut(parts: Sequence[tuple[Group, Selection | None]], batch: int, *, moves: b
     # Where each of the wanted tokens stands in the new sequence.
     place = torch.empty_like(order).scatter_(1, order, torch.arange(size, device=device).expand_as(order))
     return Cut(index, source, filled, list(_moved(parts, survivors, place, size)), survivors)
+
+
+def _cut_run(group: Group, chosen: Selection, moves: bool) -> Cut:
+    """The plan for rows whose visual tokens stand together, at the same place: so do those that are left of them."""
+    order, start, rows = _order(group, chosen, moves), group.start, len(group.rows)
+    whole = counting(group.real[0] + len(group.tokens), group.device)
+    head, tail = whole[:start].expand(rows, -1), whole[start + len(group.tokens) :].expand(rows, -1)
+    source = index = torch.cat([head, order + start, tail], 1)
+    if moves and chosen.recycled is not None:
+        index = torch.cat([head, order.sort(1).values + start, tail], 1)
+    position = whole[start : start + order.shape[1]].expand(rows, -1)
+    origin = order if group.tokens.origin is None else group.tokens.origin.gather(1, order)
+    after = replace(group, tokens=Candidates(position, group.tokens.start, origin))
+    return Cut(index, source, None, [after], [(chosen, order)])
 
 
 def _joined(parts: list[Tensor], back: Tensor | None) -> Tensor:
@@ -324,6 +359,6 @@ def _moved(
         yield replace(
             group,
             tokens=replace(tokens, position=here[:, count:]),
-            rest=here[:, :count],
+            others=here[:, :count],
             spare=tuple(min(s, count - r) for r, s in zip(group.real, group.spare, strict=True)),
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evengaze.engine.question import Questions
 from evengaze.engine.rows import Group
-from evengaze.layout import Candidates, VisualLayout, upload
+from evengaze.layout import Candidates, VisualLayout, counting, upload
 from evengaze.protocol import Picked, Words
 
 
@@ -44,14 +44,15 @@ class Text:
                 return moved
             held = slots.to(group.device)[group.at(group.device)]
             here = torch.zeros(len(held), self._length, dtype=torch.long, device=group.device)
-            here.scatter_(1, held, torch.arange(current, device=group.device).expand_as(held))
+            here.scatter_(1, held, counting(current, group.device).expand_as(held))
             return here.gather(1, moved)
 
         def last() -> Tensor:
+            end = counting(current, group.device)[current - 1 :].expand(len(group.rows), 1)
+            if self._asked is None and self._real is None:
+                return end
             index = self._last(group.rows, question)
-            if bool((index == self._length - 1).all()):
-                return torch.full((len(group.rows), 1), current - 1, device=group.device)
-            return place(index)
+            return end if bool((index == self._length - 1).all()) else place(index)
 
         def text() -> Picked:
             index, real, mixed = self._behind(group.rows, question)
