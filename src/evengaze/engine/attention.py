@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from evengaze.errors import AttachError
-from evengaze.layout import Rows, counting
+from evengaze.layout import Rows, counting, upload
 from evengaze.models.base import attention_of
 from evengaze.protocol import Picked
 
@@ -86,14 +86,14 @@ class AttentionStates:
             (B, n) float32. Memory is O(chunk x keys), never O(r x keys).
         """
         batch, heads, device = *self.query.shape[:2], self.query.device
-        index, columns = queries.index.to(device), columns.to(device)
+        index, columns = upload(queries.index, device), upload(columns, device)
         columns = columns + self.past if self.past else columns
         real = None if queries.real is None else queries.real.to(device)
         keys = self._keys()
         chunk = max(1, _ELEMENTS // (batch * heads * keys.shape[2]))
         if index.shape[1] <= chunk and real is None:
-            total = self._sums(index, None, columns, keys)
-            return total if reduce == "sum" or index.shape[1] == 1 else total / index.shape[1]
+            one = self._sums(index, None, columns, keys)
+            return one if reduce == "sum" or index.shape[1] == 1 else one / index.shape[1]
         parts = torch.split(index, chunk, 1)
         flags = [None] * len(parts) if real is None else torch.split(real, chunk, 1)
         total = sum(self._sums(part, flag, columns, keys) for part, flag in zip(parts, flags, strict=True))

@@ -102,7 +102,7 @@ def is_a(layer: Any, kind: type) -> bool:
     cls: Any = type(layer)
     if torch.compiler.is_compiling():  # which warns of functions that remember
         return issubclass(cls, kind)
-    return is_kind(cls, kind)  # type: ignore[arg-type]
+    return is_kind(cls, kind)
 
 
 @memoize

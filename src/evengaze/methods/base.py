@@ -229,11 +229,11 @@ class Pruner(ABC):
                     "finite: try bfloat16 or float32 instead of float16, or check the inputs."
                 )
 
-        largest = raw.amax()  # NaN if any score is
-        if raw.device.type != "cpu":
-            return Pending(largest, complain)
-        complain(float(largest))
-        return None
+        pending = Pending(raw.amax(), complain)  # NaN if any score is
+        if raw.device.type == "cpu":
+            pending.check()
+            return None
+        return pending
 
     def debiased(self, debias: Debias, raw: Tensor, view: View) -> tuple[Tensor, Allowed]:
         """Apply the debiasing steps; a method overrides this only where its official patch computes them otherwise."""
