@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from torch import Tensor
 
 from evengaze import methods
 from evengaze.debias import Debias, Exponential, PaddingMask
@@ -16,6 +17,7 @@ from evengaze.methods import registry
 from evengaze.methods._template import Norm
 from evengaze.methods.fastv import FastV
 from evengaze.methods.himap import HiMAP
+from evengaze.testing import tiny
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -252,3 +254,38 @@ def test_every_method_of_the_package_is_registered_where_it_is_defined() -> None
     for module in registry.MODULES:
         assert any(cls.__module__.startswith(f"evengaze.methods.{module}") for cls in found), module
     assert len(found) == len(set(found)) == len(methods.names())
+
+
+def test_a_method_of_many_stages_only_has_to_say_score() -> None:
+    @dataclass(frozen=True)
+    class Steps(methods.ManyStages):
+        name: ClassVar[str] = "steps"
+
+        def score(self, view: methods.View) -> Tensor:
+            return view.attention(view.last)
+
+    assert Steps().keep == (0.5, 0.25, 0.125) and [s.layer for s in Steps().stages(32)] == [8, 16, 24]
+    assert Steps(keep=64, layers=(2, 4)).keep == (64, 32)
+    model, inputs = tiny("llava")
+    with Steps(keep=8, layers=(1, 2))(model) as run:
+        model.generate(**inputs, max_new_tokens=2)
+    assert [len(run.trace.kept(0, stage)) for stage in (0, 1)] == [8, 4]
+
+
+def test_a_module_may_be_called_as_its_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.syspath_prepend(tmp_path)
+    body = "name = {!r}\n    attention = None\n    def score(self, view): return view.tokens.x\n"
+    classes = [
+        f"@register\n@dataclass(frozen=True)\nclass {name}(OneStage):\n    {body.format(name.lower())}"
+        for name in ("Brims", "Rims")
+    ]
+    head = "from dataclasses import dataclass\nfrom evengaze.methods import OneStage, register\n"
+    (tmp_path / "brims.py").write_text(head + "\n".join(classes))
+    for _ in range(2):  # the first time it is no method's name yet
+        assert methods.spec(methods.parse("brims:Brims:keep=3")) == "brims:keep=3"
+        assert methods.spec(methods.parse("brims:Rims:keep=3")) == "rims:keep=3"
+    assert methods.find("brims:Rims") is methods.find("rims") is methods.get("Rims")
+    with pytest.raises(ConfigError, match="not of the form key=value"):
+        methods.parse("brims:keep")
+    monkeypatch.delitem(sys.modules, "brims")

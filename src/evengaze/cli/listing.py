@@ -1,4 +1,4 @@
-"""`evengaze list methods|models|presets`."""
+"""`evengaze list methods|models|presets`: names, and what parameters mean."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def methods(
     as_json: AsJson = False,
 ) -> None:
     """Pruning methods with their parameters, what these mean, and their defaults."""
-    from evengaze.methods import get, names
+    from evengaze.methods import find, get, names
 
     if name is not None:
-        _one(get(name), as_json)
+        _one(find(name), name, as_json)
         return
     classes = [get(one) for one in names()]
     if as_json:
@@ -47,7 +47,7 @@ def methods(
     )
 
 
-def _one(cls: type[Pruner], as_json: bool) -> None:
+def _one(cls: type[Pruner], called: str, as_json: bool) -> None:
     from evengaze.methods.explain import about, parameters
 
     if as_json:
@@ -57,7 +57,7 @@ def _one(cls: type[Pruner], as_json: bool) -> None:
     terminal.echo(tables.pairs([(one.name, _meaning(one)) for one in parameters(cls)]))
     example = next((one for one in parameters(cls) if one.default is not None and one.name == "keep"), None)
     said = "" if example is None else f":keep={json.dumps(example.default, separators=(',', ':'))}"
-    terminal.echo(f"\nFor example --method {cls.name}{said}; defined in {cls.__module__}")
+    terminal.echo(f"\nFor example --method {called}{said}; defined in {cls.__module__}")
 
 
 def _as_dict(cls: type[Pruner]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ See `evengaze.methods.registry` for how a class gets its name.
 from __future__ import annotations
 
 from evengaze.methods.base import Pruner
-from evengaze.methods.registry import from_dict, get, load, names, parse, register, spec, split
+from evengaze.methods.registry import find, from_dict, get, load, names, parse, register, spec, split
 from evengaze.methods.stages import Grouping, ManyStages, OneStage
 from evengaze.protocol import (
     Merge,
@@ -37,6 +37,7 @@ __all__ = [
     "Source",
     "Stage",
     "View",
+    "find",
     "from_dict",
     "get",
     "load",

@@ -87,6 +87,15 @@ def get(name: str) -> type[Pruner]:
     return _METHODS[key]
 
 
+def find(text: str) -> type[Pruner]:
+    """The class that is meant by a name or by `module:Class`, which is imported; parameters behind it do not count.
+
+    Raises:
+        ConfigError: as `get`, or the module cannot be imported or has no such class.
+    """
+    return get(_split_name(text)[0])
+
+
 def register(method: M) -> M:
     """Make a method known under its `name`; used as a class decorator above `@dataclass`.
 
@@ -237,7 +246,7 @@ def _split_name(text: str) -> tuple[str, str]:
     """The name of a method and the rest of its string; a class that is named by its module is imported for it."""
     name, _, rest = text.partition(":")
     found = _IN_MODULE.fullmatch(text.strip())
-    if found is None or name.strip().lower() in names():
+    if found is None or (name.strip().lower() in names() and not _is_method(found["module"], found["name"])):
         return name, rest
     module = load(found["module"])
     method = getattr(module, found["name"], None)
@@ -248,6 +257,12 @@ def _split_name(text: str) -> tuple[str, str]:
             f"{', '.join(inside) or 'none'}"
         )
     return register(method).name, found["rest"] or ""
+
+
+def _is_method(module: str, name: str) -> bool:
+    """Whether a module that has been imported before has a method's class of that name: it may be called as it is."""
+    found = getattr(sys.modules.get(module), name, None)
+    return isinstance(found, type) and issubclass(found, Pruner)
 
 
 def _load_own() -> None:

@@ -85,7 +85,7 @@ class Grouping(OneStage):
 
 @dataclass(frozen=True)
 class ManyStages(Pruner):
-    """A method that drops tokens in several steps; subclasses give `keep` its default.
+    """A method that drops tokens in several steps, three that halve if not told otherwise. It only has to say `score`.
 
     Attributes:
         keep: tokens left after each stage, numbers or fractions of the original number; a single value is the first
@@ -93,13 +93,14 @@ class ManyStages(Pruner):
         layers: the stage layers; None takes the published ones, which corrected mode scales to the decoder's depth.
     """
 
-    keep: float | tuple[float, ...]
+    keep: float | tuple[float, ...] = 0.5
     layers: tuple[int, ...] | None = None
 
     attention: ClassVar[Source] = "previous"
-    published: ClassVar[tuple[int, ...]]
+    published: ClassVar[tuple[int, ...]] = (8, 16, 24)
     """Stage layers for a decoder of 32 layers."""
-    shrink: ClassVar[float]
+    shrink: ClassVar[float] = 0.5
+    """What later stages keep of the one before, if `keep` is a single value."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
