@@ -122,15 +122,66 @@ def test_what_graphs_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     model, inputs = tiny("llava")
     with eg.FastV(keep=5)(model, graphs=True), pytest.raises(ConfigError, match="gradients"):
         model(**inputs)
-    gemma, inputs = tiny("gemma3")
-    handle = eg.FastV(keep=5, layer=4)(gemma, graphs=True)
-    with torch.inference_mode(), handle, pytest.raises(ConfigError, match="between its layers"):
-        gemma(**inputs)
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="CUDA"):
         eg.FastV(keep=5)(model, graphs=True)
     with torch.inference_mode():
         model(**tiny("llava")[1])  # nothing stays attached
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl", "aya_vision", "internvl", "qwen2_5_vl", "paligemma"])
+def test_segments_end_where_the_model_does_something_between_layers(family: str) -> None:
+    """Windows that alternate, pictures added behind early layers; also under other methods with the same graphs."""
+    shared = eg.Graphs()
+    for batch in (1, 2):
+        model, first = tiny(family, batch)
+        _, second = tiny(family, batch, seed=5)
+        shared = eg.Graphs()
+        layer = 4 if family == "gemma3" else 3
+        with torch.inference_mode():
+            for pruner in (eg.FastV(keep=5, layer=layer), eg.Dense(), eg.FastV(keep=4, layer=layer)):
+                with pruner(model):
+                    expected = [prefill(model, inputs) for inputs in (first, second)]
+                with pruner(model, graphs=shared):
+                    found = [prefill(model, inputs) for inputs in (first, first, first, first, second)]
+                for got, number in zip(found, (0, 0, 0, 0, 1), strict=True):
+                    assert all(torch.equal(a, b) for a, b in zip(got, expected[number], strict=True))
+        assert shared.counts["replayed"] and bool(shared.cuts) == (family in ("gemma3", "qwen3_vl", "aya_vision"))
+
+
+def test_what_a_model_begins_to_do_between_layers_is_noticed() -> None:
+    model, inputs = tiny("llava")
+    layers = model.model.language_model.layers
+    with torch.inference_mode(), eg.FastV(keep=5)(model, graphs=True) as run:
+        for _ in range(2):
+            prefill(model, inputs)
+        plain = type(layers[4]).__call__
+
+        def shifted(self: Any, hidden: torch.Tensor, **given: Any) -> Any:
+            return plain(self, hidden + (1.0 if self is layers[4] else 0.0), **given)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError, match="between its layers"):
+            patch.setattr(type(layers[4]), "__call__", shifted)
+            prefill(model, inputs)
+        assert run.graphs.counts["captured"]
+
+
+def test_what_changes_states_in_place_between_layers_ends_a_segment() -> None:
+    model, inputs = tiny("llava")
+    layers = model.model.language_model.layers
+    plain = type(layers[4]).__call__
+
+    def shifted(self: Any, hidden: torch.Tensor, **given: Any) -> Any:
+        return plain(self, hidden.add_(1.0) if self is layers[4] else hidden, **given)
+
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(type(layers[4]), "__call__", shifted)
+        with eg.FastV(keep=5)(model):
+            expected = prefill(model, inputs)
+        with eg.FastV(keep=5)(model, graphs=True) as run:
+            for _ in range(5):
+                assert torch.equal(prefill(model, inputs)[0], expected[0])
+            assert run.graphs.cuts == {4}
 
 
 def test_the_number_of_graphs_is_bounded() -> None:

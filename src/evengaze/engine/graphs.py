@@ -104,6 +104,7 @@ class Graphs:
     Attributes:
         counts: how often segments and towers were "captured" and "replayed", or ran as ever, by reason.
         user: of the attachment that uses them.
+        cuts: layers before which the model does more than call them.
     """
 
     def __init__(self, memory: int | None = None, *, shapes: int = 64) -> None:
@@ -112,6 +113,7 @@ class Graphs:
         self._memory, self._shapes = memory, shapes
         self.counts: Counter[str] = Counter()
         self.user: Any = None
+        self.cuts: set[int] = set()
         self._model: ref[nn.Module] | None = None
         self._kind: Any = None
         self._pool: Any = None
@@ -153,6 +155,7 @@ class Graphs:
             raise ConfigError("these Graphs are of another model: make one Graphs() for each model.")
         kind = recorder(model)
         if self._model is None or kind is not self._kind:
+            self.cuts.clear()
             self._model, self._kind = ref(model), kind
             self.clear()
         with self._lock:
@@ -211,17 +214,13 @@ class Graphs:
 
     # -- graphs -------------------------------------------------------------------------------------------------------
     def graph(self, key: Any, function: Function, inputs: Mapping[str, Tensor]) -> Any:
-        """The graph of a key; captured if it is asked for the second time, None if for the first."""
+        """The graph of a key; captured if the key was seen before, None if not."""
         held = self._held.get(key)
         if held is not None:
             self._held.move_to_end(key)
             self.counts["replayed"] += 1
             return held[0]
         if key not in self._seen:
-            self._seen[key] = None
-            while len(self._seen) > self._shapes:
-                self._seen.popitem(last=False)
-            self.counts["first sight"] += 1
             return None
         graph = self._kind(function, inputs, self._pool)
         self._held[key] = graph, _bytes(inputs) + _bytes(getattr(graph, "result", None))
@@ -230,6 +229,13 @@ class Graphs:
         while len(self._held) > 1 and (len(self._held) > self._shapes or self.nbytes > limit):
             self._held.popitem(last=False)
         return graph
+
+    def saw(self, key: Any) -> None:
+        """What belongs to a key has run as ever, and may be captured the next time."""
+        self._seen[key] = None
+        self.counts["first sight"] += 1
+        while len(self._seen) > self._shapes:
+            self._seen.popitem(last=False)
 
     def _limit(self) -> float:
         if self._memory is not None:

@@ -5,9 +5,11 @@ length. The first layer of such a segment replays the graph of all of them; the 
 masks, caches and positions stay the engine's: the keys and values of a segment are copied out of the graph's buffers
 together, and go into the cache at each layer's own turn; the attention by which the next stage ranks is captured, too.
 
-A shape is captured when it is seen for the second time; the first time runs as ever, and shows whether the model's loop
-does anything between layers but call them. Calls that are no prefill of a first turn (decoding, further turns) run as
-ever, too, and so does a call that finds the graphs in use by another thread: buffers serve one call at a time.
+A shape is captured when it is seen for the second time; the first time runs as ever, and shows where the model's loop
+does more between layers than call the next one with the same things: there, too, a segment ends (layers with masks or
+tables of their own, pictures that are added to the states of early layers). Calls that are no prefill of a first turn
+(decoding, further turns) run as ever, too, and so does a call that finds the graphs in use by another thread: buffers
+serve one call at a time.
 """
 
 from __future__ import annotations
@@ -127,10 +129,18 @@ class _Running:
     """The segment that runs: a result to hand through, or the layers as they go by for the first time."""
 
     run: Any
+    key: Any
+    kwargs: dict[str, Any]
     result: _Result | None = None
     stored: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    kwargs: dict[str, Any] = field(default_factory=dict)
     last: Any = None
+    copy: Tensor | None = None
+
+    def goes_on(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> bool:
+        """Whether the next layer gets what the last one returned, untouched, and what the others got."""
+        if hidden is not self.last or not _same(kwargs, self.kwargs):
+            return False
+        return self.copy is None or torch.equal(hidden, self.copy)
 
 
 class Segments:
@@ -159,8 +169,8 @@ class Segments:
         self._graphs, self._layers = graphs, layers
         self._listened, self._probed = listened, probed
         self._taps, self._run_of = taps, run_of
-        cuts = [0, *sorted(stage for stage in stages if stage > 0), len(layers)]
-        self._bounds = {i: (a, b) for a, b in pairwise(cuts) for i in range(a, b)}
+        self._stages = stages
+        self._cut()
         self._forwards: list[_Forward] = []
         self._undo: list[Callable[[], None]] = []
         self._now: _Running | None = None
@@ -197,7 +207,15 @@ class Segments:
         forward, run = self._forwards[i].plain, self._run_of()
         if run is None or len(args) != 1 or (i in self._probed and self._taps.on(self._layers[i]).stops):
             return forward(*args, **kwargs)
-        hidden, (first, end) = args[0], self._bounds[i]
+        hidden, now = args[0], self._now
+        if i > self._bounds[i][0] and now is not None and now.run is run and not now.goes_on(hidden, kwargs):
+            if now.result is not None:
+                raise ConfigError(
+                    f"graphs=True cannot serve this call: between its layers the model does what it did not do when "
+                    f"{type(self._layers[i]).__name__} was captured. Attach without graphs."
+                )
+            self._cut(i)
+        first, end = self._bounds[i]
         if i == first:
             begun = self._begin(run, first, end, hidden, kwargs)
             if begun is None:  # the graphs may be another call's, whose `_now` stays
@@ -206,9 +224,20 @@ class Segments:
         now = self._now
         if now is None or now.run is not run:
             return forward(*args, **kwargs)
-        if now.result is None:
-            return self._watch(now, i, first, forward, hidden, kwargs)
-        return self._hand_through(now, now.result, i, kwargs)
+        if now.result is not None:
+            return self._hand_through(now, now.result, i, kwargs)
+        out = forward(hidden, **kwargs)
+        now.last = out[0] if isinstance(out, tuple) else out
+        now.copy = now.last.clone()
+        if i == end - 1:
+            self._graphs.saw(now.key)
+        return out
+
+    def _cut(self, *numbers: int) -> None:
+        """Segments begin at stages, and where the model does something between its layers."""
+        self._graphs.cuts.update(numbers)
+        cuts = sorted({0, *self._stages, *self._graphs.cuts, len(self._layers)})
+        self._bounds = {i: (a, b) for a, b in pairwise(cuts) for i in range(a, b)}
 
     def _begin(self, run: Any, first: int, end: int, hidden: Tensor, kwargs: dict[str, Any]) -> _Running | None:
         refuse(kwargs, hidden.device)
@@ -227,9 +256,10 @@ class Segments:
         function = functools.partial(_segment, self._graphs, range(first, end), heard, dict(kwargs), sizes)
         graph = self._captured(key, function, tensors)
         if graph is None:
-            return _Running(run)
-        result = graph(tensors)
-        return _Running(run, result, _copied(result.stored))
+            return _Running(run, key, kwargs)
+        result: _Result = graph(tensors)
+        last = result.hidden[0] if isinstance(result.hidden, tuple) else result.hidden
+        return _Running(run, key, kwargs, result, _copied(result.stored), last)
 
     def _captured(self, key: Any, function: Callable[..., Any], tensors: Mapping[str, Tensor]) -> Any:
         try:
@@ -269,19 +299,6 @@ class Segments:
             self._taps.on(self._layers[i]).hear(result.states)
         return result.hidden
 
-    def _watch(
-        self, now: _Running, i: int, first: int, forward: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any]
-    ) -> Any:
-        """Run a layer, and see that its segment is nothing but layers that get the same things."""
-        if i > first and not (hidden is now.last and _same(kwargs, now.kwargs)):
-            raise ConfigError(
-                f"graphs=True cannot serve {type(self._layers[i]).__name__}: between its layers this model does more "
-                "than call the next one, or gives layers different masks or positions. Attach without graphs."
-            )
-        out = forward(hidden, **kwargs)
-        now.last, now.kwargs = (out[0] if isinstance(out, tuple) else out), kwargs
-        return out
-
     # -- the tower ----------------------------------------------------------------------------------------------------
     def _tower(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         pixels: Any = kwargs.get("pixel_values", args[0] if args else None)
@@ -298,6 +315,7 @@ class Segments:
                 graph = self._captured(key, lambda given: forward(given["pixels"], **rest), {"pixels": pixels})
             if graph is not None:
                 return copied(graph({"pixels": pixels}))
+            self._graphs.saw(key)
         return forward(*args, **kwargs)
 
 
