@@ -34,7 +34,11 @@ REFERENCE = {
     "Models": ["evengaze.models.base", "evengaze.models.registry", "evengaze.models.loading"],
     "Evaluation": [f"evengaze.evaluate.{name}" for name in ("predictor", "conversation", "media", "uploads", "auto")],
     "Serving": [f"evengaze.serve.{name}" for name in ("settings", "schema", "app", "metrics", "errors", "ray_serve")],
-    "Testing and profiling": ["evengaze.testing.matrix", "evengaze.testing.oracle", "evengaze.profile.latency"],
+    "Testing and profiling": [
+        "evengaze.testing.matrix",
+        "evengaze.testing.oracle",
+        *(f"evengaze.profile.{name}" for name in ("measure", "rows", "verdict", "latency")),
+    ],
 }
 """Modules of the reference, by section."""
 
