@@ -1,0 +1,188 @@
+"""Layers that get what an earlier one gets are cut without their hooks, and as with them whatever else happens."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import evengaze as eg
+from evengaze import methods
+from evengaze.compat import cache_argument, cache_of
+from evengaze.engine.layer_calls import LayerCalls
+
+DEPTH, VISUAL, LENGTH = 8, 16, 28
+METHODS = ("fastv:keep=5", "pyramiddrop:layers=[2,5],keep=[8,4]", "sparsevlm:layers=[1,4],keep=[8,4]")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=64,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def states() -> torch.Tensor:
+    return torch.randn(2, LENGTH, 32, generator=torch.Generator().manual_seed(1))
+
+
+LAYOUT = eg.VisualLayout.from_spans([(4, 4 + VISUAL)], grid=(4, 4))
+
+
+def answer(model: Any, states: torch.Tensor, steps: int = 3) -> torch.Tensor:
+    """Logits of a prompt's last token and of some steps."""
+    with torch.inference_mode():
+        out = model(inputs_embeds=states, use_cache=True, logits_to_keep=1)
+        found = [out.logits[:, -1]]
+        for k in range(steps):
+            out = model(
+                input_ids=torch.full((1, 1), k + 3),
+                position_ids=torch.tensor([[LENGTH + k]]),
+                **cache_argument(model, cache_of(out)),
+            )
+            found.append(out.logits[:, -1])
+    return torch.cat(found)
+
+
+def unrelayed(model: Any, states: torch.Tensor, method: str) -> torch.Tensor:
+    """The same with the hooks of all layers: a hook of somebody else's keeps a relay away."""
+    hooks = [layer.register_forward_pre_hook(lambda *_: None) for layer in model.model.layers]
+    try:
+        with methods.parse(method)(model, layout=LAYOUT):
+            return answer(model, states)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_hooks_rest_and_answers_are_the_same(model: Any, states: Any, method: str, monkeypatch: Any) -> None:
+    entered: Counter[int] = Counter()
+    enter = LayerCalls._enter
+
+    def counted(self: Any, i: int, *arguments: Any) -> Any:
+        entered[i] += 1
+        return enter(self, i, *arguments)
+
+    unrelayed(model, states[:1], method)  # with the first attachment's self-check
+    monkeypatch.setattr(LayerCalls, "_enter", counted)
+    expected = unrelayed(model, states[:1], method)
+    everywhere = entered.copy()
+    entered.clear()
+    with methods.parse(method)(model, layout=LAYOUT) as handle:
+        assert torch.equal(answer(model, states[:1]), expected)
+        first = min(entered)
+        assert entered[first] == everywhere[first] == 4  # a prefill and three steps
+        assert entered[DEPTH - 1] == 0 and everywhere[DEPTH - 1] == 4
+        assert handle.trace is not None and handle.trace.entering[-1] < LENGTH
+    assert not any("forward" in layer.__dict__ or layer._forward_pre_hooks for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_conversations_that_take_turns(model: Any, states: Any, method: str) -> None:
+    """Steps that go on with one cache and then with another."""
+
+    def step(cache: Any, k: int) -> torch.Tensor:
+        out = model(
+            input_ids=torch.full((1, 1), 3 + k),
+            position_ids=torch.tensor([[LENGTH + k]]),
+            **cache_argument(model, cache),
+        )
+        return out.logits[:, -1]
+
+    with torch.inference_mode(), methods.parse(method)(model, layout=LAYOUT):
+        apart = [answer(model, states[b : b + 1])[1:] for b in (0, 1)]
+        caches = [cache_of(model(inputs_embeds=states[b : b + 1], use_cache=True)) for b in (0, 1)]
+        for k in range(3):
+            for cache, expected in zip(caches, apart, strict=True):
+                assert torch.equal(step(cache, k)[0], expected[k])
+
+
+@pytest.mark.parametrize("method", METHODS[:2])
+def test_another_thread_in_the_midst_of_a_call(model: Any, states: Any, method: str) -> None:
+    """It has its own tokens dropped, and the call that waits for it goes on as it began."""
+    found: dict[str, torch.Tensor] = {}
+
+    def other() -> None:
+        found["other"] = answer(model, states[1:])
+
+    def wait(*_: Any) -> None:
+        if "other" not in found and threading.current_thread() is threading.main_thread():
+            found["other"] = torch.empty(0)
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+
+    with methods.parse(method)(model, layout=LAYOUT):
+        expected = [answer(model, states[b : b + 1]) for b in (0, 1)]
+        hook = model.model.layers[4].mlp.register_forward_hook(wait)
+        try:
+            here = answer(model, states[:1])
+        finally:
+            hook.remove()
+    assert torch.equal(here, expected[0]) and torch.equal(found["other"], expected[1])
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_an_interrupt_leaves_nothing_on_the_layers(model: Any, states: Any, at: int) -> None:
+    calls = 0
+
+    def interrupt(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at:  # the prefill, or the first step
+            raise KeyboardInterrupt
+
+    pruner = methods.parse(METHODS[0])
+    expected = unrelayed(model, states[:1], METHODS[0])
+    hook = model.model.layers[6].mlp.register_forward_hook(interrupt)
+    with pruner(model, layout=LAYOUT):
+        with pytest.raises(KeyboardInterrupt):
+            answer(model, states[:1])
+        hook.remove()
+        assert torch.equal(answer(model, states[:1]), expected)
+        hook = model.model.layers[6].mlp.register_forward_hook(interrupt)
+        calls = at - 1
+        with pytest.raises(KeyboardInterrupt):
+            answer(model, states[:1])
+    hook.remove()
+    assert not any("forward" in layer.__dict__ or layer._forward_pre_hooks for layer in model.model.layers)
+
+
+class Launches(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("method", "most"),
+    [("dense", 0), ("fastv:keep=5", 70), ("illava:keep=5", 125), (METHODS[1], 240)],
+)
+def test_operators_of_a_prefill_beyond_the_models_own(model: Any, states: Any, method: str, most: int) -> None:
+    """Views included. The sequence gets shorter, the number of layers does not."""
+    with torch.no_grad():
+        with Launches() as bare:
+            model(inputs_embeds=states[:1], use_cache=True, logits_to_keep=1)
+        with methods.parse(method)(model, layout=LAYOUT):
+            model(inputs_embeds=states[:1], use_cache=True, logits_to_keep=1)
+            with Launches() as pruned:
+                model(inputs_embeds=states[:1], use_cache=True, logits_to_keep=1)
+    assert pruned.count - bare.count <= most
