@@ -174,7 +174,7 @@ _INNER = ("language_model", "text_model", "model", "decoder", "llm")
 
 
 def find_decoder(model: nn.Module) -> nn.Module:
-    """Walk down from a model to the module that loops over its decoder layers (has a ModuleList called `layers`).
+    """Walk down from a model to the module that loops over its decoder layers (has a config and a ModuleList `layers`).
 
     Raises:
         UnsupportedModelError: there is none.
@@ -182,7 +182,7 @@ def find_decoder(model: nn.Module) -> nn.Module:
     get = getattr(model, "get_decoder", None)
     module: nn.Module = get() if callable(get) else model
     for _ in range(6):
-        if isinstance(getattr(module, "layers", None), nn.ModuleList):
+        if isinstance(getattr(module, "layers", None), nn.ModuleList) and hasattr(module, "config"):
             return module
         inner = next((m for m in (getattr(module, n, None) for n in _INNER) if isinstance(m, nn.Module)), None)
         if inner is None or inner is module:

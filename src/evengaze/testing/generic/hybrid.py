@@ -32,7 +32,8 @@ MAMBA = {"use_mamba_kernels": False, "chunk_size": 8, "mamba_num_heads": 4, "mam
 def _patches(n: int, generator: torch.Generator) -> Pictures:
     """Nemotron Omni: flattened patches, and the grid of each picture."""
     tokens, values = flat(STILLS, vector=True)(n, generator)
-    return tokens, {**values, "image_grid_hw": values.pop("image_grid_thw")[:, 1:]} if n else {}
+    grids = {"image_grid_hw": values.pop("image_grid_thw")[:, 1:]} if n else {}
+    return tokens, {**values, **grids}
 
 
 def _tubelets(n: int, generator: torch.Generator) -> Pictures:

@@ -50,6 +50,13 @@ LATENT = {
 WHOLE = {"partial_rotary_factor": 1.0}
 INTERLEAVED = {"mrope_interleaved": True}
 IDS: dict[str, Any] = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+GEMMA_IDS: dict[str, Any] = {
+    **IDS,
+    "boi_token_id": START,
+    "eoi_token_id": END,
+    "audio_token_id": AUDIO,
+    "boa_token_id": AUDIO_START,
+}
 AUDIO_TOWER = {
     "d_model": 32,
     "encoder_layers": 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from evengaze.testing.generic.parts import (
     AUDIO,
@@ -14,6 +15,7 @@ from evengaze.testing.generic.parts import (
     EXPERTS,
     FRAME_MARKS,
     FRAMES,
+    GEMMA_IDS,
     GLM_VISION,
     IDS,
     INTERLEAVED,
@@ -49,7 +51,26 @@ from evengaze.testing.recipes import (
     vlm,
 )
 
-GEMMA_STILLS = packed(((6, 9), (9, 6), (6, 6)), 3, 16, "image_position_ids")
+
+def gemma4(**text: Any) -> Family:
+    """Gemma 4 with one of its decoders."""
+    vision = {
+        **PLAIN_VISION,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "patch_size": 16,
+        "position_embedding_size": 64,
+        "pooling_kernel_size": 3,
+    }
+    stills = packed(((6, 9), (9, 6), (6, 6)), 3, 16, "image_position_ids")
+    return Family(
+        "Gemma4ForConditionalGeneration",
+        config("Gemma4Config", vision, text, audio_config=None, **GEMMA_IDS, eoa_token_index=AUDIO_END),
+        stills,
+        films(stills, 2, FRAMES, "num_frames_per_video"),
+        MARKS,
+    )
+
 
 PLAIN: dict[str, Family] = {
     "glm4v": Family(
@@ -145,71 +166,23 @@ PLAIN: dict[str, Family] = {
         STILLS,
         timed(CLIPS),
     ),
-    "gemma4": Family(
-        "Gemma4ForConditionalGeneration",
-        config(
-            "Gemma4Config",
-            {
-                **PLAIN_VISION,
-                "num_key_value_heads": 2,
-                "head_dim": 16,
-                "patch_size": 16,
-                "position_embedding_size": 64,
-                "pooling_kernel_size": 3,
-            },
-            {
-                "layer_types": GEMMA_LAYERS,
-                "sliding_window": 12,
-                "hidden_size_per_layer_input": 16,
-                "vocab_size_per_layer_input": 300,
-                "num_kv_shared_layers": 0,
-                "use_bidirectional_attention": None,
-            },
-            audio_config=None,
-            boi_token_id=START,
-            eoi_token_id=END,
-            audio_token_id=AUDIO,
-            boa_token_id=AUDIO_START,
-            eoa_token_index=AUDIO_END,
-            **IDS,
-        ),
-        GEMMA_STILLS,
-        films(GEMMA_STILLS, 2, FRAMES, "num_frames_per_video"),
-        MARKS,
+    "gemma4": gemma4(
+        layer_types=GEMMA_LAYERS,
+        sliding_window=12,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=300,
+        num_kv_shared_layers=0,
+        use_bidirectional_attention=None,
     ),
-    "gemma4_moe": Family(
-        "Gemma4ForConditionalGeneration",
-        config(
-            "Gemma4Config",
-            {
-                **PLAIN_VISION,
-                "num_key_value_heads": 2,
-                "head_dim": 16,
-                "patch_size": 16,
-                "position_embedding_size": 64,
-                "pooling_kernel_size": 3,
-            },
-            {
-                "layer_types": GEMMA_LAYERS,
-                "sliding_window": 12,
-                "hidden_size_per_layer_input": 0,
-                "enable_moe_block": True,
-                "num_experts": 4,
-                "top_k_experts": 2,
-                "moe_intermediate_size": 32,
-                "use_bidirectional_attention": "vision",
-            },
-            audio_config=None,
-            boi_token_id=START,
-            eoi_token_id=END,
-            audio_token_id=AUDIO,
-            boa_token_id=AUDIO_START,
-            eoa_token_index=AUDIO_END,
-            **IDS,
-        ),
-        GEMMA_STILLS,
-        films(GEMMA_STILLS, 2, FRAMES, "num_frames_per_video"),
-        MARKS,
+    "gemma4_moe": gemma4(
+        layer_types=GEMMA_LAYERS,
+        sliding_window=12,
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=32,
+        use_bidirectional_attention="vision",
     ),
     "paddleocr_vl": Family(
         "PaddleOCRVLForConditionalGeneration",

@@ -9,23 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from evengaze.testing.generic.parts import (
-    AUDIO,
-    AUDIO_END,
-    AUDIO_START,
-    FRAMES,
     IDS,
-    MARKS,
-    PLAIN_VISION,
     Draw,
     config,
-    films,
     squares,
 )
-from evengaze.testing.generic.plain import GEMMA_STILLS
+from evengaze.testing.generic.plain import gemma4
 from evengaze.testing.prompts import END, IMAGE, START, VIDEO
 from evengaze.testing.recipes import Family, Pictures, noise, token_types, vision_of, vlm
 
-SHARING = {
+SHARING: dict[str, Any] = {
     "num_hidden_layers": 12,
     "layer_types": ["sliding_attention", "full_attention"] * 6,
     "num_kv_shared_layers": 5,  # layers 7 to 11 attend to the keys of 5 and 6
@@ -60,31 +53,7 @@ def _stacked(frames: int, name: str, token: int) -> Draw:
 
 
 SHARED: dict[str, Family] = {
-    "gemma4_e": Family(
-        "Gemma4ForConditionalGeneration",
-        config(
-            "Gemma4Config",
-            {
-                **PLAIN_VISION,
-                "num_key_value_heads": 2,
-                "head_dim": 16,
-                "patch_size": 16,
-                "position_embedding_size": 64,
-                "pooling_kernel_size": 3,
-            },
-            {**SHARING, "vocab_size_per_layer_input": 300},
-            audio_config=None,
-            boi_token_id=START,
-            eoi_token_id=END,
-            audio_token_id=AUDIO,
-            boa_token_id=AUDIO_START,
-            eoa_token_index=AUDIO_END,
-            **IDS,
-        ),
-        GEMMA_STILLS,
-        films(GEMMA_STILLS, 2, FRAMES, "num_frames_per_video"),
-        MARKS,
-    ),
+    "gemma4_e": gemma4(**SHARING, vocab_size_per_layer_input=300),
     "gemma3n": Family(
         "Gemma3nForConditionalGeneration",
         config(
