@@ -26,7 +26,7 @@ from PIL import Image
 from evengaze.calibration.families import fit_family
 from evengaze.calibration.fit import choose_family
 from evengaze.calibration.means import Profile, floored_log
-from evengaze.calibration.observe import Sample, _encode, observed_layers, watching
+from evengaze.calibration.observe import Sample, encode_batch, observed_layers, watching
 from evengaze.calibration.rows_columns import fit_rows_columns
 from evengaze.debias import Debias, PaddingMask, Prior, SampleTrend
 from evengaze.demo import experiment, make_dataset
@@ -86,7 +86,7 @@ def record(model, processor, layers, samples, empty):
         with watching(model, FastV(keep=0.25, layer=layers[0] + 1), layers, keep(which)) as forward:
             for start in range(0, len(asked), BATCH):
                 at[0] = start
-                forward(_encode(processor, asked[start : start + BATCH]))
+                forward(encode_batch(processor, asked[start : start + BATCH]))
 
     def table(which):
         return np.array([[found[which, i, k] for k in range(len(layers))] for i in range(len(samples))])

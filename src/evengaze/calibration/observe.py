@@ -202,7 +202,7 @@ def observe(
             raise ConfigError("the samples are not those that the calibration state was made from; delete it")
     with watching(model, plain, chosen, sink) as forward:
         for batch in _batches(rest, batch_size):
-            forward((encode or _encode)(processor, batch))
+            forward((encode or encode_batch)(processor, batch))
             done.digests.extend(s.digest for s in batch)
             if after_batch is not None and after_batch(done):
                 break
@@ -299,7 +299,7 @@ def _forward(model: nn.Module, inputs: Mapping[str, Any]) -> None:
         model(**placed, use_cache=False)
 
 
-def _encode(processor: Any, batch: Sequence[Sample]) -> Mapping[str, Any]:
+def encode_batch(processor: Any, batch: Sequence[Sample]) -> Mapping[str, Any]:
     """The processor's own way, padded on the left so that all prompts end together."""
     tokenizer: Any = getattr(processor, "tokenizer", None)
     side = getattr(tokenizer, "padding_side", None)

@@ -15,7 +15,8 @@ import torch
 
 from evengaze.debias.families import trend_from_dict
 from evengaze.debias.trend import TrendCurve, max_log_ratio
-from evengaze.errors import CurveError
+from evengaze.errors import CurveError, DataError
+from evengaze.files import parse_json, read_text, write_whole
 from evengaze.models.base import architecture_of as architecture_of
 
 SCHEMA = 1
@@ -208,10 +209,7 @@ class Curve:
     def save(self, path: str | Path) -> Path:
         """Write the artefact; equal curves give equal bytes."""
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".part")
-        partial.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(target)
+        write_whole(target, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
         return target
 
     @classmethod
@@ -223,12 +221,12 @@ class Curve:
         """
         source = Path(path)
         try:
-            values = json.loads(source.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CurveError(f"{source} does not exist. Make it with `evengaze calibrate ... -o {source}`.") from None
-        except OSError as error:
-            raise CurveError(f"{source} cannot be read: {error}") from None
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            text = read_text(source, f"Make it with `evengaze calibrate ... -o {source}`.")
+        except DataError as error:
+            raise CurveError(str(error)) from None
+        try:
+            values = parse_json(text)
+        except ValueError as error:
             raise CurveError(f"{source} is no JSON ({error}). Copy it again, or calibrate anew.") from None
         try:
             return cls.from_dict(values)
