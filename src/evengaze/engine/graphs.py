@@ -122,7 +122,8 @@ class Graphs:
         self._lock = threading.Lock()
         self._holder: Any = None
         self._stream: Any = None
-        self._weights: _Weights | None = None
+        self._layers: _Weights | None = None
+        self._towers: _Weights | None = None
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{name} {count}" for name, count in self.counts.items())
@@ -145,8 +146,8 @@ class Graphs:
         self._held.clear()
         self._pool = None if self._kind is None else self._kind.pool()
 
-    def serve(self, model: nn.Module, parts: list[nn.Module]) -> None:
-        """From now on the graphs are of `parts` of a model.
+    def serve(self, model: nn.Module, layers: list[nn.Module], towers: list[nn.Module]) -> None:
+        """From now on the graphs are of a model's decoder layers and vision towers.
 
         Raises:
             ConfigError: they are another model's, or graphs of this one cannot be captured.
@@ -159,9 +160,8 @@ class Graphs:
             self._model, self._kind = ref(model), kind
             self.clear()
         with self._lock:
-            if self._weights is None:
-                self._weights = _Weights(parts)
-            self._weights.parts = parts
+            self._layers, self._towers = self._layers or _Weights(layers), self._towers or _Weights(towers)
+            self._layers.parts, self._towers.parts = layers, towers
 
     # -- one call at a time -------------------------------------------------------------------------------------------
     def take(self, call: Any) -> bool:
@@ -172,7 +172,7 @@ class Graphs:
                 return False
             if held is None:
                 self._holder = ref(call)
-                self._follow()
+                self._follow(self._layers)
             return True
 
     def leave(self, call: Any) -> None:
@@ -187,24 +187,24 @@ class Graphs:
         with self._lock:
             free = self._holder is None or self._holder() is None
             if free:
-                self._follow()
+                self._follow(self._towers)
                 yield True
         if not free:
             yield False
 
-    def _follow(self) -> None:
-        """Let what runs now come behind what ran before, and drop graphs of weights that are elsewhere."""
+    def _follow(self, weights: _Weights | None) -> None:
+        """Let what runs now come behind what ran before, and drop all graphs if some weights are elsewhere."""
         if self._kind is CudaGraph:
             stream = torch.cuda.current_stream()
             if self._stream is not None and self._stream != stream:
                 stream.wait_stream(self._stream)
             self._stream = stream
-        if self._weights is None:
+        if weights is None:
             return
-        if self._weights.changed():
+        if weights.changed():
             self.counts["dropped: the model changed"] += len(self._held)
             self._drop()
-        heard = [*self._weights.listened, *filter(_is_listened, self._weights.parts)]
+        heard = [*weights.listened, *filter(_is_listened, weights.parts)]
         if heard:
             names = ", ".join(dict.fromkeys(type(module).__name__ for module in heard))
             raise ConfigError(

@@ -204,7 +204,7 @@ class Handle:
                 towers.append(plan.adapter.vision_tower(plan.model).module)
         if not self._lent_graphs:
             self._undo.append(graphs.clear)
-        graphs.serve(plan.model, [*plan.layers, *towers])
+        graphs.serve(plan.model, list(plan.layers), towers)
         self._segments = Segments(
             graphs,
             list(plan.layers),
