@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import typer
 
+import evengaze
 import evengaze.cli
 from evengaze.cli import main, tables
 
@@ -77,6 +79,16 @@ def test_presets_say_how_many_were_published(
 ) -> None:
     out = shown(capsys, monkeypatch, 80, "list", "presets")
     assert out.startswith("41 curves published") and out.count("2508.17807") == 1
+
+
+def test_what_dataclass_writes_is_no_description() -> None:
+    from evengaze.methods.explain import about
+
+    @dataclasses.dataclass(frozen=True)
+    class Silent(evengaze.OneStage):
+        name = "silent"
+
+    assert about(Silent) == "" and about(evengaze.FastV).startswith("Keep the visual tokens")
 
 
 def test_methods_explain_their_parameters(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,10 @@ def test_the_pruners_are_what_the_labels_say():
 def test_wilson_interval():
     low, high = wilson(0.9, 100)
     assert (round(low, 4), round(high, 4)) == (0.8256, 0.9448)  # e.g. statsmodels' proportion_confint
+    for count in range(1, 120):
+        for right in range(count + 1):
+            low, high = wilson(right / count, count)
+            assert 0 <= low <= right / count <= high <= 1
     assert wilson(0.0, 10)[0] == 0 and wilson(1.0, 10)[1] == pytest.approx(1)
 
 

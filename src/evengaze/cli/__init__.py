@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -95,6 +96,8 @@ def _quiet() -> None:
     """Keep advice of other libraries out of the output, unless the user has asked for it."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if output.voice.verbose else "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not output.voice.verbose:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, needed or not
 
 
 def _version(asked: bool) -> None:

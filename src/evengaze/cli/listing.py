@@ -53,7 +53,7 @@ def _one(cls: type[Pruner], called: str, as_json: bool) -> None:
     if as_json:
         terminal.echo(terminal.as_json(_as_dict(cls), default=list))
         return
-    terminal.echo("\n".join(tables.lines([f"{cls.name}: {about(cls)}", ""])))
+    terminal.echo("\n".join(tables.lines([f"{cls.name}: {about(cls) or 'its author has not described it'}", ""])))
     terminal.echo(tables.pairs([(one.name, _meaning(one)) for one in parameters(cls)]))
     example = next((one for one in parameters(cls) if one.default is not None and one.name == "keep"), None)
     said = "" if example is None else f":keep={json.dumps(example.default, separators=(',', ':'))}"

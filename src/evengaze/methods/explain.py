@@ -51,8 +51,9 @@ def shared() -> set[str]:
 
 
 def about(method: type[Pruner]) -> str:
-    """The first line of its documentation."""
-    return (inspect.getdoc(method) or "").strip().partition("\n")[0]
+    """The first line of its documentation; that which `dataclass` makes up says nothing."""
+    said = (inspect.getdoc(method) or "").strip().partition("\n")[0]
+    return "" if said.startswith(f"{method.__name__}(") else said
 
 
 def _told(method: type[Pruner]) -> dict[str, str]:

@@ -128,4 +128,5 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     z = 1.959964
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # At 0 and 1 one end is the share itself, and rounding must not put it on the wrong side.
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
