@@ -47,8 +47,8 @@ def dense(**changes: Any) -> Row:
 
 
 def pruned(time: float, half: float = 0.01, **changes: Any) -> Row:
-    values = {"average_tokens": 156.0, **changes}
-    return dense(method="fastv", flops=0.3, time=time, time_low=time - half, time_high=time + half, **values)
+    measured = {"time": time, "time_low": time - half, "time_high": time + half}
+    return dense(**{"method": "fastv", "flops": 0.3, "average_tokens": 156.0, **measured, **changes})
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,16 @@ def test_decoding_gains_where_the_cache_is_what_is_read() -> None:
 def test_rows_are_compared_within_their_batch() -> None:
     rows = verdicts([dense(), pruned(0.5), dense(batch=8, floor_seconds=0.0), pruned(0.4, batch=8)])
     assert "of 60%" in rows[1].verdict and "of 73%" in rows[3].verdict
+
+
+def test_variants_stand_beside_the_dense_model_of_their_kind() -> None:
+    graphs = dense(variant="graphs", time=0.8, time_low=0.8, time_high=0.8, prefill_seconds=0.024)
+    static = dense(variant="static", time=None, prefill_seconds=None, step_seconds=0.008)
+    rows = [dense(), graphs, static, pruned(0.5, variant="graphs", prefill_seconds=0.012)]
+    rows.append(replace(pruned(0.5), variant="static", time=None, prefill_seconds=None, step_seconds=0.010))
+    said = [row.verdict for row in verdicts(rows)]
+    assert "50% of the prefill of dense + graphs" in said[3] and "125% of the step of dense + static" in said[4]
+    assert not [text for text in said[:3] if "of dense +" in text]
 
 
 def test_prediction_of_a_step_is_weights_and_cache() -> None:

@@ -66,17 +66,19 @@ def verdicts(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         dense = next((r for r in rows if r.batch == row.batch and r.name == DENSE), None)
         graphed = next((r for r in rows if r.batch == row.batch and r.name == label(row.method, "graphs")), None)
-        found.append(replace(row, verdict=sentence(row, dense, graphed)))
+        peer = next((r for r in rows if r.batch == row.batch and r.name == label(DENSE, row.variant)), None)
+        found.append(replace(row, verdict=sentence(row, dense, graphed, peer)))
     return found
 
 
-def sentence(row: Row, dense: Row | None, graphed: Row | None = None) -> str:
+def sentence(row: Row, dense: Row | None, graphed: Row | None = None, peer: Row | None = None) -> str:
     """One row's sentence.
 
     Args:
         row: the row.
         dense: the dense model's at the same batch.
         graphed: the same method's with graphs, if that was measured.
+        peer: the dense model's of the same variant.
     """
     if row.failed:
         return f"not measured: {row.failed}."
@@ -86,7 +88,8 @@ def sentence(row: Row, dense: Row | None, graphed: Row | None = None) -> str:
     if row.name == DENSE:
         parts = [_limit(row, allows), _graphs(row, graphed)]
     else:
-        parts = [_nothing(row), _prefill(row, allows), _graphs(row, graphed) if not row.variant else "", _answer(row)]
+        parts = [_nothing(row), _prefill(row, allows), _graphs(row, graphed) if not row.variant else ""]
+        parts += [_answer(row), _beside(row, peer)]
     return "; ".join(part for part in parts if part) + "."
 
 
@@ -154,6 +157,15 @@ def _answer(row: Row) -> str:
     else:
         said = "a decoding step cannot be told from the dense model's"
     return f"{said}, a whole answer takes {row.answer:.0%} of dense"
+
+
+def _beside(row: Row, peer: Row | None) -> str:
+    """Against the dense model with the same graphs or cache, for those who have them anyway."""
+    if peer is None or not row.variant or row.method == DENSE:
+        return ""
+    what = "step" if row.variant == "static" else "prefill"
+    own, other = getattr(row, f"{what}_seconds"), getattr(peer, f"{what}_seconds")
+    return f"{own / other:.0%} of the {what} of {peer.name}" if own and other else ""
 
 
 def _side(ratio: float, low: float | None, high: float | None) -> int:
