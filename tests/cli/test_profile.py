@@ -111,3 +111,15 @@ def test_plan_knows_the_shapes(capsys: Any) -> None:
     found = json.loads(out)
     assert code == 0 and found["layers"] == 28 and found["visual"] == 1024
     assert found["methods"][0]["kv_bytes"] == 28 * 2 * 4 * 128 * (1024 + 64) * 2
+
+
+def test_a_checkpoint_takes_its_own_picture_or_made_up_ones(tiny_folder: Path, picture: Path, capsys: Any) -> None:
+    arguments = ["profile", "--model", tiny_folder, "-m", "fastv:keep=4", "--rounds", 1, "--new-tokens", 0, "--json"]
+    code, out, _ = call(capsys, *arguments, "-i", picture, "--batch", "1,2")
+    rows = json.loads(out)
+    assert code == 0 and not rows[0]["random_weights"] and [row["visual_tokens"] for row in rows] == [16] * 4
+    assert rows[2]["kv_bytes"] == 2 * rows[0]["kv_bytes"] and rows[3]["kv_bytes"] == 2 * rows[1]["kv_bytes"]
+    code, out, _ = call(capsys, *arguments, "--visual-tokens", 48, "--text-tokens", 9)
+    rows = json.loads(out)
+    assert code == 0 and rows[0]["visual_tokens"] == 48 and rows[0]["text_tokens"] == 9
+    assert rows[0]["pictures"] == "3 pictures of 56 x 56 pixels"
