@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from evengaze.errors import ConfigError
-from evengaze.layout import Candidates, Rows, VisualLayout, device_rows
+from evengaze.layout import Candidates, Rows, VisualLayout, counting, device_rows
 from evengaze.memory import Memory, Shared, Store
 from evengaze.parameters import coerce
 
@@ -353,24 +353,26 @@ def merge_states(states: Tensor, out: Tensor, merge: Merge, offset: int = 0) -> 
         merge: indices into the L states.
         offset: added to the indices.
     """
-    target = merge.target + offset
-    parts = take_states(states, merge.source + offset).float()
-    # Targets repeat: each is written at the place of the first of its parts in the order of targets.
-    ordered, order = target.sort(dim=1, stable=True)
-    first = torch.ones_like(ordered, dtype=torch.bool)
-    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    slot = first.long().cumsum(1) - 1
-    parts, weight = take_states(parts, order), merge.weight.float().gather(1, order)[:, None]
-    place = torch.arange(target.shape[1], device=target.device)
-    chunk = max(1, _ELEMENTS // max(1, target.numel()))
-    sums = torch.cat(
-        [torch.where(slot[:, None] == p[:, None], weight, 0.0) @ parts for p in torch.split(place, chunk)], 1
-    )
+    target, source = merge.target, merge.source
+    if offset:
+        target, source = target + offset, source + offset
+    parts, weight = take_states(states, source).float(), merge.weight.float()[:, None]
+    sums, first = [], []
+    for some in torch.split(target, max(1, _ELEMENTS // max(1, target.numel())), 1):
+        same = some[:, :, None] == target[:, None]
+        sums.append(torch.where(same, weight, 0.0) @ parts)
+        first.append(same.int().argmax(2))
+    slot = _cat(first)
+    whole = take_states(_cat(sums), slot).to(out.dtype)
     # All parts of a target are given its sum, so that writing it several times does no harm; gradients go to the first.
-    sums = take_states(sums, slot).to(out.dtype)
-    if sums.requires_grad:
-        sums = torch.where(first[..., None], sums, sums.detach())
-    out.scatter_(1, ordered[..., None].expand_as(sums), sums)
+    if whole.requires_grad:
+        here = slot == counting(slot.shape[1], slot.device)
+        whole = torch.where(here[..., None], whole, whole.detach())
+    out.scatter_(1, target[..., None].expand_as(whole), whole)
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
 
 
 def top(score: Tensor, count: int) -> Tensor:
