@@ -141,10 +141,10 @@ class Adapter:
     def check_windows(self, model: nn.Module, layers: Iterable[int], length: int) -> None:
         """Warn if a layer whose attention ranks tokens cannot see the whole of a sequence of `length` tokens."""
         decoder: Any = self.decoder(model)
-        window = getattr(decoder.config, "sliding_window", None)
         full = self.full_attention_layers(model)
         narrow = sorted(set(layers) - set(full))
-        if window is not None and length > window and narrow:
+        window = getattr(decoder.config, "sliding_window", None) if narrow else None
+        if window is not None and length > window:
             advice = f"rank by layers {', '.join(map(str, full))}" if full else "no layer of this model sees more"
             warnings.warn(
                 f"tokens are ranked by the attention of layers {narrow}, which see only the last {window} of {length} "
@@ -195,9 +195,12 @@ def find_decoder(model: nn.Module) -> nn.Module:
 
 
 def full_attention_layers(decoder: Any) -> tuple[int, ...]:
-    """Which of a decoder's layers attend to the whole sequence."""
-    window = getattr(decoder.config, "sliding_window", None)
-    types = getattr(decoder.config, "layer_types", None)
+    """Which of a decoder's layers attend to the whole sequence, as far as its config says so for all of them."""
+    try:
+        window = getattr(decoder.config, "sliding_window", None)
+        types = getattr(decoder.config, "layer_types", None)
+    except RuntimeError:  # every layer has a config of its own
+        return ()
     if types is None:  # one kind for all layers
         types = ["full_attention" if window is None else "sliding_attention"] * len(decoder.layers)
     return tuple(i for i, kind in enumerate(types) if kind in ("full_attention", "attention"))

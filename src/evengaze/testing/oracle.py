@@ -54,7 +54,7 @@ def replayed(
         ends_in_picture: whether every prompt's last token is a visual one, behind which nothing moves.
     """
     decoder = decoder_of(model)
-    renumber = pruner.positions == "renumbered" and hasattr(decoder, "rotary_emb")
+    renumber = pruner.positions == "renumbered" and getattr(decoder, "rotary_emb", None) is not None
     renumber = renumber and not _multimodal_rope(decoder.config)
     plan = {
         s.layer: rows
