@@ -1,4 +1,4 @@
-"""Methods that stay attached from batch to batch, as long as the same one is asked for: their graphs live as long."""
+"""Methods that stay attached from batch to batch, as long as the same one is asked for; their graphs outlive them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from evengaze.engine.graphs import Graphs
 from evengaze.methods import Pruner
 
 if TYPE_CHECKING:
@@ -24,27 +27,29 @@ class Attached:
     """
 
     def __init__(self, graphs: bool) -> None:
-        self._graphs = graphs
+        self._graphs = Graphs() if graphs else None
         self._handle: Handle | None = None
         self._key: str | None = None
 
     def of(self, pruner: Pruner) -> Callable[[Any], AbstractContextManager[Handle]]:
         """Attaches a method to a model, for as long as the context lasts or another method is asked for."""
-        return self._kept(pruner) if self._graphs else pruner
+        return pruner if self._graphs is None else self._kept(pruner, self._graphs)
 
-    def _kept(self, pruner: Pruner) -> Callable[[Any], AbstractContextManager[Handle]]:
+    def _kept(self, pruner: Pruner, graphs: Graphs) -> Callable[[Any], AbstractContextManager[Handle]]:
         @contextmanager
         def attached(model: Any) -> Iterator[Handle]:
             key = json.dumps(pruner.to_dict(), sort_keys=True)
             if self._handle is None or key != self._key:
                 self.close()
-                self._handle, self._key = pruner(model, graphs=True), key
+                self._handle, self._key = pruner(model, graphs=graphs), key
             self._handle.trace = None  # a call without pictures leaves the last call's
             self._handle.traces.clear()  # of which it keeps a thousand
             try:
                 yield self._handle
-            except BaseException:  # the next batch begins with nothing of this one's
+            except BaseException as error:  # the next batch begins with nothing of this one's
                 self.close()
+                if isinstance(error, torch.OutOfMemoryError):
+                    graphs.clear()
                 raise
 
         return attached
