@@ -343,3 +343,15 @@ def test_of_threads_that_attach_at_once_one_does():
     finally:
         sys.setswitchinterval(interval)
     assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_a_handle_is_neither_copied_nor_pickled_but_what_it_found_is():
+    model, inputs = tiny("llava")
+    with eg.FastV(keep=5)(model) as run:
+        model(**inputs)
+        for again in (copy.deepcopy, copy.copy, pickle.dumps):
+            with pytest.raises(AttachError, match="neither copied nor pickled"):
+                again(run)
+        for again in (copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))):
+            assert again(run.pruner) == run.pruner
+            assert torch.equal(again(run.trace).kept(), run.trace.kept())

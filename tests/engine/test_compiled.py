@@ -292,10 +292,11 @@ def test_compiled_steps_of_layers_that_share_keys_are_refused():
         model.generate(**inputs, **options, compile_config=config)
 
 
+@pytest.mark.parametrize("method", ["fastv:keep=5", "illava:keep=9,layer=3,vision_layers=[0,1],vision_drop=2"])
 @pytest.mark.filterwarnings(
     "ignore:.*torch.jit:DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning"
 )
-def test_a_trace_is_refused():
+def test_a_trace_is_refused(method):
     """It would keep the same tokens of every other prompt."""
     model, inputs = tiny("llava")
 
@@ -308,5 +309,5 @@ def test_a_trace_is_refused():
             return self.model(input_ids=ids, pixel_values=pixels, use_cache=False).logits
 
     given = (inputs["input_ids"], inputs["pixel_values"])
-    with torch.no_grad(), eg.FastV(keep=5)(model), pytest.raises(AttachError, match=r"torch\.jit\.trace"):
+    with torch.no_grad(), parse(method)(model), pytest.raises(AttachError, match=r"torch\.jit\.trace"):
         torch.jit.trace(Logits().eval(), given, check_trace=False)

@@ -31,7 +31,7 @@ Uncompiled = Callable[[tuple[Any, ...], dict[str, Any]], bool]
 
 def inner(module: nn.Module) -> nn.Module:
     """The module that `torch.compile(module)` wraps; the module itself if it is no such wrapper."""
-    while _INNER in module._modules:
+    while _INNER in getattr(module, "_modules", {}):
         module = module.get_submodule(_INNER)
     return module
 

@@ -96,6 +96,10 @@ class ModelCalls:
             finally:
                 self._layer_calls.relays.clear()
 
+    def _refuse_tracing(self) -> None:
+        if self._plan.stages and torch._C._get_tracing_state() is not None:
+            compiled.refuse_tracing()
+
     # -- the model ----------------------------------------------------------------------------------------------------
     def enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Before the model, or the module inside of it that encodes pictures."""
@@ -104,6 +108,7 @@ class ModelCalls:
             return None
         if not any(module is outer for outer in self._outer):
             guard.refuse_copy(module)
+        self._refuse_tracing()
         whole = module is self._plan.model
         call = self._calls.alive()
         if whole or call.frame is None or call.decoding:
@@ -146,6 +151,7 @@ class ModelCalls:
             return
         if module is not self._plan.decoder:
             guard.refuse_copy(module)
+        self._refuse_tracing()
         call = self._calls.alive()
         if call.frame is None or call.decoding:  # the decoder itself was called
             call = self._calls.enter(module_frame(), inherit=True)
@@ -166,8 +172,6 @@ class ModelCalls:
         if states is not None and states.shape[1] > 1:  # one token is a decoding step
             watched = self._layer_calls.watched
             call.run = self._prompts.begin(call, states, kwargs, call.cache, watched=watched)
-        if call.run is not None and torch._C._get_tracing_state() is not None:
-            compiled.refuse_tracing()
         call.idle = call.run is None and gate is None and not call.nested
 
     def _hook_pruned(self, cache: Any) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from evengaze.engine.question import Said, check_said
 from evengaze.engine.rotary import Served
 from evengaze.engine.segments import Segments
 from evengaze.engine.tap import Taps
-from evengaze.errors import ConfigError, UnsupportedModelError
+from evengaze.errors import AttachError, ConfigError, UnsupportedModelError
 from evengaze.layout import VisualLayout
 from evengaze.memory import Shared
 from evengaze.protocol import Method
@@ -120,6 +120,12 @@ class Handle:
         if exc[0] is not None:  # the first error is the one to report
             self._pending.clear()
         self.remove()
+
+    def __reduce__(self) -> NoReturn:
+        raise AttachError(
+            "a handle belongs to one model in one process: it is neither copied nor pickled. Copy or save the model (a "
+            "copy has no pruner) and attach handle.pruner to that; handle.trace can be copied and pickled."
+        )
 
     def remove(self) -> None:
         """Take all hooks off; the model is as it was. Calling it twice does no harm.
