@@ -16,7 +16,7 @@ from evengaze.layout import ImageInfo, VisualLayout, VisualTokens, square_paddin
 from evengaze.testing import tiny
 from evengaze.trace import RowTrace, StageTrace, Trace
 from evengaze.viz.overlay import plain_choice, plot_trace
-from evengaze.viz.patches import FILL, Canvas, Panel, as_seen, draw_panels
+from evengaze.viz.patches import FILL, Canvas, Drawing, as_seen, draw_panels
 
 
 def trace_of(infos, kept, *, padding=None, raw=None, scores=None, debias=None, recycled=None):
@@ -147,7 +147,7 @@ def test_a_real_call_can_be_plotted_without_pyplot(tmp_path):
 @pytest.mark.parametrize(("rows", "columns"), [(1, 3), (3, 4)])
 def test_titles_are_inside_of_the_figure(rows, columns):
     trace = trace_of([ImageInfo((6, 6))], [0, 7])
-    panel = Panel(Canvas.of(trace.layout.rows[0]), "plain: star", "2 of 36 kept", torch.tensor([0, 7]), right=True)
+    panel = Drawing(Canvas.of(trace.layout.rows[0]), "plain: star", "2 of 36 kept", torch.tensor([0, 7]), right=True)
     figure = draw_panels([[panel] * columns] * rows, height=2.4)
     figure.draw_without_rendering()
     top = max(ax._left_title.get_window_extent().y1 for ax in figure.axes)

@@ -15,10 +15,10 @@ STRONG = 0.05
 SINK = 1.1
 """Padding that gets this many times the score of content at the same places draws attention as such."""
 
-Verdict = Literal["even", "to the bottom", "to the top", "unsure"]
+Leaning = Literal["even", "to the bottom", "to the top", "unsure"]
 
 
-def verdict(measures: Mapping[str, Measure], margin: float = MARGIN) -> Verdict:
+def verdict(measures: Mapping[str, Measure], margin: float = MARGIN) -> Leaning:
     """Whether the tokens that a ranking keeps are where any content is, by their mean raster index.
 
     "unsure" if the interval is so wide that it could be off by more than twice the margin.
@@ -64,7 +64,7 @@ class Conclusion:
         """From the measures of each layer."""
         found = {layer: verdict(measures, margin) for layer, measures in layers.items()}
 
-        def those(word: Verdict) -> tuple[int, ...]:
+        def those(word: Leaning) -> tuple[int, ...]:
             return tuple(layer for layer, said in found.items() if said == word)
 
         return cls(

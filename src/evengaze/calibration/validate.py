@@ -10,14 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from evengaze.calibration.conclude import MARGIN
 from evengaze.calibration.measures import Measure
 from evengaze.calibration.observe import Sample, observe
 from evengaze.debias.curve import Curve, CurveWarning
 from evengaze.debias.debias import Debias
 from evengaze.methods.base import Pruner
-
-MARGIN = 0.02
-"""A mean kept index that is off by more than this fraction of the raster is worth a warning."""
 
 
 @dataclass(frozen=True)

@@ -269,7 +269,7 @@ def report(
 ) -> None:
     """Make tables and figures of an evaluation: Markdown, one self-contained HTML page, PNG, SVG and PDF."""
     if not results.is_dir():
-        raise DataError(f"{results} is no folder. Give the --out folder of `evengaze evaluate`.")
+        raise DataError(f"{results} is not a directory. Give the --out folder of `evengaze evaluate`.")
     from evengaze.cli.session import check_folder
     from evengaze.evaluate.report import write_report
 

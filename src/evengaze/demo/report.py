@@ -20,7 +20,7 @@ from evengaze.evaluate.metrics.paired import Paired, compare, wilson
 from evengaze.version import __version__
 from evengaze.viz.accuracy import Point, plot_accuracy
 from evengaze.viz.bias import plot_trend
-from evengaze.viz.patches import Canvas, Panel, draw_panels
+from evengaze.viz.patches import Canvas, Drawing, draw_panels
 from evengaze.viz.style import save
 
 
@@ -163,15 +163,15 @@ def _kept(result: Experiment) -> Any:
     """Two examples a line: the picture, plain, both steps."""
     budget = KEEPS[1]
     plain, both = result.outcome(budget, "plain").answers, result.outcome(budget, "both").answers
-    panels: list[Panel | None] = []
+    panels: list[Drawing | None] = []
     for example in result.examples:
         number = example.question.question_id
         canvas = Canvas.of(example.plain.layout.rows[example.row].to("cpu"), example.picture.image)
-        panels.append(Panel(canvas, example.question.text, f"all tokens: {result.dense.answers[number]}"))
+        panels.append(Drawing(canvas, example.question.text, f"all tokens: {result.dense.answers[number]}"))
         for name, trace, answer in (("plain", example.plain, plain), ("both steps", example.both, both)):
             kept = trace.kept(example.row)
             right = answer[number] == example.question.answer
-            panels.append(Panel(canvas, f"{name}: {answer[number]}", canvas.describe(kept), kept, right=right))
+            panels.append(Drawing(canvas, f"{name}: {answer[number]}", canvas.describe(kept), kept, right=right))
     panels += [None] * (-len(panels) % 6)
     return draw_panels([panels[i : i + 6] for i in range(0, len(panels), 6)], height=2.4)
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from evengaze.evaluate.metrics.paired import wilson
-from evengaze.evaluate.results import Row, Table, short
+from evengaze.evaluate.results import ComparedRows, ResultRow, short
 from evengaze.methods import OneStage, parse
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart; a family keeps its colour everywhere.
@@ -26,11 +26,11 @@ _MARKERS = ("s", "^", "D", "v", "P", "X", "*")
 _APART = 0.012
 """Between neighbouring methods at one budget, of the width of all budgets."""
 
-Series = dict[tuple[str, str, str], list[Row]]
+Series = dict[tuple[str, str, str], list[ResultRow]]
 """Rows by family, debiasing and role."""
 
 
-def curves(tables: Sequence[Table]) -> Figure | None:
+def curves(tables: Sequence[ComparedRows]) -> Figure | None:
     """Score against average tokens, one panel a benchmark; bars where everything was run at one budget.
 
     Plain methods are hollow, pale and dashed, debiased ones filled, in full colour and solid; baselines are grey. Bars
@@ -117,7 +117,7 @@ def _bars(axis: Any, series: Series, looks: _Looks, handles: dict[str, Any]) -> 
     axis.set_xticks([])
 
 
-def _interval(row: Row) -> tuple[float, float]:
+def _interval(row: ResultRow) -> tuple[float, float]:
     """95 % interval of a score that is the mean over questions; else the score itself."""
     value, credits = float(row.value or 0.0), row.credits
     if not credits or abs(100 * sum(credits.values()) / len(credits) - value) > 1e-6:
@@ -126,7 +126,7 @@ def _interval(row: Row) -> tuple[float, float]:
     return 100 * low, 100 * high
 
 
-def radar(tables: Sequence[Table]) -> Figure | None:
+def radar(tables: Sequence[ComparedRows]) -> Figure | None:
     """Percent of the dense model's score, one panel a method, one spoke a benchmark; None with fewer than three.
 
     Where a method was run at several budgets, the smallest one is shown.
@@ -169,7 +169,7 @@ def radar(tables: Sequence[Table]) -> Figure | None:
     return figure
 
 
-def _series(table: Table) -> Series:
+def _series(table: ComparedRows) -> Series:
     found: Series = {}
     shown = [r for r in table.rows if r.cell.role != "dense" and r.value is not None and r.average is not None]
     first = {_first_layer(row) for row in shown if row.cell.role == "baseline"}
@@ -184,7 +184,7 @@ def _series(table: Table) -> Series:
 _FROM = " from layer "
 
 
-def _first_layer(row: Row) -> int:
+def _first_layer(row: ResultRow) -> int:
     """The layer from which on a baseline has fewer tokens."""
     return next((pruner.layer for pruner in [parse(row.cell.method)] if isinstance(pruner, OneStage)), 0)
 
@@ -192,7 +192,7 @@ def _first_layer(row: Row) -> int:
 class _Looks:
     """A method family keeps its colour everywhere; plain and debiased differ in shade, filling, marker and line."""
 
-    def __init__(self, tables: Sequence[Table]) -> None:
+    def __init__(self, tables: Sequence[ComparedRows]) -> None:
         rows = [row for table in tables for row in table.rows]
         families = dict.fromkeys(row.prefix + row.cell.family for row in rows if row.cell.role == "method")
         labels = dict.fromkeys(row.cell.debias for row in rows if row.cell.debias != "none")
@@ -224,7 +224,7 @@ class _Looks:
         }
 
 
-def _smallest(tables: Sequence[Table], family: str) -> list[list[Row]]:
+def _smallest(tables: Sequence[ComparedRows], family: str) -> list[list[ResultRow]]:
     """The family's rows at its smallest budget, for each benchmark."""
     found = []
     for table in tables:
@@ -234,7 +234,7 @@ def _smallest(tables: Sequence[Table], family: str) -> list[list[Row]]:
     return found
 
 
-def _share(table: Table, rows: Sequence[Row], debias: str) -> float | None:
+def _share(table: ComparedRows, rows: Sequence[ResultRow], debias: str) -> float | None:
     dense = table.dense
     value = next((row.value for row in rows if row.cell.debias == debias), None)
     return None if value is None or dense is None or not dense.value else 100 * value / dense.value

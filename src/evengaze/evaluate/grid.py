@@ -13,7 +13,7 @@ from evengaze.debias import CurveWarning, Debias
 from evengaze.errors import ConfigError, CurveError
 from evengaze.evaluate.benchmarks import Benchmark, Record, ScoreOptions
 from evengaze.evaluate.fingerprint import describe_pruner, digest
-from evengaze.evaluate.results import About, CellInfo, CellResult, Role, Row
+from evengaze.evaluate.results import About, CellInfo, CellResult, ResultRow, Role
 from evengaze.evaluate.runner import Backend, Job, Outcome, limit_notes, overlap_notes, picture_notes, run_jobs
 from evengaze.evaluate.setting import DEFAULT, Setting
 from evengaze.methods import Pruner
@@ -234,7 +234,7 @@ def run_grid(
     *,
     options: ScoreOptions | None = None,
     advance: Callable[[Task, Cell, int], None] = lambda task, cell, count: None,
-) -> list[Row]:
+) -> list[ResultRow]:
     """Run all cells of all benchmarks; a cell that the model cannot do is noted, and the others go on.
 
     Args:
@@ -257,12 +257,12 @@ def run_grid(
         (Job(task.benchmark, data, cell.pruner, out / task.benchmark.name / cell.name, setting), task.records)
         for task, cell in places
     ]
-    rows: dict[int, Row] = {}
+    rows: dict[int, ResultRow] = {}
     for index, outcome in run_jobs(
         jobs, backend, options=options, advance=lambda job, count: advance(*places[job], count)
     ):
         task, cell = places[index]
-        rows[index] = Row(_result(cell, outcome, _notes(cell, task, outcome)), outcome.job.folder)
+        rows[index] = ResultRow(_result(cell, outcome, _notes(cell, task, outcome)), outcome.job.folder)
         if not outcome.failed and not outcome.waiting:
             rows[index].save()
     return [rows[index] for index in sorted(rows)]

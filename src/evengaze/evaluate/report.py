@@ -14,7 +14,7 @@ from evengaze.errors import DataError
 from evengaze.evaluate.agreement import Agreement
 from evengaze.evaluate.metrics.paired import Paired
 from evengaze.evaluate.recipes import published
-from evengaze.evaluate.results import FLIPPED, Row, Table, load, tables
+from evengaze.evaluate.results import FLIPPED, ComparedRows, ResultRow, load, tables
 from evengaze.extras import require
 from evengaze.files import write_whole
 from evengaze.version import __version__
@@ -85,7 +85,7 @@ def write_report(root: Path, out: Path, *, published: bool = True) -> list[Path]
     return written
 
 
-def _context(found: Sequence[Table], with_published: bool) -> dict[str, Any]:
+def _context(found: Sequence[ComparedRows], with_published: bool) -> dict[str, Any]:
     rows = [row for table in found for row in table.rows]
     models = list(dict.fromkeys(row.model_name for row in rows if row.model_name))
     architectures = {row.architecture for row in rows if row.architecture}
@@ -103,7 +103,7 @@ def _context(found: Sequence[Table], with_published: bool) -> dict[str, Any]:
     }
 
 
-def _overview(found: Sequence[Table]) -> dict[str, Any]:
+def _overview(found: Sequence[ComparedRows]) -> dict[str, Any]:
     """Methods down, benchmarks across, and the mean share of the dense model's score."""
     names = {_label(row): row.cell for table in found for row in table.rows}
     lines = []
@@ -122,11 +122,11 @@ def _overview(found: Sequence[Table]) -> dict[str, Any]:
     return {"titles": [f"{table.title} ({table.metric})" for table in found], "lines": lines}
 
 
-def _label(row: Row) -> str:
+def _label(row: ResultRow) -> str:
     return row.title + (f" @ {row.cell.budget:g}" if row.cell.budget and row.cell.role == "method" else "")
 
 
-def _table(table: Table, baselines: Sequence[str]) -> dict[str, Any]:
+def _table(table: ComparedRows, baselines: Sequence[str]) -> dict[str, Any]:
     lines = []
     for row in table.rows:
         score, tokens = row.result.summary, row.result.tokens
@@ -162,7 +162,7 @@ def _agreement(found: Agreement) -> dict[str, str]:
     }
 
 
-def _parts(table: Table) -> dict[str, Any] | None:
+def _parts(table: ComparedRows) -> dict[str, Any] | None:
     """Scores by category, methods down; None where the benchmark has no categories."""
     scores = [(row.title, row.result.summary) for row in table.rows]
     names = list(dict.fromkeys(name for _, score in scores if score is not None for name in score.breakdown))
@@ -176,7 +176,7 @@ def _parts(table: Table) -> dict[str, Any] | None:
     return {"names": names, "lines": lines}
 
 
-def _flips(row: Row) -> dict[str, Any]:
+def _flips(row: ResultRow) -> dict[str, Any]:
     """The questions that a method answers otherwise than the dense model; those that it lost first."""
     assert row.agreement is not None
     flips = sorted(row.agreement.flips, key=lambda flip: flip.change)
@@ -210,7 +210,7 @@ def _difference(paired: Paired | None) -> dict[str, str] | None:
     }
 
 
-def _problems(rows: Sequence[Row]) -> list[str]:
+def _problems(rows: Sequence[ResultRow]) -> list[str]:
     found = []
     for row in rows:
         name = f"{row.result.benchmark.title}, {row.title}"
@@ -225,7 +225,7 @@ def _problems(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def _published(found: Sequence[Table], architectures: set[str]) -> dict[str, Any]:
+def _published(found: Sequence[ComparedRows], architectures: set[str]) -> dict[str, Any]:
     """Published figures of the same architecture on the same benchmarks, beside what was measured."""
     values = published()
     sources = values["sources"]
@@ -275,7 +275,7 @@ def _cell(value: Any, disputed: str | None) -> str:
     return f"{value}" + (f" (others: {disputed})" if disputed else "")
 
 
-def _provenance(row: Row) -> dict[str, str]:
+def _provenance(row: ResultRow) -> dict[str, str]:
     result = row.result
     shown = {
         "fingerprint": result.fingerprint,

@@ -130,7 +130,7 @@ class CellResult:
 
 
 @dataclass
-class Row:
+class ResultRow:
     """One method on one benchmark.
 
     Attributes:
@@ -224,26 +224,26 @@ def _of(value: Any, key: str) -> Any:
 
 
 @dataclass
-class Table:
+class ComparedRows:
     """All rows of one benchmark: the dense model, then methods by family and average tokens, then baselines."""
 
     name: str
     title: str
     split: str
     metric: str
-    rows: list[Row]
+    rows: list[ResultRow]
 
     @property
-    def dense(self) -> Row | None:
+    def dense(self) -> ResultRow | None:
         """The (first) dense model's row."""
         return next((row for row in self.rows if row.cell.role == "dense"), None)
 
-    def dense_of(self, row: Row) -> Row | None:
+    def dense_of(self, row: ResultRow) -> ResultRow | None:
         """The dense row of the same model."""
         return next((one for one in self.rows if one.cell.role == "dense" and one.model == row.model), None)
 
 
-def load(root: Path) -> list[Row]:
+def load(root: Path) -> list[ResultRow]:
     """Read every ``result.json`` below a folder; of several for the same cell (a renamed or copied folder) one.
 
     Raises:
@@ -251,9 +251,9 @@ def load(root: Path) -> list[Row]:
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a directory. Give the out folder of `evengaze evaluate`.")
-    found: dict[str, Row] = {}
+    found: dict[str, ResultRow] = {}
     for path in sorted(root.rglob(RESULT)):
-        row = Row(CellResult.load(path), path.parent)
+        row = ResultRow(CellResult.load(path), path.parent)
         result = row.result
         same = digest([result.benchmark.name, result.cell.name, result.fingerprint])
         other = found.setdefault(same, row)
@@ -270,12 +270,12 @@ def load(root: Path) -> list[Row]:
     return list(found.values())
 
 
-def tables(rows: Sequence[Row], *, resamples: int = 10_000) -> list[Table]:
+def tables(rows: Sequence[ResultRow], *, resamples: int = 10_000) -> list[ComparedRows]:
     """Group rows by benchmark and make all paired comparisons, each within one model."""
-    found: dict[str, Table] = {}
+    found: dict[str, ComparedRows] = {}
     for row in rows:
         about = row.result.benchmark
-        table = found.setdefault(about.name, Table(about.name, about.title, about.split, about.metric, []))
+        table = found.setdefault(about.name, ComparedRows(about.name, about.title, about.split, about.metric, []))
         table.rows.append(row)
     for table in found.values():
         _name_models(table)
@@ -285,7 +285,7 @@ def tables(rows: Sequence[Row], *, resamples: int = 10_000) -> list[Table]:
     return sorted(found.values(), key=lambda table: order.index(table.name) if table.name in order else len(order))
 
 
-def _name_models(table: Table) -> None:
+def _name_models(table: ComparedRows) -> None:
     names = dict.fromkeys((row.model, row.model_name) for row in table.rows)
     if len(names) < 2:
         return
@@ -298,11 +298,11 @@ def _name_models(table: Table) -> None:
                 row.prefix = f"{name}{f' ({again + 1})' if again else ''}: "
 
 
-def _compare(table: Table, resamples: int) -> None:
+def _compare(table: ComparedRows, resamples: int) -> None:
     by_name = {(row.model, row.cell.name): row for row in table.rows}
     plain = {_pair(row): row for row in table.rows if row.cell.debias == "none"}
 
-    def against(row: Row, other: Row | None) -> Paired | None:
+    def against(row: ResultRow, other: ResultRow | None) -> Paired | None:
         if other is None or other is row or not row.credits or not other.credits:
             return None
         if not row.credits.keys() & other.credits.keys():
@@ -323,11 +323,11 @@ def _compare(table: Table, resamples: int) -> None:
                 row.against_baselines[other.cell.family] = made
 
 
-def _pair(row: Row) -> tuple[Any, ...]:
+def _pair(row: ResultRow) -> tuple[Any, ...]:
     return row.model, row.cell.method, row.cell.budget
 
 
-def _order(row: Row) -> tuple[Any, ...]:
+def _order(row: ResultRow) -> tuple[Any, ...]:
     cell = row.cell
     roles = ("dense", "method", "baseline")
     rank = roles.index(cell.role) if cell.role in roles else len(roles)

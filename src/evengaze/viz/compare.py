@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evengaze.errors import DataError
-from evengaze.viz.patches import Canvas, Panel, draw_panels
+from evengaze.viz.patches import Canvas, Drawing, draw_panels
 from evengaze.viz.traced import Traced
 
 if TYPE_CHECKING:
@@ -63,11 +63,11 @@ def plot_comparison(
     if first is None or len({len(column) for column in runs}) != 1:
         raise DataError("a comparison needs at least one run, and equally many runs of every method")
     canvas = Canvas.of(first.trace.layout.rows[row].to("cpu"), image, picture)
-    panels: list[list[Panel | None]] = []
+    panels: list[list[Drawing | None]] = []
     for line in range(len(runs[0])):
         said = f"all tokens: {dense!r}" + (f" (right: {right!r})" if right else "") if dense else ""
-        lead = Panel(canvas, "as the model saw it", _short(said))
-        cells: list[Panel | None] = [lead if line == 0 else None]
+        lead = Drawing(canvas, "as the model saw it", _short(said))
+        cells: list[Drawing | None] = [lead if line == 0 else None]
         for column in runs:
             run = column[line]
             cells.append(None if run is None else _panel(canvas, run, row, stage))
@@ -75,14 +75,14 @@ def plot_comparison(
     return draw_panels(panels, height=2.9, heading=_short(question, 100))
 
 
-def _panel(canvas: Canvas, run: Compared, row: int, stage: int) -> Panel:
+def _panel(canvas: Canvas, run: Compared, row: int, stage: int) -> Drawing:
     if not run.trace.stages:
-        return Panel(canvas, run.label, _short(run.answer), right=run.right)
+        return Drawing(canvas, run.label, _short(run.answer), right=run.right)
     decision = run.trace.stages[stage].rows[row]
     kept = decision.kept.cpu()
     recycled = None if decision.recycled is None else decision.recycled.cpu()
     detail = canvas.describe(kept) + (f": {run.answer!r}" if run.answer else "")
-    return Panel(canvas, run.label, _short(detail), kept, recycled, run.right)
+    return Drawing(canvas, run.label, _short(detail), kept, recycled, run.right)
 
 
 def _short(text: str, width: int = 52) -> str:

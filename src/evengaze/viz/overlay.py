@@ -12,7 +12,7 @@ from evengaze.errors import DataError
 from evengaze.layout import VisualTokens
 from evengaze.pixels import views
 from evengaze.protocol import top
-from evengaze.viz.patches import Canvas, Panel, draw_panels
+from evengaze.viz.patches import Canvas, Drawing, draw_panels
 from evengaze.viz.traced import Decision, Traced
 
 if TYPE_CHECKING:
@@ -64,10 +64,10 @@ def plot_trace(
         canvas = Canvas.of(tokens, given, views(tokens, number)[0])
         line = []
         if given is not None:
-            line.append(Panel(canvas, "as the model saw it", _count(int(canvas.there.sum()), "visual token")))
+            line.append(Drawing(canvas, "as the model saw it", _count(int(canvas.there.sum()), "visual token")))
         if plain is not None:
-            line.append(Panel(canvas, f"{name}, plain", canvas.describe(plain), plain))
-        line.append(Panel(canvas, label, canvas.describe(chosen), chosen, decision.recycled))
+            line.append(Drawing(canvas, f"{name}, plain", canvas.describe(plain), plain))
+        line.append(Drawing(canvas, label, canvas.describe(chosen), chosen, decision.recycled))
         lines.append(line)
     return draw_panels(lines)
 

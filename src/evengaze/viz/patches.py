@@ -172,7 +172,7 @@ class Canvas:
 
 
 @dataclass(frozen=True)
-class Panel:
+class Drawing:
     """One drawing of a figure.
 
     Attributes:
@@ -192,7 +192,7 @@ class Panel:
     right: bool | None = None
 
 
-def draw_panels(rows: Sequence[Sequence[Panel | None]], *, height: float = 3.1, heading: str = "") -> Figure:
+def draw_panels(rows: Sequence[Sequence[Drawing | None]], *, height: float = 3.1, heading: str = "") -> Figure:
     """Draw panels in rows and columns, with a legend of the marks that occur in them.
 
     Args:
@@ -222,7 +222,7 @@ def draw_panels(rows: Sequence[Sequence[Panel | None]], *, height: float = 3.1, 
     return figure
 
 
-def _legend(figure: Figure, panels: Sequence[Panel]) -> None:
+def _legend(figure: Figure, panels: Sequence[Drawing]) -> None:
     """What the marks mean, below all panels; only those that occur."""
     chosen = [(p.canvas, p.canvas.mask(p.kept)) for p in panels if p.kept is not None]
     if not chosen:
