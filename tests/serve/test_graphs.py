@@ -5,6 +5,7 @@ A CPU captures nothing: a stand-in runs what was captured again, in buffers of i
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
@@ -69,3 +70,20 @@ def test_what_cannot_be_served_is_told_at_once(options, expected, capsys):
     assert error.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("Error: ") and expected in said and "Traceback" not in said
+
+
+def test_a_taken_port_is_told_before_a_model_is_loaded(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit) as error:
+            main(["serve", "--model", "no/such-model", "--port", str(port)])
+    assert error.value.code == 2 and f"port {port} of 127.0.0.1 cannot be listened at" in capsys.readouterr().err
+
+
+def test_a_plugin_is_not_seen_by_replicas(tmp_path, capsys):
+    (tmp_path / "own.py").write_text("")
+    with pytest.raises(SystemExit) as error:
+        main(["serve", "--ray", "--plugin", str(tmp_path / "own.py")])
+    assert error.value.code == 2 and "every node can import" in capsys.readouterr().err

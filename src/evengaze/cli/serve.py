@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from evengaze.cli import output
 from evengaze.cli.options import loads_model
+from evengaze.errors import ConfigError
 
 if TYPE_CHECKING:
     from evengaze.evaluate.spec import ModelSpec
@@ -74,5 +76,10 @@ def serve(
         return
     from evengaze.serve import ray_serve
 
+    if output.voice.plugins:
+        raise ConfigError(
+            "--plugin is read by this process alone, not by replicas on Ray: name the method as my_module:MyMethod, of "
+            "a module that every node can import"
+        )
     scale = ray_serve.Scale.parse(ray_replicas, gpus=ray_gpus, cpus=ray_cpus, fronts=ray_fronts)
     ray_serve.run(settings, scale, ray_address, host, port)

@@ -19,6 +19,7 @@ from evengaze.cluster import connect, last_line
 from evengaze.errors import ConfigError, DataError
 from evengaze.evaluate.predictor import ModelSpec
 from evengaze.extras import require
+from evengaze.serve.ports import check_free
 from evengaze.serve.settings import Limits, Settings
 
 APP, FRONT, MODEL = "evengaze", "front", "model"
@@ -192,10 +193,11 @@ def run(settings: Settings, scale: Scale, address: str, host: str, port: int) ->
 
     Raises:
         MissingExtraError: Ray Serve is not installed.
-        ConfigError: there is no such cluster, or it is too small.
+        ConfigError: there is no such cluster, or it is too small; or the port is taken.
         DataError: the replicas cannot start.
     """
     require("ray", "evengaze serve --ray", *_PACKAGES)
+    check_free(host, port)
     gpus = connect(address, gpus=scale.gpus, cpus=scale.cpus)
     import ray
     from ray import serve

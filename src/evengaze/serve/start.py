@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from evengaze.extras import require
+from evengaze.serve.ports import check_free
 from evengaze.serve.settings import Settings
 
 
@@ -11,7 +12,7 @@ def run(settings: Settings, host: str, port: int) -> None:
 
     Raises:
         MissingExtraError: the server's packages are not installed.
-        EvengazeError: the model or method cannot be served.
+        EvengazeError: the model or method cannot be served, or the port is taken.
     """
     require("serve", "evengaze serve", "fastapi", "uvicorn", "prometheus_client")
     import uvicorn
@@ -20,6 +21,7 @@ def run(settings: Settings, host: str, port: int) -> None:
     from evengaze.serve.app import build_app
     from evengaze.serve.pruning import Methods
 
+    check_free(host, port)
     predictor = Predictor.load(settings.spec)
     Methods(predictor, settings.method, settings.debias).try_out(settings.graphs)
     uvicorn.run(
