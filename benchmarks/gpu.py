@@ -1,6 +1,6 @@
 """What pruning does on a GPU: whole prefills with the tower, graphs, synchronisations, decoding: one command.
 
-    python benchmarks/gpu.py [--part prefill graphs syncs decode compiled gaps] [--methods fastv dense] [--out out.json]
+    python benchmarks/gpu.py [--part prefill graphs syncs compiled decode gaps] [--methods fastv dense] [--out out.json]
 
 A model of LLaVA-1.5-7B's shape with random weights in bfloat16, made on the device; prompts of 60 text tokens with one
 picture (576 tokens) in one row, in eight rows, and with four pictures (2,304 tokens) in one row. Times are ratios to
@@ -33,7 +33,7 @@ from evengaze.compat import cache_argument, cache_of
 from evengaze.debias import Exponential
 from evengaze.engine import graphs as captured
 
-PARTS = ("prefill", "graphs", "syncs", "decode", "compiled", "gaps")
+PARTS = ("prefill", "graphs", "syncs", "compiled", "decode", "gaps")
 NAMES = ("dense", "fastv", "pyramiddrop", "sparsevlm", "himap", "tokencarve", "illava", "divprune", "visionzip", "tome")
 SHAPES = {"b1": (1, 1), "b8": (8, 1), "4 pictures": (1, 4)}
 IMAGE, TEXT, FRONT = 1000, 60, 20
@@ -318,7 +318,7 @@ def syncs(bench, names, options):
 @torch.inference_mode()
 def decode(bench, names, options):
     """Milliseconds a decoding step, eager."""
-    inputs, count = bench.inputs(1), 12
+    inputs, count = bench.inputs(1), 8
 
     def step(handle):
         out = bench.prefill(inputs)
@@ -329,7 +329,7 @@ def decode(bench, names, options):
         return (time.perf_counter() - start) * 1e3 / count
 
     calls = {name: (partial(attached, bench, name), step) for name in [None, *names]}
-    took = turns(calls, min(5, options.rounds), warmup=1)
+    took = turns(calls, min(4, options.rounds), warmup=1)
     say(f"decode: bare {took[None]:.2f} ms a step;", ratios(took, took[None]))
     return {"bare ms": took.pop(None), "ms": took}
 
