@@ -9,7 +9,7 @@ Layouts are made and kept on the host. What is left of them while a model prunes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -69,6 +69,22 @@ class VisualTokens:
 
     def __len__(self) -> int:
         return int(self.position.shape[0])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values."""
+        images = [[list(i.grid), i.frames, None if i.size is None else list(i.size), i.part] for i in self.images]
+        return {"images": images, **{name: getattr(self, name).tolist() for name in _COLUMNS}}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> VisualTokens:
+        """The inverse of `to_dict`; a KeyError, TypeError, ValueError or IndexError if it is none."""
+        images = tuple(
+            ImageInfo((g[0], g[1]), frames, None if size is None else (size[0], size[1]), part)
+            for g, frames, size, part in values["images"]
+        )
+        kinds = {name: torch.long if name in _INDICES else torch.float64 for name in _COLUMNS}
+        columns = {name: torch.tensor(values[name], dtype=kind) for name, kind in kinds.items()}
+        return cls(**columns, images=images)
 
     @classmethod
     def empty(cls, device: torch.device | str = "cpu") -> VisualTokens:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evengaze.errors import DataError
 from evengaze.files import read_json, write_whole
-from evengaze.layout import ImageInfo, VisualLayout, VisualTokens
+from evengaze.layout import VisualLayout, VisualTokens
 from evengaze.protocol import Merge
 
 if TYPE_CHECKING:
@@ -256,15 +256,7 @@ class Trace:
             "entering": list(self.entering),
             "kv_bytes": list(self.kv_bytes),
             "kv_bytes_unpruned": list(self.kv_bytes_unpruned),
-            "layout": [
-                {
-                    "images": [
-                        [list(i.grid), i.frames, None if i.size is None else list(i.size), i.part] for i in r.images
-                    ],
-                    **{name: getattr(r, name).tolist() for name in _TABLE},
-                }
-                for r in self.layout.rows
-            ],
+            "layout": [r.to_dict() for r in self.layout.rows],
             "stages": [
                 {"layer": s.layer, "attention": s.attention, "rows": [_row_dict(r) for r in s.rows]}
                 for s in self.stages
@@ -281,15 +273,7 @@ class Trace:
         if not isinstance(data, Mapping) or data.get("schema") != _SCHEMA:
             raise DataError(f"not a trace of schema {_SCHEMA} ({str(data)[:40]}...)")
         try:
-            rows = tuple(
-                VisualTokens(
-                    **{n: torch.tensor(r[n], dtype=_TABLE[n]) for n in _TABLE},
-                    images=tuple(
-                        ImageInfo((g[0], g[1]), f, None if z is None else (z[0], z[1]), p) for g, f, z, p in r["images"]
-                    ),
-                )
-                for r in data["layout"]
-            )
+            rows = tuple(VisualTokens.from_dict(r) for r in data["layout"])
             stages = [StageTrace(s["layer"], s["attention"], [_row_of(r) for r in s["rows"]]) for s in data["stages"]]
             return cls(
                 data["pruner"],
@@ -315,16 +299,6 @@ class Trace:
             DataError: the file is no trace.
         """
         return cls.from_dict(read_json(Path(path), dict, "Save the trace again."))
-
-
-_TABLE = {
-    "position": torch.long,
-    "image": torch.long,
-    "frame": torch.long,
-    "cell": torch.long,
-    "x": torch.float64,
-    "padding": torch.float64,
-}
 
 
 def _row_dict(row: RowTrace) -> dict[str, Any]:
