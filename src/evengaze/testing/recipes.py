@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,15 @@ class Family:
         import transformers
 
         broken = self.broken is not None and transformers.__version__ == self.broken[0]
-        return not broken and self.architecture in dir(transformers)
+        return not broken and self.architecture in _known_names()
+
+
+@functools.cache
+def _known_names() -> frozenset[str]:
+    """What the installed transformers has; listing it takes a while, and importing it longer."""
+    import transformers
+
+    return frozenset(dir(transformers))
 
 
 TEXT = {
