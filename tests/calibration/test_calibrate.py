@@ -20,7 +20,7 @@ from evengaze.calibration.observe import Observations, Sample, image_digest, obs
 from evengaze.calibration.stats import LayerStats
 from evengaze.calibration.validate import judge, validate
 from evengaze.debias import Curve, CurveWarning, Debias, Exponential, Origin, RowsColumns
-from evengaze.errors import ConfigError, CurveError
+from evengaze.errors import ConfigError, CurveError, DataError
 from evengaze.layout import VisualLayout
 from evengaze.methods import parse
 from evengaze.methods.fastv import FastV
@@ -280,3 +280,13 @@ def test_every_family_can_be_calibrated(family: str, video: bool) -> None:
     assert stats.samples == 2 and np.isfinite(stats.heat_map()).all()
     assert len(stats.by_frame()) > 1 or not video
     assert to_curve(found, 1, family="exponential").origin.grid == stats.grid
+
+
+def test_in_python_a_curve_says_what_it_is_of_and_a_prompt_without_picture_is_explained() -> None:
+    model, processor = eg.demo.load()
+    pictures = eg.demo.make_dataset("calibration", images=4)
+    asked = [eg.Sample(one.image, one.questions[0].prompt) for one in pictures]
+    origin = eg.calibrate(model, processor, asked, eg.FastV(layer=2), family="exponential").origin
+    assert origin.model == "demo" and origin.samples == 4 and origin.data == "samples given in Python"
+    with pytest.raises(DataError, match="whole text, image placeholder"):
+        eg.calibrate(model, processor, [eg.Sample(pictures[0].image, "where?")], eg.FastV(layer=2))

@@ -77,7 +77,7 @@ def calibrate(
         )
     depth = len(adapter_for(model).decoder(model).layers)  # type: ignore[arg-type]
     own = first_layer(method, depth)
-    return to_curve(found, own, family=family, fit=fit, origin=origin or Origin(model=name_of(model)))
+    return to_curve(found, own, family=family, fit=fit, origin=origin or _known(model))
 
 
 def tight(
@@ -156,6 +156,12 @@ def _fit(stats: LayerStats, family: Family | Literal["rows-columns"], fit: Fit |
         raise CurveError("a rows-columns trend is fitted to mean logs, but some scores are not positive")
     fitted = fit_curve(stats.profile(), fit="geometric", **options)  # its band says how sure the trend over x is
     return replace(fitted, trend=fit_rows_columns(logs / np.maximum(count, 1), count), family=family)
+
+
+def _known(model: nn.Module) -> Origin:
+    """What a model says of itself, for who calibrates in Python and says nothing."""
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+    return Origin(model=name_of(model), revision=str(commit or ""), data="samples given in Python")
 
 
 def name_of(model: nn.Module) -> str:

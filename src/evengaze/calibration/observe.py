@@ -309,6 +309,11 @@ def encode_batch(processor: Any, batch: Sequence[Sample]) -> Mapping[str, Any]:
         encoded: Mapping[str, Any] = processor(
             images=[s.image for s in batch], text=[s.prompt for s in batch], padding=True, return_tensors="pt"
         )
+    except ValueError as error:
+        raise DataError(
+            f"the processor refuses a sample: {error} The prompt of a Sample is the whole text, image placeholder and "
+            "chat template included, such as processor.apply_chat_template gives"
+        ) from error
     finally:
         if side is not None:
             tokenizer.padding_side = side
