@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from evengaze.schedule import DecoderShape
 
 _SIGHTS = 3
 """Calls until a graph replays: the first runs as ever, the second captures, the third replays."""
+_TEXT = "the text alone"
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
 
 
@@ -144,16 +144,19 @@ class Course:
                 peaks[one.name] = peak
         advance()
         fit = [one for one in self._every if one.name not in failed]
-        prefills = take_turns(
-            {one.name: partial(self._prefill, one, inputs) for one in fit if one.variant != "static"},
-            rounds=self._rounds,
-        )
+        turns: dict[str, Callable[[], Prefill]] = {
+            one.name: partial(self._prefill, one, inputs) for one in fit if one.variant != "static"
+        }
+        text = self.prompt.without_pictures(self._model, batch)
+        if self._takes(text):  # in turns with the others: a host's speed changes
+            turns[_TEXT] = partial(clock_prefill, self._model, self._decoder, text)
+        prefills = take_turns(turns, rounds=self._rounds)
         advance()
         answers = {}
         if self._new > 1:
             answers = take_turns({one.name: partial(self._answer, one, inputs) for one in fit}, rounds=self._rounds)
         advance()
-        floor = self._floor(batch) if DENSE in prefills else None
+        floor = prefills.pop(_TEXT, None)
         predicted = self._costs(batch)
         measured = Measured(prefills, answers, peaks, failed, floor, self._model.device.type == "cuda")
         return [self._row(one, batch, predicted[one.method], measured) for one in self._every]
@@ -202,16 +205,13 @@ class Course:
                 clock_answer(self._model, inputs, 1)
             return clock_answer(self._model, inputs, self._new, static=one.variant == "static")
 
-    def _floor(self, batch: int) -> Prefill | None:
-        """The dense model on the text alone, which no pruning in the decoder goes below. None if it needs a picture."""
-        inputs = self.prompt.without_pictures(self._model, batch)
+    def _takes(self, text: Mapping[str, Tensor]) -> bool:
+        """Whether the model runs without a picture, so that it can be seen what pruning cannot go below."""
         try:
-            clock_prefill(self._model, self._decoder, inputs)
+            clock_prefill(self._model, self._decoder, text)
         except (RuntimeError, ValueError, TypeError, IndexError):
-            return None
-        runs = [clock_prefill(self._model, self._decoder, inputs) for _ in range(self._rounds)]
-        middle = sorted(runs, key=lambda run: run.decoder)[len(runs) // 2]
-        return replace(middle, launch=median(run.launch for run in runs))
+            return False
+        return True
 
     def _costs(self, batch: int) -> dict[str, Cost]:
         numbers = sum(p.numel() for p in self._decoder.parameters())

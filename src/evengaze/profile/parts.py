@@ -5,6 +5,7 @@ Nothing is stopped to tell the parts apart, see `Stopwatch`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,9 +168,11 @@ def busy_seconds(call: Any, device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            call()
-            synchronize()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that events are cleared behind the one cycle there is
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                call()
+                synchronize()
     except RuntimeError:
         return None
     inner: Any = profile.profiler

@@ -123,7 +123,7 @@ class Measured:
     answers: Mapping[str, Sequence[Answer]]
     peaks: Mapping[str, int]
     failed: Mapping[str, str]
-    floor: Prefill | None
+    floor: Sequence[Prefill] | None
     queued: bool
     """Whether the device works on while the host goes ahead."""
 
@@ -147,8 +147,8 @@ class Measured:
             values["peak_memory"] = self.peaks[name] / max(1, self.peaks[DENSE])
             values["kv_cache"] = runs[0].kv_bytes / max(1, dense[0].kv_bytes)
         if self.floor is not None:
-            values["floor_seconds"] = self.floor.decoder
-            values["launch_seconds"] = self.floor.launch if self.queued else None
+            values["floor_seconds"] = median(r.decoder for r in self.floor)
+            values["launch_seconds"] = median(r.launch for r in self.floor) if self.queued else None
         return values
 
     def answer(self, name: str) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def _limit(dense: Row, allows: Reach) -> str:
     decoder, whole = dense.decoder_seconds or 0.0, dense.prefill_seconds or 0.0
     most = "" if allows.most is None else f": at most {allows.most:.0%} of the prefill can be saved in the decoder"
     if allows.limit == "host":
-        why = f"the host is the limit (launching takes {_ms(dense.launch_seconds)} of the decoder's {_ms(decoder)})"
+        why = f"the host is the limit (launching takes {_ms(dense.launch_seconds)}, the decoder {_ms(decoder)})"
     elif allows.limit == "tower":
         why = f"the vision tower is the limit ({_ms(dense.tower_seconds)} of {_ms(whole)})"
     elif allows.limit == "short":
@@ -121,7 +121,8 @@ def _prefill(row: Row, allows: Reach) -> str:
     side = _side(row.time, row.time_low, row.time_high)
     if side < 0:
         said = f"saves {1 - row.time:.0%} of the prefill"
-        return said if allows.most is None else f"{said}, of {allows.most:.0%} that can be saved"
+        known = allows.most is not None and row.variant != "graphs"  # of which it is not known
+        return f"{said}, of {allows.most:.0%} that can be saved in the decoder" if known else said
     if side == 0:
         return "its prefill cannot be told from the dense model's"
     why = {
