@@ -18,26 +18,19 @@ import functools
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cache as memoize
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import (
-    Cache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticLayer,
-    StaticSlidingWindowLayer,
-)
+from transformers.cache_utils import Cache
 from transformers.utils import output_capturing
 
-from evengaze.engine import cache as kv
 from evengaze.engine.attention import AttentionStates
-from evengaze.engine.graphs import Graphs, copied, copies_of
+from evengaze.engine.graphs import Graphs, copied
 from evengaze.engine.intercept import put
+from evengaze.engine.stored import Store, copied_states, put_away, without
 from evengaze.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -84,35 +77,6 @@ def _replace(module: nn.Module, instead: Callable[..., Any]) -> tuple[_Forward, 
             _idle[module] = held
 
     return held, remove
-
-
-class _Store:
-    """Stands in for the cache while a segment is captured: it takes what layers store, and shows what they attend to.
-
-    Args:
-        sizes: of the static buffers, by layer.
-    """
-
-    def __init__(self, sizes: Mapping[int, int]) -> None:
-        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
-        self._sizes = sizes
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The layer's own keys and values; in a static buffer, empty behind them."""
-        self.stored[layer] = (key, value)
-        size = self._sizes.get(layer)
-        return (key, value) if size is None else (_buffer(key, size), _buffer(value, size))
-
-    def get_seq_length(self, *args: Any) -> int:
-        """Nothing was there before."""
-        return 0
-
-
-def _buffer(states: Tensor, size: int) -> Tensor:
-    batch, heads, length, width = states.shape
-    held = states.new_zeros(batch, heads, size, width)
-    held[:, :, :length] = states
-    return held
 
 
 @dataclass
@@ -242,7 +206,7 @@ class Segments:
     def _begin(self, run: Any, first: int, end: int, hidden: Tensor, kwargs: dict[str, Any]) -> _Running | None:
         refuse(kwargs, hidden.device)
         cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
-        why, sizes = _without(run, cache, first, end)
+        why, sizes = without(run, cache, first, end)
         if why is None and not self._graphs.take(run):
             why = "graphs in use by another call"
         if why is not None:
@@ -259,7 +223,7 @@ class Segments:
             return _Running(run, key, kwargs)
         result: _Result = graph(tensors)
         last = result.hidden[0] if isinstance(result.hidden, tuple) else result.hidden
-        return _Running(run, key, kwargs, result, _copied(result.stored), last)
+        return _Running(run, key, kwargs, result, copied_states(result.stored), last)
 
     def _captured(self, key: Any, function: Callable[..., Any], tensors: Mapping[str, Tensor]) -> Any:
         try:
@@ -281,7 +245,7 @@ class Segments:
         tensors: Mapping[str, Tensor],
     ) -> _Result:
         """What is captured: layers one after the other."""
-        store, found = _Store(sizes), list[AttentionStates]()
+        store, found = Store(sizes), list[AttentionStates]()
         given = {k: store if isinstance(v, Cache) else v for k, v in _unflat(tensors, kwargs).items()}
         out: Any = tensors["hidden_states"]
         for i in numbers:
@@ -294,7 +258,7 @@ class Segments:
     def _hand_through(self, now: _Running, result: _Result, i: int, kwargs: dict[str, Any]) -> Any:
         cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
         if cache is not None and i in now.stored:
-            _store(cache, i, *now.stored[i])
+            put_away(cache, i, *now.stored[i])
         if i in self._listened and result.states is not None:
             self._taps.on(self._layers[i]).hear(result.states)
         return result.hidden
@@ -340,55 +304,6 @@ def refuse(kwargs: Mapping[str, Any], device: torch.device) -> None:
             raise ConfigError(
                 f"graphs=True keeps the states between layers in buffers: output_{name} cannot be had with it."
             )
-
-
-def _without(run: Any, cache: Cache | None, first: int, end: int) -> tuple[str | None, dict[int, int]]:
-    """Why a segment runs as ever; and the sizes of static buffers, by layer."""
-    if run.past:
-        return "further turn", {}
-    sizes: dict[int, int] = {}
-    if cache is None:
-        return None, sizes
-    for i in range(first, end):
-        layer = kv.layer_of(cache, i)
-        kind: Any = type(layer)
-        if layer is None or not _is_known(kind) or getattr(layer, "record_past", False):
-            return f"cache of {type(cache if layer is None else layer).__name__}", {}
-        if kv.is_fixed(layer):
-            sizes[i] = layer.max_cache_len
-    return None, sizes
-
-
-@memoize
-def _is_known(kind: Any) -> bool:
-    """Whether a class of cache layers shows and stores what `_Store` and `_store` do."""
-    base = next(c for c in kind.__mro__ if not getattr(c, "_evengaze", False))
-    return base in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer) or (
-        issubclass(base, StaticLayer) and not issubclass(base, StaticSlidingWindowLayer)
-    )
-
-
-@memoize
-def _is_growing(kind: Any) -> bool:
-    """Whether a class of cache layers stores what it is given, and nothing else."""
-    return next(c for c in kind.__mro__ if not getattr(c, "_evengaze", False)) is DynamicLayer
-
-
-def _copied(stored: dict[int, tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Keys and values out of a graph's buffers, all of them together."""
-    copies = iter(copies_of([states for pair in stored.values() for states in pair]))
-    return {i: (next(copies), next(copies)) for i in stored}
-
-
-def _store(cache: Any, i: int, key: Tensor, value: Tensor) -> None:
-    """Put a layer's keys and values, which are nobody else's, into the cache; copied only where it must be."""
-    layer = cache.layers[i]
-    kind: Any = type(layer)
-    if not _is_growing(kind) or layer.is_initialized or getattr(cache, "offloading", False):
-        cache.update(key, value, i)
-        return
-    layer.dtype, layer.device, layer.is_initialized = key.dtype, key.device, True
-    layer.keys, layer.values = key, value
 
 
 def _flat(kwargs: Mapping[str, Any]) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
