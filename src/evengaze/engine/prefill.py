@@ -6,7 +6,8 @@ Indices are into the call's L tokens ("slots") unless they are said to be into t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -124,7 +125,7 @@ class Prefill(Left):
         if self.replay is not None:
             chosen = self.replay[number]
         else:
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            with _exact(device):
                 chosen = self._ask(pruner, number, hidden.detach())
         self.states = None
         self.selections.append(chosen)
@@ -372,6 +373,19 @@ class Prefill(Left):
         for layer, length in self.narrow.items():
             entering[layer] = length
         return Trace(settings, self.layout, self.length, self.stages, entering, held, unpruned)
+
+
+def _exact(device: torch.device) -> AbstractContextManager[None]:
+    """Without gradients, in the precision that is asked for; entering both contexts takes longer than a launch."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
+        return _without_either(device)
+    return nullcontext()
+
+
+@contextmanager
+def _without_either(device: torch.device) -> Iterator[None]:
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _merged(hidden: Tensor, out: Tensor, before: Group, after: Group, merge: Merge, order: Tensor) -> Tensor:
