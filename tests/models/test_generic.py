@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 import reference
 from evengaze.methods import get
@@ -28,6 +29,11 @@ def test_a_batch_of_unlike_rows(family: str) -> None:
 
 @pytest.mark.parametrize("family", VIDEOS)
 def test_videos(family: str) -> None:
+    if not transformers.__version__.startswith("5.24"):
+        try:
+            greedy(*tiny(family, video=True), 1)
+        except RuntimeError as error:
+            pytest.skip(f"transformers {transformers.__version__} cannot do it unpruned: {error}")
     result = check(family, "fastv", "sdpa", 2, video=True)
     assert result.passed, result
 
