@@ -158,7 +158,7 @@ def test_a_checkpoints_own_code_never_runs_even_if_standard_input_says_yes(
         input="y\n" * 100,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert not marker.exists(), done.stdout + done.stderr
