@@ -27,13 +27,22 @@ def test_a_batch_of_unlike_rows(family: str) -> None:
     assert result.passed, result
 
 
+def _unable(family: str) -> str | None:
+    """Why a release cannot do a family's videos by itself."""
+    try:
+        model, inputs = tiny(family, video=True)
+        (_, cached), (_, whole) = greedy(model, inputs, 2), greedy(model, inputs, 2, use_cache=False)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return None if torch.allclose(cached, whole, atol=1e-2) else "answers differ with and without a cache"
+
+
 @pytest.mark.parametrize("family", VIDEOS)
 def test_videos(family: str) -> None:
     if not transformers.__version__.startswith("5.24"):
-        try:
-            greedy(*tiny(family, video=True), 1)
-        except RuntimeError as error:
-            pytest.skip(f"transformers {transformers.__version__} cannot do it unpruned: {error}")
+        reason = _unable(family)
+        if reason:
+            pytest.skip(f"transformers {transformers.__version__}, unpruned: {reason}")
     result = check(family, "fastv", "sdpa", 2, video=True)
     assert result.passed, result
 
