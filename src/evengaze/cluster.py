@@ -1,4 +1,4 @@
-"""Reaching a Ray cluster (extra ``evengaze[ray]``), for the evaluation and for the server alike."""
+"""Reaching a Ray cluster (extra `evengaze[ray]`), for the evaluation and for the server alike."""
 
 from __future__ import annotations
 

@@ -28,11 +28,11 @@ def read_bytes(path: Path, hint: str = "") -> bytes:
     """Read a file.
 
     Args:
-        path: File to read.
-        hint: Where the file can be had; appended to the message when it is missing.
+        path: file to read.
+        hint: where the file can be had; appended to the message when it is missing.
 
     Raises:
-        DataError: The file is missing, is a directory, cannot be read, or is what Git LFS leaves in a file's place.
+        DataError: the file is missing, is a directory, cannot be read, or is what Git LFS leaves in a file's place.
     """
     try:
         raw = path.read_bytes()
@@ -51,7 +51,7 @@ def read_text(path: Path, hint: str = "") -> str:
     """Read a UTF-8 text file; a byte order mark at its start is not part of the text.
 
     Raises:
-        DataError: As `read_bytes`, or not UTF-8.
+        DataError: as `read_bytes`, or not UTF-8.
     """
     try:
         return read_bytes(path, hint).decode("utf-8-sig")
@@ -63,11 +63,11 @@ def parse_json(text: str, *, strict: bool = False) -> Any:
     """Read one JSON value.
 
     Args:
-        text: The text.
-        strict: Refuse NaN and infinities, which Python's `json` reads and writes but JSON does not have.
+        text: the text.
+        strict: refuse NaN and infinities, which Python's `json` reads and writes but JSON does not have.
 
     Raises:
-        ValueError: Not JSON, nested too deeply, or with numbers of thousands of digits.
+        ValueError: not JSON, nested too deeply, or with numbers of thousands of digits.
     """
     try:
         return json.loads(text, parse_constant=_refuse if strict else None)
@@ -83,13 +83,13 @@ def read_json(path: Path, kind: type, hint: str = "", *, strict: bool = False) -
     """Read one JSON document of a known top-level type.
 
     Args:
-        path: File to read.
-        kind: ``dict`` or ``list``.
-        hint: Where the file can be had, or what to do about a damaged one.
-        strict: See `parse_json`.
+        path: file to read.
+        kind: `dict` or `list`.
+        hint: where the file can be had, or what to do about a damaged one.
+        strict: see `parse_json`.
 
     Raises:
-        DataError: Missing, not UTF-8, not JSON (as after a broken download), or of another type.
+        DataError: missing, not UTF-8, not JSON (as after a broken download), or of another type.
     """
     text = read_text(path, hint)
     try:
@@ -112,7 +112,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Its folder is made. What an earlier process left half-written beside it is removed.
 
     Raises:
-        DataError: It cannot be written.
+        DataError: it cannot be written.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{_PART}")
     raw = content.encode("utf-8", "replace") if isinstance(content, str) else content

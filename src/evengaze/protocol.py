@@ -382,7 +382,7 @@ def top(score: Tensor, count: int) -> Tensor:
 
 
 def resolve_keep(keep: float, tokens: int) -> int:
-    """A budget given as a number of tokens, or as a fraction in (0, 1) of `tokens`, as a number of at least 1."""
+    """A budget given as a number of tokens, or as a fraction in (0, 1] of `tokens`, as a number of at least 1."""
     if isinstance(keep, float) and keep <= 1.0:
         return max(1, round(keep * tokens))
     return min(int(keep), tokens)

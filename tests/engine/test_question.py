@@ -23,7 +23,7 @@ def asked(spans, length, real=None, **known):
 
 
 def forward(labels=None, keep=0, drafted=0):
-    return SimpleNamespace(labels=labels, ignored=-100, keep=keep, candidates=lambda length: drafted)
+    return SimpleNamespace(labels=labels, ignored=-100, keep=keep, drafted=lambda length: drafted)
 
 
 def flags(text):

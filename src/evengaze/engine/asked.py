@@ -70,12 +70,14 @@ def select_asked(
 
 
 def _begun(view: View, group: Group) -> _Parts:
+    """The questions of a row at its first stage."""
     starts = tuple(view.tokens.start.part(q.start, q.stop) for q in group.asked)
     sizes = tuple(q.stop - q.start - q.pinned for q in group.asked)
     return _Parts(starts, tuple(Memory() for _ in starts), sizes)
 
 
 def _moved(chosen: Selection, offset: int) -> Selection:
+    """A question's selection, with the indices of the row's candidates."""
     merge = chosen.merge
     return replace(
         chosen,

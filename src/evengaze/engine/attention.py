@@ -111,7 +111,7 @@ class AttentionStates:
         return seen[:, 0] if seen.shape[1] == 1 else seen.sum(1)
 
     def _keys(self) -> Tensor:
-        """(B, Hkv, K, D) float32 keys."""
+        """(B, Hkv, K, D) float32 keys, without the unwritten rest of a static buffer."""
         return self.key[:, :, : self.past + self.query.shape[2]].float()
 
     def _rows(self, queries: Tensor, key: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class AttentionStates:
         hidden = self._hidden(queries, keys)
         if hidden is not None:
             logits = logits.masked_fill(hidden, float("-inf"))
-        if self.sinks is not None:
+        if self.sinks is not None:  # GPT-OSS: part of the softmax, but no token receives it
             sink = self.sinks.float().reshape(1, -1, 1, 1).expand(batch, heads, count, 1)
             return torch.softmax(torch.cat([logits, sink], -1), -1)[..., :-1]
         return torch.softmax(logits, -1)
@@ -143,7 +143,7 @@ class AttentionStates:
         return None if allowed is None else ~allowed
 
     def _allowed(self, queries: Tensor, keys: int) -> Tensor | None:
-        """The opposite."""
+        """(B, 1 or H, r, keys) bool: which keys each query may see; None if it may see all."""
         mask, device, batch = self.mask, queries.device, len(queries)
         columns = counting(keys, device)
         if isinstance(mask, BlockMask):
@@ -154,6 +154,7 @@ class AttentionStates:
             part = mask[:, :, :, :keys].expand(batch, -1, -1, -1)
             at = queries[:, None, :, None].expand(-1, part.shape[1], -1, keys)
             part = part.gather(2, at)
+            # What is hidden holds the lowest number or minus infinity, perhaps with small terms added.
             return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
         seen: Tensor | None = None
         if self.causal:

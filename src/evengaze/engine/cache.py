@@ -95,7 +95,7 @@ def sizes(layer: Any, total: int) -> tuple[int, int]:
         return held, held
     if is_kind(kind, DynamicSlidingWindowLayer):
         total = min(total, int(layer.sliding_window) - 1)
-    return held, held // count * total if count else 0
+    return held, held // count * total if count else 0  # bytes are a multiple of the entries
 
 
 def cut_mask(
@@ -153,8 +153,10 @@ def _columns(
     """
     columns = mask_columns(mask)
     held = slots.shape[1]
-    last, unwritten = held, 0
+    last, unwritten = held, 0  # the attention gets the last `last` entries, and so many slots behind them
     if is_a(layer, StaticSlidingWindowLayer):
+        # What transformers' StaticSlidingWindowLayer.update returns. Full: its buffer, rolled on by one token, or all
+        # of it but the oldest entry, and several new ones. Becoming full: all that it was given. Before: its buffer.
         window, count = layer.max_cache_len, layer.cumulative_length_int
         if count >= window:
             last = window if queries == 1 else window - 1 + queries

@@ -135,11 +135,11 @@ class Call:
         self.frozen: list[Frozen] = []
         self.own = Store()
 
-    def candidates(self, length: int) -> int:
+    def drafted(self, length: int) -> int:
         """How many of the running forward's last tokens a draft has put behind the prompt."""
         request = self.outer.request if self.outer is not None and self.generating else None
-        drafted = None if request is None else request.drafted_from
-        return 0 if drafted is None else max(0, length - drafted)
+        prompt = None if request is None else request.drafted_from
+        return 0 if prompt is None else max(0, length - prompt)
 
     @property
     def drafting(self) -> bool:

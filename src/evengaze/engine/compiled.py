@@ -120,6 +120,7 @@ def _holds_hooks(module: nn.Module, *, itself: bool) -> bool:
 
 
 def _is_prompt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call has several tokens a row, or it cannot be seen how many."""
     for given in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args):
         if isinstance(given, Tensor) and given.dim() >= 2:
             return given.shape[1] > 1

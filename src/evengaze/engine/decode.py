@@ -20,6 +20,11 @@ def in_graph(
 
     All that depends on what was pruned is in tensors that the cache layer carries, of shapes that depend on the buffer
     alone: one graph serves every request, and every attachment.
+
+    Args:
+        args: positional arguments; the hidden states come first.
+        kwargs: keyword arguments, as the model passes them.
+        cache: the layer's cache, or None.
     """
     fixed = getattr(cache, "fixed", None)
     if fixed is None:
@@ -103,6 +108,7 @@ class Steps:
         return cut, served
 
     def _cut(self, mask: Any, kept: Kept, cache: Any, hidden: Tensor) -> Any:
+        """The mask that fits what a cache holds; of a static buffer without asking the device how much that is."""
         if mask is not None and not is_flat(mask) and kv.is_fixed(cache):
             fixed = kept.fixed(cache.max_cache_len)
             return take_mask(mask, None, fixed.columns.to(hidden.device), fixed.seen.to(hidden.device))

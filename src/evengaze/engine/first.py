@@ -25,7 +25,7 @@ def check_first(model: nn.Module, run: Prefill, trace: Trace, out: Any, borrowin
     Args:
         model: the model.
         run: the prefill.
-        trace: what it was to do.
+        trace: its record: by the stages, how many tokens entered each layer.
         out: what the decoder returned.
         borrowing: layers without a cache of their own.
 

@@ -18,7 +18,10 @@ _CALLS = ("_call_impl", "generate")
 """Functions in which a module runs; their frames have it as `self`."""
 
 _WAIT = 0.005
+"""Seconds between two looks at what other threads do."""
+
 _REPLICATE = "_replicate_for_data_parallel"
+"""What torch's DataParallel calls of every module that it makes replicas of."""
 
 
 def running(modules: Sequence[nn.Module]) -> Iterator[int]:
@@ -31,6 +34,7 @@ def running(modules: Sequence[nn.Module]) -> Iterator[int]:
 
 
 def _in_call(frame: FrameType | None, modules: Sequence[nn.Module]) -> bool:
+    """Whether a call of one of the modules is on a thread's stack, of which `frame` is the innermost."""
     while frame is not None:
         if frame.f_code.co_name in _CALLS:
             owner = frame.f_locals.get("self")

@@ -36,7 +36,7 @@ class Hook(functools.partial):  # type: ignore[type-arg]
         return _inert, ()
 
 
-class Method:
+class Watched:
     """A bound method that is watched; a copy of its owner has the method itself."""
 
     def __init__(self, owner: Any, name: str, method: Callable[..., Any], around: Around) -> None:
@@ -130,7 +130,7 @@ def intercept(owner: Any, name: str, around: Around) -> Callable[[], None]:
 
     transformers encodes images in methods that are no module calls, which hooks cannot see.
     """
-    return put(owner, name, Method(owner, name, getattr(owner, name), around))
+    return put(owner, name, Watched(owner, name, getattr(owner, name), around))
 
 
 def put(owner: Any, name: str, value: Any) -> Callable[[], None]:

@@ -21,7 +21,7 @@ from evengaze.engine.decode import Steps, in_graph
 from evengaze.engine.intercept import before_forward
 from evengaze.engine.plan import Plan
 from evengaze.engine.prefill import Prefill
-from evengaze.engine.relay import Group, Handed, Relay, Relays
+from evengaze.engine.relay import Handed, Holders, Relay, Relays
 from evengaze.engine.rotary import Rotary, Served
 from evengaze.engine.sharing import Arguments, Fold, borrowed
 from evengaze.engine.tap import Taps, probe
@@ -164,8 +164,8 @@ class LayerCalls:
             new = steps.arguments(group.layer, args, dict(given), call.cache.layers[group.layer])
             group.handed.set(call, given, new)
 
-    def _relayed_groups(self, cache: Any, first: int) -> list[Group]:
-        found: dict[int, Group] = {}
+    def _relayed_groups(self, cache: Any, first: int) -> list[Holders]:
+        found: dict[int, Holders] = {}
         handed, kind = {}, type(kv.layer_of(cache, first))
         for k in range(first + 1, len(self._plan.layers)):
             layer = kv.layer_of(cache, k)
@@ -173,7 +173,7 @@ class LayerCalls:
                 continue
             kept = kv.kept_of(layer)
             if id(kept) not in found:
-                found[id(kept)] = Group(k, kept, Handed())
+                found[id(kept)] = Holders(k, kept, Handed())
             handed[k] = found[id(kept)].handed
         groups = list(found.values())
         return groups if self.relays.begin(handed, cache, groups) else []

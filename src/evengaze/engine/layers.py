@@ -46,6 +46,7 @@ def record(layer: Any, kept: Kept, dropped: int, gate: Gate | None) -> None:
     """Make a cache layer remember what it holds, `dropped` tokens less than the sequence has in this call."""
     layer.__class__ = _logical(layer.__class__)
     layer.kept, layer.guarded, layer.gate = kept, True, gate
+    # Graphs of compiled steps read it from the layer: it must be there, with its final shape, before the first step.
     layer.fixed = kept.fixed(layer.max_cache_len) if is_fixed(layer) else None
     if is_a(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length += dropped  # its own counter of the logical length
@@ -65,7 +66,7 @@ def record_all(told: Sequence[Any], kept: Kept | None, dropped: int, gate: Gate 
             layer.cumulative_length += dropped
 
 
-def guard(cache: Any) -> Gate | None:
+def put_gate(cache: Any) -> Gate | None:
     """From now on the layers of a cache store tokens only for an attached pruner, in calls for which it opens the gate.
 
     All layers, also those that have nothing dropped: the first one refuses before any has stored anything.
@@ -255,7 +256,7 @@ def _sliding(pruned: Any) -> Any:
 
         def _shorten(self, entries: int) -> None:
             super()._shorten(entries)
-            shown = self.sliding_window - 1
+            shown = self.sliding_window - 1  # what `update` keeps: the next token is the window's last
             self.keys, self.values = self.keys[..., -shown:, :], self.values[..., -shown:, :]
 
         def crop(self, tokens_to_remove: int) -> None:
@@ -295,6 +296,7 @@ def _static(pruned: Any) -> Any:
 
     class PrunedStaticSliding(PrunedStatic):
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            # Its own counter is of entries, by which `update` finds their places; masks are made for logical tokens.
             self.cumulative_length_int += self.dropped
             try:
                 return super().get_mask_sizes(query_length)  # type: ignore[no-any-return]

@@ -114,7 +114,10 @@ class Left:
         return there if filled is None else there & filled
 
     def _alive(self, device: torch.device) -> Tensor | None:
-        """The (B, M) mask of a layer with a state: where it must read nothing; None if everything counts."""
+        """The (B, M) bool mask of a layer with a state, False where it must read nothing; None if it reads everything.
+
+        Behind a stage, batch padding is left only in rows that are shorter than the longest, in place of fillers.
+        """
         padding = self.padded is not None and (not self.groups or any(any(group.spare) for group in self.groups))
         return self._there(device) if padding or self.filled is not None else None
 

@@ -45,8 +45,13 @@ def is_flat(mask: Any) -> bool:
 
 
 def real_tokens(mask: Any, states: Tensor, past: int) -> Tensor | None:
-    """(B, L) bool: which tokens of a call are no padding, from a 2-D or 4-D mask or one for each layer type; None if
-    there is no mask."""
+    """(B, L) bool: which tokens of a call are no padding; None if there is no mask.
+
+    Args:
+        mask: 2-D (B, past + L), 4-D bool or additive, or a mapping with one of these for each layer type.
+        states: (B, L, ...) what enters the decoder.
+        past: number of tokens in the cache.
+    """
     batch, length = states.shape[:2]
     if isinstance(mask, Mapping):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
@@ -106,6 +111,7 @@ def take_mask(mask: Any, rows: Tensor | None, columns: Tensor, real: Tensor | No
 
 
 def _take_block_mask(mask: BlockMask, rows: Tensor | None, columns: Tensor, real: Tensor | None) -> BlockMask:
+    """`take_mask` of a flex BlockMask, which is a function of indices and has no entries to gather."""
     batch, keys = columns.shape
     if rows is None:
         rows = torch.arange(mask.seq_lengths[0], device=columns.device).expand(batch, -1)
@@ -130,7 +136,7 @@ def causal_mask(real: Tensor, queries: int, implementation: str, dtype: torch.dt
         implementation: attention implementation, which decides the mask's form.
         dtype: of an additive mask.
     """
-    if "flash" in implementation:
+    if "flash" in implementation:  # whose kernels are causal by themselves
         return real
     keys = real.shape[1]
     index = torch.arange(keys, device=real.device)

@@ -62,10 +62,12 @@ class Prefill(Left):
         states: attention states for the next stage.
         sources: whose attention every stage so far reads.
         selections: what every stage so far decided.
+        stages: the record of every stage so far, for the trace.
         lengths: by stage layer, the length of the sequence that goes on.
         entered: layers that ran under the pruner's eyes.
         watched: layers that are hooked.
         narrow: length of the sequence that entered layers which compute fewer tokens than there are.
+        cache: the decoder's; None without one.
         gate: of the cache, once something has been dropped from it.
         fresh: whether the cache came without anything dropped from it.
         merges: whether a stage so far has merged tokens.
@@ -132,6 +134,7 @@ class Prefill(Left):
         self.merges |= any(d.selection.merge is not None for d in chosen)
         parts = list(split(self.groups, chosen))
         self.groups = [group for group, _ in parts]
+        # A stage that keeps everything leaves all as it is: the logits are the dense model's, bit for bit.
         if not all(s is None or (s.merge is None and s.survivors == len(g.tokens)) for g, s in parts):
             hidden = self._cut(stage, hidden, parts)
         rows = [
@@ -162,14 +165,15 @@ class Prefill(Left):
         self._memo.clear()
         self._made.clear()
         if self.gate is None:
-            self.gate = layers.guard(self.cache)
+            self.gate = layers.put_gate(self.cache)
         if stage.trims_below:
             self._trim_below(stage.layer, hidden.device)
         return out
 
     def _ask(self, pruner: Method, number: int, hidden: Tensor) -> Selections:
+        """What the method decides from (B, M, d) states, group by group."""
         chosen, paid, inputs = [], self.states, self.inputs.detach()
-        if paid is not None and self.samples is not None and paid.mask is None:
+        if paid is not None and self.samples is not None and paid.mask is None:  # as for flash, which is told lengths
             paid = replace(paid, samples=self._samples(paid.query.device))
         for group in self.groups:
             if not len(group.tokens):
@@ -226,7 +230,7 @@ class Prefill(Left):
                 self.remember(cache, before)
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         kind: tuple[Any, ...] = (hidden.device, layer in self.recurrent, id(before), type(cache))
-        if self.past or kv.is_fixed(cache):
+        if self.past or kv.is_fixed(cache):  # else all layers are empty, and alike
             kind += (getattr(cache, "max_cache_len", None), self.stored(cache))
         key = (*kind, *map(id, kwargs.values()))
         made = self._made.get(key)
@@ -238,7 +242,7 @@ class Prefill(Left):
         kwargs.update(made[0])
         if self.rotary is not None:
             self.rotary.serve(layer, made[1])
-            if remember and kv.is_fixed(cache):
+            if remember and kv.is_fixed(cache):  # compiled steps find the rotary calls there
                 cache.tables = made[1]
         if len(args) > 1:
             return (hidden, *(tree(v, self.slots, self.length, -2) for v in args[1:])), kwargs
@@ -323,11 +327,12 @@ class Prefill(Left):
         layers.record(cache, kept, self.length - self.slots.shape[1], self.gate)
 
     def _kept(self, old: Kept | None, device: torch.device) -> Kept:
+        """What a cache holds that remembered `old`, once it has stored the tokens that are left."""
         slots, filled = self.on(device)
         held, kept_real = entries(old, self.past, slots + self.past if self.past else slots, filled)
         lost = None
         if self.rotary is not None and self.rotary.renumbers:
-            if self.real is None and filled is None and not self.past:
+            if self.real is None and filled is None and not self.past:  # what `missing` gives, with fewer launches
                 lost = torch.ones(self.batch, self.length, dtype=torch.bool, device=device).scatter_(1, slots, False)
             else:
                 lost = missing(old, self.past, self.reality(device), slots, self._there(device))
@@ -340,7 +345,7 @@ class Prefill(Left):
         everything = torch.arange(self.past, self.past + self.length, device=device).expand(self.batch, -1)
         for i in range(stage):
             cache = kv.layer_of(self.cache, i)
-            if kv.is_sliding(cache) or not kv.stored(cache):
+            if kv.is_sliding(cache) or not kv.stored(cache):  # a window forgets by itself; or nothing is in it
                 continue
             old, now = self.before(i, cache), kv.kept_of(cache)
             if now is None or now is old:

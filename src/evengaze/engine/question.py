@@ -112,7 +112,7 @@ class Forward(Protocol):
     ignored: int
     keep: Any
 
-    def candidates(self, length: int) -> int:
+    def drafted(self, length: int) -> int:
         """How many of `length` tokens are a draft's, behind the prompt."""
 
 
@@ -153,7 +153,7 @@ def clues(
         said: what the caller says.
     """
     samples = None if masked or past else _samples(arguments, length)
-    labels, drafted = forward.labels, forward.candidates(length)
+    labels, drafted = forward.labels, forward.drafted(length)
     if drafted:
         return Clues(read=length - drafted - 1, samples=samples)
     if isinstance(said, str):

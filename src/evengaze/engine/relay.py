@@ -53,7 +53,7 @@ class Handed:
 
 
 @dataclass(frozen=True)
-class Group:
+class Holders:
     """Layers that hold the same tokens in a cache, known by one of them.
 
     Attributes:
@@ -131,7 +131,7 @@ class Relays:
     def __init__(self) -> None:
         self._of: dict[int, Relay] = {}
         self._running: list[Relay] = []
-        self._groups: list[Group] = []
+        self._groups: list[Holders] = []
         self._cache: Callable[[], Any] = lambda: None
         self._inside: set[int] = set()
         self._thread = 0
@@ -160,7 +160,7 @@ class Relays:
             if not call.nested:
                 self._inside.discard(threading.get_ident())
 
-    def groups(self, cache: Any) -> list[Group]:
+    def groups(self, cache: Any) -> list[Holders]:
         """Those that stand in for steps that go on with a cache; none if it has changed since."""
         with self._lock:
             if self._cache() is cache and all(g.kept is kv.kept_of(cache.layers[g.layer]) for g in self._groups):
@@ -168,7 +168,7 @@ class Relays:
             self._end()
             return []
 
-    def begin(self, handed: Mapping[int, Handed], cache: Any = None, groups: Sequence[Group] = ()) -> list[int]:
+    def begin(self, handed: Mapping[int, Handed], cache: Any = None, groups: Sequence[Holders] = ()) -> list[int]:
         """Relay layers, by number; returns those that are.
 
         Args:

@@ -28,10 +28,15 @@ class _Call:
     @classmethod
     def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Call:
         named = "position_ids" in kwargs
+        # Tensors beside the positions are states, which the repeated call is given anew.
         options = {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)}
         return cls(module, kwargs["position_ids"] if named else args[1], named, args[2:], options)
 
     def at(self, hidden: Tensor, positions: Tensor) -> Any:
+        """What the call returns for (B, M) positions; of (B, M, d) states only type and device matter.
+
+        The module's forward is called, not the module: its hook would take this for a call of the model's.
+        """
         if self.named:
             return self.module.forward(hidden, position_ids=positions, **self.options)
         return self.module.forward(hidden, positions, *self.rest, **self.options)

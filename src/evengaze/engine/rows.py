@@ -244,7 +244,7 @@ def cut(parts: Sequence[tuple[Group, Selection | None]], batch: int, *, moves: b
     if len(parts) == 1 and only is not None and first.others is None and len(first.rows) == batch and not front:
         return _cut_run(first, only, moves)
     size = max(group.needs(0 if chosen is None else chosen.survivors) for group, chosen in parts)
-    device = parts[0][0].device
+    device = first.device
     rows: list[int] = []
     wanted, sources, flags, keys = [], [], [], []
     survivors: list[tuple[Selection, Tensor] | None] = []
@@ -259,10 +259,10 @@ def cut(parts: Sequence[tuple[Group, Selection | None]], batch: int, *, moves: b
         if moved:
             sources.append(torch.cat([rest, here], 1))
         flags.append(_flags(group, size, here.shape[1]))
-        if front:
+        if front:  # what is idle sorts before everything else, and keeps its order
             keys.append(wanted[-1] - upload(_idle(group, size - here.shape[1], size), device) * _FAR)
         rows += group.rows
-    back = None
+    back = None  # groups come in the order of their first rows; most batches are one group
     if rows != list(range(batch)):
         back = upload(torch.tensor(rows).argsort(), device)
     index, order = _joined(keys or wanted, back).sort(1)
@@ -296,6 +296,7 @@ def _cut_run(group: Group, chosen: Selection, moves: bool) -> Cut:
 
 
 def _joined(parts: list[Tensor], back: Tensor | None) -> Tensor:
+    """(B, size) of the (rows, size) of all groups; `back` (B,) brings them into the batch's order, if they are not."""
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     return whole if back is None else whole[back]
 
@@ -351,6 +352,7 @@ def _moved(
     place: Tensor,
     size: int,
 ) -> Iterator[Group]:
+    """The groups in the new sequence; `place` (B, size) says where each wanted token stands in it."""
     for (group, _), left in zip(parts, survivors, strict=True):
         here = place[group.at(place.device)]
         visual = 0 if left is None else left[1].shape[1]

@@ -30,7 +30,7 @@ from transformers.utils import output_capturing
 from evengaze.engine.attention import AttentionStates
 from evengaze.engine.graphs import Graphs, copied
 from evengaze.engine.intercept import put
-from evengaze.engine.stored import Store, copied_states, put_away, without
+from evengaze.engine.stored import StandIn, copied_states, put_away, without
 from evengaze.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ class Segments:
         tensors: Mapping[str, Tensor],
     ) -> _Result:
         """What is captured: layers one after the other."""
-        store, found = Store(sizes), list[AttentionStates]()
+        store, found = StandIn(sizes), list[AttentionStates]()
         given = {k: store if isinstance(v, Cache) else v for k, v in _unflat(tensors, kwargs).items()}
         out: Any = tensors["hidden_states"]
         for i in numbers:

@@ -41,6 +41,7 @@ from evengaze.protocol import Method
 from evengaze.trace import Trace
 
 _TRACES = 1000
+"""How many traces a handle remembers."""
 
 
 class Handle:

@@ -23,8 +23,8 @@ from evengaze.engine import cache as kv
 from evengaze.engine.graphs import copies_of
 
 
-class Store:
-    """Stands in for the cache while a segment is captured: it takes what layers store, and shows what they attend to.
+class StandIn:
+    """In place of the cache while a segment is captured: it takes what layers store, and shows what they attend to.
 
     Args:
         sizes: of the static buffers, by layer.
@@ -71,17 +71,21 @@ def without(run: Any, cache: Cache | None, first: int, end: int) -> tuple[str | 
 
 @memoize
 def _is_known(kind: Any) -> bool:
-    """Whether a class of cache layers shows and stores what `Store` and `put_away` do."""
-    base = next(c for c in kind.__mro__ if not getattr(c, "_evengaze", False))
-    return base in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer) or (
-        issubclass(base, StaticLayer) and not issubclass(base, StaticSlidingWindowLayer)
-    )
+    """Whether a class of cache layers shows and stores what `StandIn` and `put_away` do."""
+    base = _unpruned(kind)
+    fixed = issubclass(base, StaticLayer) and not issubclass(base, StaticSlidingWindowLayer)
+    return fixed or base in (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 @memoize
 def _is_growing(kind: Any) -> bool:
     """Whether a class of cache layers stores what it is given, and nothing else."""
-    return next(c for c in kind.__mro__ if not getattr(c, "_evengaze", False)) is DynamicLayer
+    return _unpruned(kind) is DynamicLayer
+
+
+def _unpruned(kind: Any) -> Any:
+    """The class of transformers' of which a pruned layer's is a subclass; an unpruned layer's own."""
+    return next(c for c in kind.__mro__ if not getattr(c, "_evengaze", False))
 
 
 def copied_states(stored: dict[int, tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:

@@ -105,8 +105,8 @@ class Text:
             asked = self._asked[row][question : question + 1]
             if not asked:
                 return position[:0], False
-            last, between = position[asked[0].stop - 1], asked[0].text
-            return (between if len(between) else torch.tensor([asked[0].query])), bool((between < last).any())
+            last, text = position[asked[0].stop - 1], asked[0].text
+            return (text if len(text) else torch.tensor([asked[0].query])), bool((text < last).any())
         if not len(position):
             return position, False
         other = torch.ones(self._length, dtype=torch.bool) if self._real is None else self._real[row].clone()

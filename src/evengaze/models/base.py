@@ -58,7 +58,7 @@ class Call:
             rows of `input_ids` are repeated, but each image was encoded once: row b belongs to sample
             `b // (B // samples)`.
         placed: where the model put them, as far as it says so in a method of its own.
-        device: where the layout is made; the engine moves it to the decoder's.
+        device: where the layout is wanted; the engine asks for it on the host, and uploads what it needs of it.
     """
 
     input_ids: Tensor | None

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 METHOD = "_deepstack_process"
+"""Of transformers' Qwen3-VL text models (`modeling_qwen3_vl.py`) and of the families that were made from them."""
 
 
 def shorten_deepstack(decoder: Any, surviving: Callable[[], Tensor | None]) -> Callable[[], None]:
@@ -26,7 +27,11 @@ def shorten_deepstack(decoder: Any, surviving: Callable[[], Tensor | None]) -> C
     if getattr(decoder, METHOD, None) is None:
         return lambda: None
     setattr(decoder, METHOD, _Shortened(decoder, surviving))
-    return lambda: decoder.__dict__.pop(METHOD, None) and None
+
+    def undo() -> None:
+        decoder.__dict__.pop(METHOD, None)
+
+    return undo
 
 
 class _Shortened:
@@ -37,8 +42,10 @@ class _Shortened:
 
     def __call__(self, hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
         kept = self._surviving()
+        # A mask of the states' length fits as it is.
         if kept is not None and hidden_states.shape[1] != visual_pos_masks.shape[1]:
             kept = kept.to(visual_pos_masks.device)
+            # Features of all rows lie in one tensor, in the order of the mask's True entries.
             rank = (visual_pos_masks.flatten().cumsum(0) - 1).view_as(visual_pos_masks).gather(1, kept)
             visual_pos_masks = visual_pos_masks.gather(1, kept)
             visual_embeds = visual_embeds[rank[visual_pos_masks].to(visual_embeds.device)]

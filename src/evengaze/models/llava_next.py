@@ -93,6 +93,7 @@ def tiled(config: Any, size: tuple[int, int], most_tiles: int | None = None) -> 
     share = unpad_image(_canvas_padding(size, canvas, (side * tiles[0], side * tiles[1])), size)
     rows, columns = share.shape[1:]
     if most_tiles is not None:
+        # As transformers' LlavaOnevisionModel.pack_image_features does, its threshold included.
         ratio = math.sqrt(rows * columns / (most_tiles * side**2))
         if ratio > 1.1:
             rows, columns = int(rows // ratio), int(columns // ratio)
