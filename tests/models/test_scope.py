@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import reference
-from evengaze.errors import ConfigError
-from evengaze.methods import from_dict, get, parse, spec
+from evengaze.errors import ConfigError, ScoreError
+from evengaze.methods import Pruner, from_dict, get, parse, spec
 from evengaze.schedule import Schedule
 from evengaze.testing import tiny
 from evengaze.testing.matrix import TOLERANCE, greedy
@@ -43,6 +43,30 @@ def test_scores_of_all_parts_are_recorded_in_order() -> None:
     _, parts = kept("llava", "fastv:keep=3,layer=2,scope=image", images=2)
     _, whole = kept("llava", "fastv:keep=3,layer=2", images=2)
     assert torch.equal(parts[0].raw, whole[0].raw)
+
+
+def test_the_scores_of_every_picture_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the host looks at the outcome later: the first picture's is not the only one."""
+
+    class Later:
+        known = False
+
+        def __init__(self, good: bool) -> None:
+            self.good = good
+
+        def check(self) -> None:
+            if not self.good:
+                raise ScoreError("NaN")
+
+    outcomes = [True, False, True]
+    monkeypatch.setattr(Pruner, "_look_for_nan", lambda self, raw, stage: Later(outcomes.pop(0)))
+    model, inputs = tiny("llava", images=3)
+    handle = parse("fastv:keep=3,layer=2,scope=image")(model)
+    with torch.no_grad():
+        model(**inputs)
+    assert not outcomes
+    with pytest.raises(ScoreError):
+        handle.remove()
 
 
 def test_each_frame() -> None:

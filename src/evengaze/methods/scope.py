@@ -13,7 +13,7 @@ from torch import Tensor
 from evengaze.errors import LayoutError
 from evengaze.layout import Candidates, Start, VisualTokens, device_rows
 from evengaze.memory import Memory
-from evengaze.protocol import Merge, Selection, View
+from evengaze.protocol import Merge, Pending, Selection, View
 
 Select = Callable[[View], Sequence[Selection]]
 
@@ -172,8 +172,30 @@ def _joined(chosen: list[Selection], offsets: list[int], sizes: tuple[int, ...])
         recycled=torch.cat(recycled, 1) if recycled else None,
         raw=torch.cat([s.raw for s in chosen if s.raw is not None], 1) if scored else None,
         scores=torch.cat([s.scores for s in chosen if s.scores is not None], 1) if scored else None,
-        pending=next((s.pending for s in chosen if s.pending is not None), None),
+        pending=_Checks.of([s.pending for s in chosen if s.pending is not None]),
     )
+
+
+class _Checks(Pending):
+    """The checks of several parts' scores as one."""
+
+    def __init__(self, parts: Sequence[Pending]) -> None:
+        self._parts = parts
+
+    @classmethod
+    def of(cls, parts: Sequence[Pending]) -> Pending | None:
+        """None of none."""
+        return cls(parts) if parts else None
+
+    @property
+    def known(self) -> bool:
+        """Whether looking at none of them means waiting."""
+        return all(part.known for part in self._parts)
+
+    def check(self) -> None:
+        """Look at all of them."""
+        for part in self._parts:
+            part.check()
 
 
 def _sizes(tokens: VisualTokens, scope: Literal["image", "frame"]) -> tuple[int, ...]:
