@@ -19,7 +19,7 @@ from evengaze.calibration.measures import Measure
 from evengaze.calibration.observe import Observations, Sample, image_digest, observe, priors
 from evengaze.calibration.stats import LayerStats
 from evengaze.calibration.validate import judge, validate
-from evengaze.debias import Curve, CurveWarning, Debias, Exponential, Origin, RowsColumns
+from evengaze.debias import Curve, CurveWarning, Debias, Exponential, Origin, PaddingMask, RowsColumns
 from evengaze.errors import ConfigError, CurveError, DataError
 from evengaze.layout import VisualLayout
 from evengaze.methods import parse
@@ -122,6 +122,16 @@ def test_frequency_counts_what_would_be_kept() -> None:
     assert stats.sums["total"].sum() == 6 * 4 and not stats.profile().positive
 
 
+def test_no_padding_is_counted_as_kept_where_content_is_less_than_the_budget() -> None:
+    tokens = VisualLayout.from_spans([(0, 100)], (10, 10), image_sizes=[(20, 100)]).rows[0]
+    content = tokens.padding <= 0.5
+    assert int(content.sum()) == 20
+    stats = LayerStats((10, 10))
+    stats.add(0, tokens, 1 + tokens.x, 25, target="frequency", debias=Debias(padding=PaddingMask()))
+    assert stats.after[0]["kept_padding"][0] == 0.0 < stats.before[0]["kept_padding"][0]
+    assert stats.sums["total"].sum() == 20 and stats.sums["pad_total"].sum() == 0
+
+
 def synthetic(trend: float, samples: int, seed: int = 0, size: tuple[int, int] | None = None) -> LayerStats:
     sizes = None if size is None else [size]
     tokens = VisualLayout.from_spans([(0, 196)], (14, 14), image_sizes=sizes).rows[0]
@@ -191,6 +201,7 @@ def test_validation_tells_over_from_under_correction() -> None:
     alone = dataclasses.replace(even["kept_index"], low=float("nan"), high=float("nan"))
     assert judge({"kept_index": alone}, {"kept_index": alone}) == "too few samples"
     assert judge(even, {"kept_index": low}) == "over-corrects"
+    assert judge({}, even) == judge(even, {}) == "too few samples"  # nothing but padding was kept
 
 
 def test_validate_warns_of_wrong_curves_and_of_pictures_seen_before() -> None:

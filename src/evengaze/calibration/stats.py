@@ -66,18 +66,18 @@ class LayerStats:
             debias: also measure the ranking with this.
         """
         valid = PaddingMask().valid(tokens)
-        kept = top_allowed(score, torch.ones_like(valid), budget)
+        kept = _best(score, torch.ones_like(valid), budget)
         self.before.append(sample_measures(score, tokens, kept))
         if debias is not None:
             better, allowed = debias(score, tokens)
-            self.after.append(sample_measures(better, tokens, top_allowed(better, allowed, budget)))
+            self.after.append(sample_measures(better, tokens, _best(better, allowed, budget)))
             self.debiased = self.debiased or LayerStats(self.grid)
             scores, chosen = better.detach().double().cpu().numpy(), allowed.cpu().numpy()
             content = valid.cpu().numpy()
             self.debiased._add(sample % GROUPS, tokens.to("cpu"), scores, content & chosen, chosen & ~content)
         values = score.detach().double().cpu().numpy()
         if target == "frequency":  # of the content: padding would take places that a debiased ranking gives to others
-            kept = top_allowed(score, valid, budget)
+            kept = _best(score, valid, budget)
             values = np.zeros(len(values))
             values[kept.cpu().numpy()] = 1.0
         self._add(sample % GROUPS, tokens.to("cpu"), values, valid.cpu().numpy(), ~valid.cpu().numpy())
@@ -167,6 +167,11 @@ class LayerStats:
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise CurveError(f"malformed calibration state ({error!r}); delete it and start again") from None
         return stats
+
+
+def _best(score: Tensor, allowed: Tensor, budget: int) -> Tensor:
+    """(m,) indices of the `budget` best tokens, or of all that may be kept if these are fewer, as methods do."""
+    return top_allowed(score, allowed, min(budget, int(allowed.sum())))
 
 
 def _pack(array: Array) -> str:

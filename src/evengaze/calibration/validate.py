@@ -26,7 +26,7 @@ class Verdict:
         before: measures of the plain ranking.
         after: measures of the debiased ranking.
         finding: "even", "over-corrects", "under-corrects", "no bias" (there was none to correct), or "too few samples"
-            (a single one has no interval).
+            (a single one has no interval, and one of which nothing but padding is kept has no index).
         overlap: held-out pictures that the curve was calibrated on.
     """
 
@@ -82,8 +82,8 @@ def validate(
 
 def judge(before: Mapping[str, Measure], after: Mapping[str, Measure], margin: float = MARGIN) -> str:
     """In a word or two, what debiasing did to the mean index of the kept tokens."""
-    was, now = before["kept_index"], after["kept_index"]
-    if any(isnan(edge) for one in (was, now) for edge in (one.low, one.high)):
+    was, now = before.get("kept_index"), after.get("kept_index")
+    if was is None or now is None or any(isnan(edge) for one in (was, now) for edge in (one.low, one.high)):
         return "too few samples"
     if not now.biased or abs(now.value - now.even) <= margin:
         return "even" if was.biased and abs(was.value - was.even) > margin else "no bias"
