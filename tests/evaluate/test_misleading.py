@@ -19,7 +19,7 @@ from test_small_faults import own
 
 from evengaze.cli import main
 from evengaze.errors import ConfigError, DataError
-from evengaze.evaluate.agreement import agree, same_answer
+from evengaze.evaluate.agreement import Agreement, Flip, agree, same_answer
 from evengaze.evaluate.benchmarks import get_benchmark
 from evengaze.evaluate.figures import curves
 from evengaze.evaluate.fingerprint import describe_pruner
@@ -216,6 +216,14 @@ def test_agreement_counts_common_questions_and_what_changed() -> None:
     assert (found.count, [flip.key for flip in found.flips], found.won, found.lost) == (3, ["b", "c"], 1, 1)
     assert found.share == pytest.approx(1 / 3)
     assert agree(dense, {"9": {"text": "x"}}, {}, {}) is None
+
+
+def test_nothing_is_won_or_lost_against_an_answer_of_unknown_worth() -> None:
+    """As where the judge gave no verdict on one of the two."""
+    for known in ({"dense_credit": 1.0}, {"credit": 1.0}):
+        flip = Flip("a", "a?", "yes", "no", **known)
+        assert flip.change == 0
+        assert (Agreement(1, (flip,)).won, Agreement(1, (flip,)).lost) == (0, 0)
 
 
 def test_without_labels_answers_are_compared_with_the_dense_models(

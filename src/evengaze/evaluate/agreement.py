@@ -31,8 +31,8 @@ class Flip:
 
     @property
     def change(self) -> float:
-        """How much was won (above 0) or lost; 0 if it is not known."""
-        return (self.credit or 0.0) - (self.dense_credit or 0.0)
+        """How much was won (above 0) or lost; 0 if it is not known what both answers are worth."""
+        return 0.0 if self.credit is None or self.dense_credit is None else self.credit - self.dense_credit
 
 
 @dataclass(frozen=True)
