@@ -41,6 +41,12 @@ def test_every_method_has_its_three_answers(explorer, scene, method):
     assert "<svg" in draw.charts(found) and "Score map" in draw.maps(found)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_budget_of_all_tokens_is_all_of_them(explorer, method):
+    pruner = explorer.pruner(Choice(method, keep=1.0), 196)
+    assert pruner.size_after(0, 196, 196) == 196
+
+
 def test_each_control_changes_what_it_says(explorer, scene):
     def kept(**changes):
         found = explorer.find(scene.image, scene.questions[0].text, Choice(**changes))

@@ -160,8 +160,7 @@ class Explorer:
         method = get(choice.method)
         single = any(f.name == "layer" for f in fields(method))
         plain = method(layer=choice.layer) if single else method()  # type: ignore[call-arg]
-        if choice.keep < 1 or choice.method != "tome":
-            plain = plain.with_keep(max(1, round(choice.keep * visual)), visual)
+        plain = plain.with_keep(max(1, round(choice.keep * visual)), visual)
         plain.schedule(self.layers, visual)  # says what does not fit
         return plain
 
