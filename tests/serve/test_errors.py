@@ -248,6 +248,22 @@ def test_pictures_from_allowed_hosts_only(predictor, scenes):
         host.server_close()
 
 
+def test_an_error_of_ours_is_not_counted_as_a_client_that_left(predictor, scenes, monkeypatch):
+    with serving(predictor) as server:
+
+        async def fails(*_):
+            raise ZeroDivisionError
+
+        with monkeypatch.context() as patched:
+            patched.setattr(server.app.state.service, "job", fails)
+            with pytest.raises(openai.InternalServerError) as error:
+                ask(server.client(), "what?")
+        assert "its log says why" in sentence(error)
+        assert server.metric("requests_total", status="500") == 1
+        assert server.metric("disconnects_total") == server.metric("requests_total", status="499") == 0
+        assert works(server, scenes)
+
+
 def test_models_health_and_metrics(server, scenes):
     assert works(server, scenes)
     models = server.client().models.list().data

@@ -63,6 +63,9 @@ class Gate:
                 await self._placed(scope, receive, counted, metrics)
             except ClientGone:
                 pass
+            except Exception:  # answered outside of this middleware, which sees no status
+                status = 500 if status == 499 else status
+                raise
             finally:
                 if status == 499:
                     metrics.left.inc()
