@@ -211,9 +211,11 @@ def test_keys(predictor, scenes):
 def test_pictures_from_allowed_hosts_only(predictor, scenes):
     scene = scenes[0]
     data = base64.b64decode(data_url(scene.image).partition(",")[2])
+    asked = []
 
     class Pictures(BaseHTTPRequestHandler):
         def do_GET(self):
+            asked.append(self.path)
             moved = self.path == "/moved"
             self.send_response(302 if moved else 200)
             if moved:
@@ -231,6 +233,9 @@ def test_pictures_from_allowed_hosts_only(predictor, scenes):
         with serving(predictor, hosts=("127.0.0.1",), body=1_000_000) as server:
             answer = ask(server.client(), scene.questions[0].text, f"{address}/x.png")
             assert answer.choices[0].message.content == server.offline([scene.image], scene.questions[0].text)
+            for path in ("/x.png?signed=a?", "/x.png?", "/x.png?b"):
+                ask(server.client(), "what?", address + path, max_tokens=1)
+            assert asked[1:] == ["/x.png?signed=a?", "/x.png", "/x.png?b"]
             for path, expected in (("/large", "1,000,000 bytes"), ("/moved", "answered 302")):
                 with pytest.raises(openai.BadRequestError) as error:
                     ask(server.client(), "what?", address + path)

@@ -88,9 +88,8 @@ def fetch(url: str, size: int, hosts: Collection[str]) -> bytes:
         raise DataError(f"this server fetches no pictures from {host!r}")
     try:
         address = _address(host, port, anywhere=named)
-        return _get(
-            parts.scheme == "https", host, port, address, f"{parts.path or '/'}?{parts.query}".rstrip("?"), size
-        )
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        return _get(parts.scheme == "https", host, port, address, path, size)
     except DataError:
         raise
     except (OSError, http.client.HTTPException, ValueError) as error:
