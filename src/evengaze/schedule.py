@@ -62,20 +62,22 @@ class DecoderShape:
 
     @classmethod
     def from_config(cls, config: Any) -> DecoderShape:
-        """Read the sizes from a transformers config, of a text model or of a vision-language model."""
+        """Read the sizes from a transformers config, of a text model or of a vision-language model.
+
+        A size that differs from layer to layer (Gemma 3n and 4), or between experts for text and for pictures
+        (ERNIE 4.5 VL), is the mean of what the config says, rounded. Experts that every token visits beside those that
+        it is sent to are not counted.
+        """
         text = config.get_text_config()
-        hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
-        experts = getattr(text, "num_experts_per_tok", None)
-        if experts:
-            width = int(experts) * int(getattr(text, "moe_intermediate_size", text.intermediate_size))
-        else:
-            width = int(text.intermediate_size)
+        hidden, heads = _size(text, "hidden_size"), _size(text, "num_attention_heads")
+        experts = _size(text, "num_experts_per_tok", 0)
+        wide = _size(text, "moe_intermediate_size", 0) if experts else 0
         return cls(
             hidden=hidden,
-            intermediate=width,
+            intermediate=(experts or 1) * (wide or _size(text, "intermediate_size")),
             heads=heads,
-            kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
-            head_dim=int(getattr(text, "head_dim", None) or hidden // heads),
+            kv_heads=_size(text, "num_key_value_heads", heads),
+            head_dim=_size(text, "head_dim", hidden // heads),
             mlp_matrices=2 if text.model_type in ("opt", "phi", "starcoder2", "gpt_neox") else 3,
         )
 
@@ -232,6 +234,19 @@ class Schedule:
 
 
 solve_for_budget = Schedule.solve_for_budget
+
+
+def _size(config: Any, name: str, default: int | None = None) -> int:
+    """A size of a text config, averaged where there are several; the default where there is none.
+
+    Raises:
+        AttributeError: there is none, and no default.
+    """
+    try:
+        value = getattr(config, name) if default is None else getattr(config, name, None) or default
+    except RuntimeError:  # layers have it of their own, says transformers
+        value = [getattr(layer, name) for layer in config.per_layer_config]
+    return round(sum(value) / len(value)) if isinstance(value, Sequence) else int(value)
 
 
 def _parts(visual: Visual, scope: Scope = "prompt") -> list[int]:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import pytest
-from transformers import LlamaConfig, MixtralConfig
+from transformers import CONFIG_MAPPING, LlamaConfig, MixtralConfig
 
 from evengaze import methods
 from evengaze.errors import ConfigError
@@ -12,6 +14,7 @@ from evengaze.methods.illava import ILLaVA
 from evengaze.methods.pyramiddrop import PyramidDrop
 from evengaze.methods.sparsevlm import SparseVLM
 from evengaze.methods.tokencarve import TokenCarve
+from evengaze.models.support import CHECKED
 from evengaze.protocol import Stage
 from evengaze.schedule import DecoderShape, Schedule, solve_for_budget
 
@@ -114,6 +117,28 @@ def test_shapes_from_configs() -> None:
     assert DecoderShape.from_config(LlamaConfig()) == DecoderShape()
     mixture = MixtralConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_experts_per_tok=2)
     assert DecoderShape.from_config(mixture).intermediate == 192
+
+
+@pytest.mark.parametrize("kind", sorted(CHECKED & set(CONFIG_MAPPING)))
+def test_every_checked_family_has_a_shape(kind: str) -> None:
+    """Also those whose layers, or whose experts for text and for pictures, are of different sizes."""
+    config = CONFIG_MAPPING[kind]()
+    shape = DecoderShape.from_config(config)
+    assert min(astuple(shape)) > 0, shape
+    text = config.get_text_config()
+    sizes = {
+        "qwen3_5_moe": lambda: (shape.intermediate, text.num_experts_per_tok * text.moe_intermediate_size),
+        "ernie4_5_vl_moe": lambda: (shape.intermediate, text.moe_k * sum(text.moe_intermediate_size) // 2),
+        "gemma3n": lambda: (shape.intermediate, round(sum(text.intermediate_size) / text.num_hidden_layers)),
+    }
+    if kind in sizes:
+        found, expected = sizes[kind]()
+        assert found == expected
+
+
+def test_a_size_that_layers_have_of_their_own_is_their_mean() -> None:
+    config = LlamaConfig(num_hidden_layers=4, head_dim=16, per_layer_config={1: {"head_dim": 32}, 3: {"head_dim": 32}})
+    assert DecoderShape.from_config(config).head_dim == 24
 
 
 def test_the_description_names_what_matters() -> None:
