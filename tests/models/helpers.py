@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evengaze.engine.encoded import Encoded, watch
+from evengaze.engine.encoded import Encoded, Features, watch
 from evengaze.layout import VisualLayout
 from evengaze.models import Call, EncoderCall, adapter_for
 
@@ -18,7 +18,7 @@ PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 def encode(model: Any, inputs: dict[str, Tensor]) -> tuple[list[EncoderCall], dict[str, Tensor]]:
     """Run the encoders on a model's inputs: the recorded calls, and all features (n, d) by kind."""
     watched, features = Encoded(), {}
-    undo = list(watch(model.base_model, lambda: watched))
+    undo = list(watch(model.base_model, lambda: watched, Features()))
     for kind, name in PIXELS.items():
         if name not in inputs:
             continue
