@@ -105,6 +105,28 @@ def test_scores_that_are_not_numbers_are_reported_when_they_are_known() -> None:
     assert later.looked
 
 
+def test_a_check_is_looked_at_once_though_two_calls_find_it_known() -> None:
+    model, inputs = tiny("llava")
+    with torch.no_grad(), parse("fastv:keep=5")(model) as run:
+
+        class Known:
+            asked = checked = 0
+
+            @property
+            def known(self) -> bool:
+                self.asked += 1
+                if self.asked == 1:  # what another thread's call may do right behind the question
+                    run._model_calls.look()
+                return True
+
+            def check(self) -> None:
+                self.checked += 1
+
+        run._pending.append(one := Known())
+        model(**inputs)
+    assert one.checked == 1
+
+
 def test_rows_cost_no_reads() -> None:
     for method in METHODS:
         few, many = (counted("llama", batch, parse(method))[0].total for batch in (2, 8))

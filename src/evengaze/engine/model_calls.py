@@ -77,7 +77,10 @@ class ModelCalls:
         """Check what devices have computed for it by now; with `wait`, all of it."""
         for pending in list(self.pending):
             if wait or pending.known:
-                self.pending.remove(pending)
+                try:
+                    self.pending.remove(pending)
+                except ValueError:  # a call of another thread has taken it meanwhile
+                    continue
                 pending.check()
 
     @contextmanager
