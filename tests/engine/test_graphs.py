@@ -420,3 +420,21 @@ def test_what_a_tower_gave_stays_as_it_was() -> None:
         model.get_image_features(second["pixel_values"])
         assert run.graphs.counts["replayed"]
         assert all(torch.equal(a, b) for a, b in zip(graphs.tensors(dict(held)), kept, strict=True))
+
+
+def test_a_tower_that_finds_the_graphs_in_use_says_so() -> None:
+    model, inputs = tiny("llava")
+
+    class Call:
+        pass
+
+    with torch.inference_mode(), eg.FastV(keep=5)(model, graphs=True) as run:
+        for _ in range(2):
+            model.get_image_features(inputs["pixel_values"])
+        other, before = Call(), run.graphs.counts.copy()
+        assert run.graphs.take(other)
+        model.get_image_features(inputs["pixel_values"])
+        assert run.graphs.counts - before == {"graphs in use by another call": 1}
+        run.graphs.leave(other)
+        model.get_image_features(inputs["pixel_values"])
+        assert run.graphs.counts["replayed"] == before["replayed"] + 1

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from evengaze.engine.tap import Taps
 
 
+_IN_USE = "graphs in use by another call"
+"""A reason of `Graphs.counts`."""
+
+
 class _Forward:
     """What stands in the place of a layer's or a tower's forward.
 
@@ -208,7 +212,7 @@ class Segments:
         cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
         why, sizes = without(run, cache, first, end)
         if why is None and not self._graphs.take(run):
-            why = "graphs in use by another call"
+            why = _IN_USE
         if why is not None:
             self._graphs.counts[why] += 1
             if self._now is not None and self._now.run is run:
@@ -274,12 +278,13 @@ class Segments:
         key: tuple[Any, ...] = ("tower", tuple(pixels.shape), pixels.dtype, torch.is_inference_mode_enabled())
         key += (repr(sorted(rest.items(), key=lambda item: item[0])),)
         with self._graphs.turn() as free:
-            graph = None
-            if free:
+            if not free:
+                self._graphs.counts[_IN_USE] += 1
+            else:
                 graph = self._captured(key, lambda given: forward(given["pixels"], **rest), {"pixels": pixels})
-            if graph is not None:
-                return copied(graph({"pixels": pixels}))
-            self._graphs.saw(key)
+                if graph is not None:
+                    return copied(graph({"pixels": pixels}))
+                self._graphs.saw(key)
         return forward(*args, **kwargs)
 
 
