@@ -57,6 +57,7 @@ def demo(
     from evengaze.demo import load, make_dataset, report
     from evengaze.demo.experiment import calibrate, run, settings
     from evengaze.demo.model import choose_dtype, dtype_of
+    from evengaze.files import write_whole
 
     console = terminal.Screen(quiet=output.voice.quiet, stderr=str(json_file) == "-")
     model, processor = load(choose_dtype(dtype))
@@ -85,7 +86,7 @@ def demo(
     if str(json_file) == "-":
         terminal.echo(figures)
     elif json_file is not None:
-        json_file.write_text(figures + "\n", encoding="utf-8")
+        write_whole(json_file, figures + "\n")
     console.print(report.headline(result))
     console.print(f"{perf_counter() - start:.0f} s in all.")
     if str(json_file) != "-":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from evengaze.demo.scenes import TYPES, make_scene
 from evengaze.demo.scenes import ask as ask_scene
 from evengaze.errors import ConfigError
+from evengaze.files import write_whole
 
 SPLITS = {"eval": 2, "calibration": 3}  # first number of a scene's seed; training uses 1
 IMAGES = {"eval": 320, "calibration": 64}
@@ -138,13 +140,15 @@ def write_dataset(
 
     Raises:
         ConfigError: see `make_dataset`.
+        DataError: a file cannot be written.
     """
     records = make_dataset(split, images, seed)
     folder = Path(directory)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
     questions, answers = [], []
     for record in records:
-        record.image.save(folder / "images" / record.name)
+        picture = BytesIO()
+        record.image.save(picture, "PNG")
+        write_whole(folder / "images" / record.name, picture.getvalue())
         for one in record.questions:
             questions.append(
                 {"question_id": one.question_id, "image": record.name, "text": one.text, "category": one.type}
@@ -158,6 +162,5 @@ def write_dataset(
                 }
             )
     for name, rows in (("questions.jsonl", questions), ("answers.jsonl", answers)):
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+        write_whole(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
     return records

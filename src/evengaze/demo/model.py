@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,9 +12,11 @@ import transformers
 from safetensors.torch import load as load_safetensors
 
 from evengaze.errors import ConfigError, DataError
+from evengaze.files import read_bytes, read_json, read_text
 
 FOLDER = Path(__file__).parent / "weights"
 SCALE = ".scale"
+_INCOMPLETE = "The embedded model is incomplete: reinstall evengaze."
 
 _FASTER = 0.7
 """Share of float32's time that bfloat16 may take to be worth its rounding."""
@@ -73,15 +74,12 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """Load a model from a folder with `config.json`, `model.safetensors` and `model.safetensors.sha256`.
 
     Raises:
-        DataError: a file is missing, or the weights do not have the recorded SHA-256.
+        DataError: a file is missing or damaged, or the weights do not have the recorded SHA-256.
     """
     folder = Path(folder)
-    try:
-        raw = (folder / "model.safetensors").read_bytes()
-        expected = (folder / "model.safetensors.sha256").read_text(encoding="utf-8").split()[0]
-        config = transformers.LlavaConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except OSError as error:
-        raise DataError(f"the embedded model is incomplete: {error}") from error
+    raw = read_bytes(folder / "model.safetensors", _INCOMPLETE)
+    expected = read_text(folder / "model.safetensors.sha256", _INCOMPLETE).partition(" ")[0].strip()
+    config = transformers.LlavaConfig(**read_json(folder / "config.json", dict, _INCOMPLETE))
     found = hashlib.sha256(raw).hexdigest()
     if found != expected:
         raise DataError(
@@ -110,13 +108,16 @@ def load_processor(folder: str | Path) -> Any:
     """Load the processor of a folder with its two configuration files and the tokenizer's.
 
     The image processor is the one that needs no torchvision.
+
+    Raises:
+        DataError: a configuration file is missing or damaged.
     """
     folder = Path(folder)
-    settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    settings = read_json(folder / "preprocessor_config.json", dict, _INCOMPLETE)
     # Releases before the PIL backend call the same image processor by the plain name.
     image_processor = getattr(transformers, "LlavaImageProcessorPil", None) or transformers.LlavaImageProcessor
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    more = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+    more = read_json(folder / "processor_config.json", dict, _INCOMPLETE)
     return transformers.LlavaProcessor(image_processor=image_processor(**settings), tokenizer=tokenizer, **more)
 
 

@@ -17,6 +17,7 @@ import transformers
 
 from evengaze.demo.experiment import EARLY, KEEPS, LAYER, Answers, Experiment, Trial
 from evengaze.evaluate.metrics.paired import Paired, compare, wilson
+from evengaze.files import write_whole
 from evengaze.version import __version__
 from evengaze.viz.accuracy import Point, plot_accuracy
 from evengaze.viz.bias import plot_trend
@@ -177,7 +178,7 @@ def _kept(result: Experiment) -> Any:
 
 
 def write(result: Experiment, out: Path, seconds: float) -> Path:
-    """Write the pictures (PNG, PDF and SVG) and the page.
+    """Write the pictures (PNG, PDF and SVG), `results.json` and the page.
 
     Args:
         result: the experiment.
@@ -186,18 +187,20 @@ def write(result: Experiment, out: Path, seconds: float) -> Path:
 
     Returns:
         The page.
+
+    Raises:
+        DataError: a file cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
     pictures = {}
     for name, (caption, figure) in figures(result).items():
         buffer = BytesIO()
         figure.savefig(buffer, format="png")
-        (out / name).write_bytes(buffer.getvalue())
+        write_whole(out / name, buffer.getvalue())
         save(figure, out / name, ("pdf", "svg"))
         pictures[name] = (caption, base64.b64encode(buffer.getvalue()).decode())
-    (out / "results.json").write_text(json.dumps(to_dict(result, seconds), indent=1) + "\n", encoding="utf-8")
+    write_whole(out / "results.json", json.dumps(to_dict(result, seconds), indent=1) + "\n")
     page = out / "report.html"
-    page.write_text(_page(result, pictures, seconds), encoding="utf-8")
+    write_whole(page, _page(result, pictures, seconds))
     return page
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from evengaze.errors import ConfigError, DataError
+from evengaze.files import write_whole
 
 # Control characters, halves of characters and non-characters, which a spreadsheet cannot hold.
 _ILLEGAL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
@@ -51,11 +53,9 @@ def write_xlsx(out: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]])
                 cell.data_type = "s"
             else:
                 cell.value = value
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        book.save(out)
-    except OSError as error:
-        raise DataError(f"{out} cannot be written: {error}. Check the folder's permissions and the disk.") from error
+    buffer = BytesIO()
+    book.save(buffer)
+    write_whole(out, buffer.getvalue())
     return cut
 
 
