@@ -121,7 +121,7 @@ def _it(numbers: tuple[int, ...], one: str = "it", many: str = "them") -> str:
 
 
 def _layers(numbers: tuple[int, ...]) -> str:
-    """ "layer 3" or "layers 0, 2 to 5"."""
+    """Such as "Layer 3" or "Layers 0, 2 to 5"."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:

@@ -14,6 +14,7 @@ from evengaze.errors import CurveError
 Array = NDArray[np.float64]
 
 GROUPS = 32
+"""Most groups of samples: what the bootstrap and the jackknife take and leave."""
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class Sample:
 
 
 Encode = Callable[[Any, Sequence[Sample]], Mapping[str, Any]]
+"""From a processor and a batch to the model's inputs."""
 
 
 @dataclass
@@ -258,6 +259,9 @@ def priors(model: nn.Module, inputs: Mapping[str, Any], method: Pruner, *, stren
             content-free pictures (for a prior by cell).
         method: the method that will prune.
         strength: see `Prior`.
+
+    Raises:
+        ConfigError: the method does not rank by attention from text.
     """
     found: dict[int, Prior] = {}
     plain = method.replace(debias=None, mode="corrected")

@@ -1,4 +1,4 @@
-"""What is collected from a method's scores at one layer; its size does not grow with the number of tokens."""
+"""What is collected from a method's scores at one layer: sums, and a few measures of each sample."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from evengaze.layout import VisualTokens
 from evengaze.protocol import top_allowed
 
 MAX_POSITIONS = 1024
+"""Larger grids share positions, so that the sums do not grow with the number of tokens."""
 
 
 class LayerStats:
@@ -31,6 +32,11 @@ class LayerStats:
         before: measures of each sample's plain ranking.
         after: measures with debiasing, if there is any.
         debiased: statistics of the debiased scores, if there are any; tokens that may not be chosen are left out.
+        floored: scores of content that were below the floor of their logs (see `FLOOR`).
+        positions: positions of the raster that are told apart.
+        sums: (groups, positions) sums of scores, of their logs and of ones; of padding under the names with "pad_".
+        map: (3, rows, columns) sums of scores, of ones and of logs, padding left out.
+        frames: (2, frames) sums of scores and of ones, padding left out.
     """
 
     _SUMS = ("total", "logs", "count", "pad_total", "pad_logs", "pad_count")
@@ -39,8 +45,8 @@ class LayerStats:
         self.grid, self.samples, self.floored = grid, 0, 0
         self.positions = min(MAX_POSITIONS, grid[0] * grid[1])
         self.sums = {name: np.zeros((GROUPS, self.positions)) for name in self._SUMS}
-        self.map = np.zeros((3, *grid))  # sums of scores, of ones and of logs, padding left out
-        self.frames = np.zeros((2, 0))  # the same over frames
+        self.map = np.zeros((3, *grid))
+        self.frames = np.zeros((2, 0))
         self.before: list[dict[str, tuple[float, float]]] = []
         self.after: list[dict[str, tuple[float, float]]] = []
         self.debiased: LayerStats | None = None
@@ -115,7 +121,11 @@ class LayerStats:
         self.samples += 1
 
     def profile(self, *, padding: bool = False) -> Profile:
-        """Mean scores per position, of the content or of the padding."""
+        """Mean scores per position, of the content or of the padding.
+
+        Raises:
+            CurveError: nothing was added.
+        """
         if self.samples == 0:
             raise CurveError("no sample with visual tokens was seen")
         prefix = "pad_" if padding else ""

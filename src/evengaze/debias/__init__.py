@@ -1,4 +1,7 @@
-"""Freeing scores of position and padding bias: masks, trend curves, published presets, calibration and measures."""
+"""Freeing scores of position and padding bias: masks, trend curves and published presets.
+
+They are applied here, and measured in `evengaze.calibration`.
+"""
 
 from __future__ import annotations
 

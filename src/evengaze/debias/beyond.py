@@ -91,7 +91,11 @@ class SampleTrend:
             raise ConfigError(f"strength={self.strength!r} must be in (0, 1]")
 
     def weights(self, tokens: VisualTokens, score: Tensor | None = None) -> Tensor:
-        """(n,) float64 weights; 1 if fewer than four tokens a stretch are no padding."""
+        """(n,) float64 weights; 1 if fewer than four tokens a stretch are no padding.
+
+        Raises:
+            ConfigError: no scores are given.
+        """
         if score is None:
             raise ConfigError("a sample's trend is in its scores: give them to Debias.weight")
         ones = torch.ones(len(tokens), dtype=torch.float64, device=score.device)

@@ -85,7 +85,7 @@ class Debias:
             features: (n, d) hidden states of the tokens; only `sinks` looks at them.
 
         Returns:
-            (n,) float32 scores, and (n,) bool: which tokens may be chosen.
+            (n,) scores of the type of `score`, and (n,) bool: which tokens may be chosen.
         """
         weight = self.weight(tokens, score).to(score.dtype).to(score.device)
         valid = self.valid(tokens, official=official).to(score.device)

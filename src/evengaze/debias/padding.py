@@ -75,7 +75,11 @@ class PaddingMask:
         return torch.cat(grids).to(tokens.image.device)[offset[tokens.image] + tokens.cell]
 
     def lines(self, image: ImageInfo) -> tuple[bool, ...]:
-        """The mask of one picture's grid by one of the size formulas, row-major; True where the picture is."""
+        """The mask of one picture's grid by one of the size formulas, row-major; True where the picture is.
+
+        Raises:
+            LayoutError: the picture has no size, or an impossible one.
+        """
         if image.size is None or image.size[0] < 1 or image.size[1] < 1:
             raise LayoutError(f"a picture cannot have the size {image.size}")
         width, height = image.size

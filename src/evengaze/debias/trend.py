@@ -237,7 +237,11 @@ def max_log_ratio(one: TrendCurve, other: TrendCurve, points: int = _CHECKED_POI
 
 
 def numbers(family: str, values: Any) -> tuple[float, ...]:
-    """A non-empty sequence of finite numbers as floats."""
+    """A non-empty sequence of finite numbers as floats.
+
+    Raises:
+        CurveError: it is anything else; the message names the family.
+    """
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         raise CurveError(f"the {family} curve needs a list of numbers, not {values!r:.80}")
     if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
@@ -256,7 +260,7 @@ def _horner(coefficients: Sequence[float], x: Tensor) -> Tensor:
 
 
 def interpolate(xs: Sequence[float], ys: Sequence[float], x: Tensor) -> Tensor:
-    """Linear interpolation, constant outside."""
+    """Linear interpolation between the points (xs, ys), xs ascending; constant outside. float64, of the shape of x."""
     knots = torch.tensor(xs, dtype=torch.float64, device=x.device)
     values = torch.tensor(ys, dtype=torch.float64, device=x.device)
     x = x.double().clamp(knots[0], knots[-1])

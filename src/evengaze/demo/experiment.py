@@ -160,7 +160,16 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Experiment:
-    """The whole experiment."""
+    """The whole experiment.
+
+    Attributes:
+        questions: what was asked.
+        dense: the unpruned model's answers.
+        cells: the settings and their answers, in the order of `settings`.
+        calibration: where the trend is from.
+        examples: what the figure shows.
+        dtype: what the model computes in.
+    """
 
     questions: list[DemoQuestion]
     dense: Answers
@@ -168,7 +177,6 @@ class Experiment:
     calibration: Calibration
     examples: list[Example]
     dtype: str = "float32"
-    """What the model computes in."""
 
     def outcome(self, keep: float, label: str, layer: int = LAYER) -> Answers:
         """The outcome of the setting with that budget, label and layer."""
@@ -213,7 +221,14 @@ def _bias(found: Observations, layer: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch that is ready for the decoder: what enters it, and where its visual tokens are."""
+    """A batch that is ready for the decoder: what enters it, and where its visual tokens are.
+
+    Attributes:
+        questions: one a row.
+        embeds: (B, L, d) embeddings, features of pictures among them.
+        mask: (B, L) attention mask; rows are padded on the left.
+        layout: of the visual tokens.
+    """
 
     questions: list[DemoQuestion]
     embeds: Tensor

@@ -78,9 +78,8 @@ def _lines(axis: Any, series: Series, looks: _Looks, handles: dict[str, Any]) ->
     """A line a method over its budgets, with intervals."""
     middle = (len(series) - 1) / 2
     means = [row.average for rows in series.values() for row in rows if row.average is not None]
-    step = _APART * (
-        (max(means) - min(means) if means else 0.0) or 1.0
-    )  # at equal budgets, intervals would lie on each other
+    # At equal budgets, intervals would lie on each other.
+    step = _APART * ((max(means) - min(means) if means else 0.0) or 1.0)
     for place, (key, rows) in enumerate(series.items()):
         aside = step * (place - middle)
         points = sorted((float(row.average or 0.0) + aside, row.value, *_interval(row)) for row in rows)
@@ -200,9 +199,11 @@ class _Looks:
         self._labels = list(labels)
 
     def label(self, family: str, debias: str, role: str) -> str:
+        """What the legend calls it."""
         return family if role == "baseline" else f"{family}, {short(debias)}"
 
     def of(self, family: str, debias: str, role: str) -> dict[str, Any]:
+        """Arguments of matplotlib's line."""
         if role == "baseline":
             name, _, first = family.rpartition(": ")[2].partition(_FROM)
             grey = _GREY.get(name, "#808080")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,27 +129,27 @@ def read_answers(path: Path) -> Lines:
     """
     raw = read_bytes(path, "Give the JSON-lines file that the model's answers were written to.")
     if raw.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
-        records, bad = [], []
-        for number, item in enumerate(read_json(path, list), 1):
-            problem, value = _parse_item(item)
-            if problem:
-                bad.append(Malformed(number, problem, str(item)[:80], is_json=True))
-            else:
-                records.append(value)
-        return Lines(path, tuple(records), tuple(bad))
+        return Lines(path, *_parse_items(enumerate(read_json(path, list), 1)))
     lines = read_jsonl(path, ())
-    records, bad = [], list(lines.malformed)
-    numbers = [n for n in range(1, len(lines.records) + len(bad) + 1) if n not in {item.line for item in bad}]
-    for number, item in zip(numbers, lines.records, strict=True):
+    torn = {item.line for item in lines.malformed}
+    numbers = [n for n in range(1, len(lines.records) + len(torn) + 1) if n not in torn]
+    records, bad = _parse_items(zip(numbers, lines.records, strict=True))
+    return Lines(path, records, tuple(sorted([*lines.malformed, *bad], key=lambda item: item.line)), lines.torn)
+
+
+_ALIASES = (("question_id", ("id", "questionId")), ("text", ("pred", "prediction")))
+
+
+def _parse_items(numbered: Iterable[tuple[int, Any]]) -> tuple[tuple[Answer, ...], tuple[Malformed, ...]]:
+    """The answers among numbered JSON values, and the others."""
+    records, bad = [], []
+    for number, item in numbered:
         problem, value = _parse_item(item)
         if problem:
             bad.append(Malformed(number, problem, str(item)[:80], is_json=True))
         else:
             records.append(value)
-    return Lines(path, tuple(records), tuple(sorted(bad, key=lambda item: item.line)), lines.torn)
-
-
-_ALIASES = (("question_id", ("id", "questionId")), ("text", ("pred", "prediction")))
+    return tuple(records), tuple(bad)
 
 
 def _parse_item(item: Any) -> tuple[str, Answer]:

@@ -327,7 +327,8 @@ def encode(processor: Any, texts: Sequence[str], media: Mapping[str, Sequence[An
 def digest_folder(folder: Path) -> str:
     """A digest that changes when a model's files do, without reading all of their bytes.
 
-    Configuration files count in full; of weight files their size and first and last megabyte.
+    Files of up to two megabytes, as configurations are, count in full; of larger ones the size and the first and last
+    megabyte.
     """
     total = hashlib.sha256()
     for path in sorted(folder.iterdir()):

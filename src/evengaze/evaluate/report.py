@@ -1,4 +1,4 @@
-"""The report of an evaluation: one self-contained HTML page, the same as Markdown, and the figures as PNG and SVG."""
+"""The report of an evaluation: one self-contained HTML page, the same as Markdown, and the figures as files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LONGEST = 120
 
 
 def write_report(root: Path, out: Path, *, published: bool = True) -> list[Path]:
-    """Write ``report.html``, ``report.md`` and the figures.
+    """Write ``report.html``, ``report.md`` and the figures (PNG, SVG and PDF).
 
     Args:
         root: folder with results of `evengaze evaluate`, of one or several runs.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 PROMPT_KEYS = ("prompt", "question", "text")
 TEMPLATE = "vicuna_v1"
-"""Of models that have no chat template."""
+"""Of models that are asked as LLaVA's scripts do; see `evengaze.evaluate.conversation`."""
 
 PROMPTS = (
     "Describe this picture in one sentence.",

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from evengaze.trace import RowTrace, StageTrace
 
 _SIDE = 300
+"""About how many pixels a map's longer side has; pictures have at most twice as many."""
 _GAP = 4
 _WIDTH, _HEIGHT = 460, 210
 _LEFT, _BOTTOM, _TOP = 46, 34, 12
+"""Size and margins of a chart, in units of its SVG."""
 
 
 # -- panels ------------------------------------------------------------------------------------------------------------
@@ -77,13 +79,9 @@ def _shown(canvas: Canvas) -> Sequence[Pixels]:
 def _marked(canvas: Canvas, frame: int, kept: Mask, recycled: Mask | None) -> Pixels:
     """One frame with kept patches bright and outlined, kept padding outlined in red, merged tokens dotted."""
     rows, columns = canvas.there.shape[1:]
-    pixels = canvas.pixels[frame]
-    assert pixels is not None
+    pixels = canvas.shaded(frame, kept)
     down, across = pixels.shape[0] // rows, pixels.shape[1] // columns
-    bright = np.kron(kept[frame], np.ones((down, across), bool))[:, :, None]
-    grey = pixels.mean(2, keepdims=True)
-    dim = (0.4 * (0.4 * pixels + 0.6 * grey) + 8).astype(np.uint8)
-    drawn = images.fromarray(np.where(bright, pixels, dim))
+    drawn = images.fromarray(pixels)
     pen = ImageDraw.Draw(drawn)
     padded = canvas.padding[frame] > 0.5
     for mask, colour in ((kept[frame] & ~padded, KEPT), (kept[frame] & padded, WASTED)):
@@ -164,6 +162,7 @@ def _mosaic(canvas: Canvas, frames: Sequence[Pixels]) -> Image:
 
 
 def _figure(picture: Image, words: str, alt: str) -> str:
+    """A picture in HTML; what is too large is made smaller in place."""
     buffer = BytesIO()
     picture.thumbnail((2 * _SIDE, 2 * _SIDE))
     picture.save(buffer, "WEBP", quality=85)
@@ -188,7 +187,7 @@ def _none(text: str) -> str:
 
 
 def thumbnail(picture: Image, name: str) -> str:
-    """A small picture by its name."""
+    """A small picture by its name; it is made smaller in place."""
     return _figure(picture, name, name)
 
 

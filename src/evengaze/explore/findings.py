@@ -43,7 +43,9 @@ METHODS = (
 STEPS = ("both", "padding", "trend")
 LONGEST_QUESTION = 500
 TEMPLATE = "vicuna_v1"
+"""Of models that are asked as LLaVA's scripts do; see `evengaze.evaluate.conversation`."""
 _REMEMBERED = 128
+"""Runs that are not made again: three a question."""
 
 
 @dataclass(frozen=True)

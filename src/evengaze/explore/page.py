@@ -146,5 +146,4 @@ def _preview(sample: DemoImage) -> str:
 
 
 def _shown(image: Image, name: str) -> str:
-    small = image.copy()
-    return f"<div class='eg-preview'>{draw.thumbnail(small, name)}</div>"
+    return f"<div class='eg-preview'>{draw.thumbnail(image.copy(), name)}</div>"

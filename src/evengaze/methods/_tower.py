@@ -153,6 +153,13 @@ class TowerCut:
     it is enough to write merged states into the stream there (the second norm's input *is* the residual stream) and to
     take the survivors from the layer's output.
 
+    Args:
+        tower: the tower.
+        layers: 0-based encoder layers in which patches leave.
+        choose: what becomes of the patches that reach such a layer.
+
+    Raises:
+        ConfigError: a layer behind the one whose output becomes the features.
     """
 
     def __init__(self, tower: VisionTower, layers: Sequence[int], choose: Choose) -> None:

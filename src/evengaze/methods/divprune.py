@@ -64,7 +64,8 @@ def farthest(unit: Tensor, count: int) -> Tensor:
     if rows * n * n <= _MATRIX:
         distance = 1 - unit @ unit.transpose(1, 2)
         diagonal = distance.diagonal(dim1=1, dim2=2)
-        nearest = _nearest_other(distance, diagonal)
+        diagonal.fill_(float("inf"))  # a token is not its own neighbour
+        nearest = distance.amin(2)
         diagonal.fill_(float("-inf"))
         base = (torch.arange(rows, device=unit.device) * n)[:, None]
         flat = distance.view(rows * n, n)
@@ -79,6 +80,7 @@ def farthest(unit: Tensor, count: int) -> Tensor:
 
 
 def _greedy(nearest: Tensor, count: int, away: Callable[[Tensor], Tensor]) -> Tensor:
+    """(rows, count) picks; `away` gives the (rows, n) distances from (rows, 1) picks."""
     picks = [nearest.argmax(1, keepdim=True)]
     nearest = away(picks[0])
     for _ in range(count - 1):
@@ -86,11 +88,6 @@ def _greedy(nearest: Tensor, count: int, away: Callable[[Tensor], Tensor]) -> Te
         picks.append(pick)
         nearest = torch.minimum(nearest, away(pick))
     return torch.cat(picks, 1)
-
-
-def _nearest_other(distance: Tensor, diagonal: Tensor) -> Tensor:
-    diagonal.fill_(float("inf"))
-    return distance.amin(2)
 
 
 def _nearest(unit: Tensor, start: int) -> Tensor:

@@ -41,8 +41,8 @@ def parameters(method: type[Pruner]) -> list[Parameter]:
         )
         for f in fields(method)
     ]
-    shared = {f.name for f in fields(Pruner)}
-    return sorted(found, key=lambda one: one.name in shared)
+    last = shared()
+    return sorted(found, key=lambda one: one.name in last)
 
 
 def shared() -> set[str]:

@@ -46,6 +46,8 @@ MODULES = (
 _METHODS: dict[str, type[Pruner]] = {}
 _PACKAGE = "evengaze.methods"
 _IN_MODULE = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)(?::(?P<rest>.*))?", re.DOTALL)
+_COMMA = re.compile(r",(?![^\[]*\])")
+"""Commas that are not in brackets."""
 _PERCENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s*%")
 
 M = TypeVar("M", bound=type[Pruner])
@@ -162,7 +164,7 @@ def parse(text: str) -> Pruner:
     """
     name, rest = _split_name(text)
     values: dict[str, Any] = {}
-    for part in filter(None, re.split(r",(?![^\[]*\])", rest)):  # commas outside brackets
+    for part in filter(None, _COMMA.split(rest)):
         key, equals, value = part.partition("=")
         if not equals:
             raise ConfigError(f"{part!r} in {text!r} is not of the form key=value")
@@ -188,7 +190,7 @@ def split(texts: Sequence[str]) -> tuple[str, ...]:
         own = len(found)
         for block in text.split(";"):
             begin = True
-            for part in filter(None, (p.strip() for p in re.split(r",(?![^\[]*\])", block))):
+            for part in filter(None, (p.strip() for p in _COMMA.split(block))):
                 if "=" in part.partition(":")[0]:
                     if begin or len(found) == own:
                         raise ConfigError(f"methods {text!r}: {part!r} is a parameter without a method before it")

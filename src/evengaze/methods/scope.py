@@ -27,6 +27,7 @@ class _Parts:
         sizes: how many tokens each part has left, row by row.
         originals: how many it had at the start.
         memories: what the method remembers of each part.
+        device: of the rows.
     """
 
     starts: tuple[Start, ...] | None
@@ -57,6 +58,9 @@ def select_parts(view: View, scope: Literal["image", "frame"], select: Select) -
     Returns:
         Selections for the rows. Scores are those of all parts in a row; where a part was kept whole, so that nothing
         was scored, they are left out.
+
+    Raises:
+        LayoutError: the tokens of a picture or frame do not stand together.
     """
     if view.memory.get(_Parts) is None:
         originals = tuple(_sizes(table, scope) for table in view.initial.start.tables)

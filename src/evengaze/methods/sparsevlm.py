@@ -138,7 +138,7 @@ class SparseVLM(Pruner):
         noise = self.density_noise(view, members)
         centre, label, _ = density_peaks(take_states(view.features, recycled).float(), clusters, noise)
         target = recycled.gather(1, centre)
-        epsilon = 1e-6 if self.mode == "official" else 0.0
+        epsilon = 1e-6 if self.mode == "official" else 0.0  # against empty clusters, of which there are none
         size = torch.zeros_like(centre, dtype=torch.float32)
         size.scatter_add_(1, label, torch.ones_like(label, dtype=torch.float32))
         weight = (1 / (size + epsilon)).gather(1, label)
@@ -218,7 +218,7 @@ def density_peaks(x: Tensor, clusters: int, noise: Tensor | None = None) -> tupl
     separation = torch.where(denser, distance, farthest).amin(-1)
     score = density * separation
     best = torch.sort(score, dim=1, descending=True, stable=True).indices[:, :clusters]
-    centre = best if noise is None else score.topk(clusters).indices
+    centre = best if noise is None else score.topk(clusters).indices  # which orders ties in a way of its own
     label = distance.gather(2, centre[:, None].expand(-1, m, -1)).argmin(-1)
     label = label.scatter(1, centre, torch.arange(centre.shape[1], device=x.device).expand_as(centre))
     return centre, label, score

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_MEMORY = Path("/proc/meminfo")
+
 
 def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """Most bytes that a call held at once beyond what was held before it (weights are not counted).
@@ -60,9 +62,6 @@ def free_bytes(device: torch.device | str) -> int | None:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return None
-
-
-_MEMORY = Path("/proc/meminfo")
 
 
 def row_bytes(peaks: Mapping[int, int], kept: int) -> int:

@@ -13,6 +13,9 @@ from typing import Any
 from evengaze.methods import Pruner
 from evengaze.schedule import DecoderShape, Schedule
 
+_FIXED = ("llava", "gemma3", "paligemma")
+"""Families whose pictures all have the same grid."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -147,7 +150,3 @@ def picture_tokens(config: Any) -> int | None:
             if isinstance(found, int) and found > 0 and config.model_type in _FIXED:
                 return found
     return None
-
-
-_FIXED = ("llava", "gemma3", "paligemma")
-"""Families whose pictures all have the same grid."""

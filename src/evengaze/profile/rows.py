@@ -117,7 +117,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one batch size gave, by contestants' names."""
+    """What one batch size gave, by contestants' names.
+
+    Attributes:
+        prefills: one entry a round.
+        answers: one entry a round; none if answers were not measured.
+        peaks: most bytes that a prefill held at once.
+        failed: why nothing was measured.
+        floor: prefills of the prompt's text alone, by the dense model; None if it does not run without a picture.
+        queued: whether the device works on while the host goes ahead.
+    """
 
     prefills: Mapping[str, Sequence[Prefill]]
     answers: Mapping[str, Sequence[Answer]]
@@ -125,7 +134,6 @@ class Measured:
     failed: Mapping[str, str]
     floor: Sequence[Prefill] | None
     queued: bool
-    """Whether the device works on while the host goes ahead."""
 
     def prefill(self, name: str) -> dict[str, Any]:
         """A row's columns about the prefill."""

@@ -121,7 +121,7 @@ def _prefill(row: Row, allows: Reach) -> str:
     side = _side(row.time, row.time_low, row.time_high)
     if side < 0:
         said = f"saves {1 - row.time:.0%} of the prefill"
-        known = allows.most is not None and row.variant != "graphs"  # of which it is not known
+        known = allows.most is not None and row.variant != "graphs"  # it is what eager launches allow
         return f"{said}, of {allows.most:.0%} that can be saved in the decoder" if known else said
     if side == 0:
         return "its prefill cannot be told from the dense model's"

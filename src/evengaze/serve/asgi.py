@@ -22,6 +22,11 @@ async def messages(app: App, head: Mapping[str, Any], body: bytes) -> AsyncItera
     """The messages of an application's answer to one request, as they come.
 
     The application takes who stops iterating for a client that went away.
+
+    Args:
+        app: the application.
+        head: the connection's scope, as from `head_of`.
+        body: the whole body of the request.
     """
     path = head["path"]
     scope = {"asgi": {"version": "3.0"}, "root_path": "", "raw_path": path.encode(), **head, "state": {}}

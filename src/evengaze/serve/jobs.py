@@ -44,7 +44,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """There is no answer."""
+    """There is no answer; `error` says why."""
 
     error: ApiError
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _METHOD = ["method"]
 _BATCH = (1, 2, 4, 8, 16, 32, 64)
+_SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? ")
+"""Name and labels at the beginning of a sample's line."""
 
 
 class Metrics:
@@ -73,9 +75,6 @@ def labelled(texts: Mapping[str, str]) -> str:
             if line not in head:
                 head.append(line)
     return "".join(f"{line}\n" for head, samples in families.values() for line in (*head, *samples))
-
-
-_SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? ")
 
 
 def _with_label(name: str, found: re.Match[str]) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SECONDS = 10.0
+"""To connect, for each read, and for a picture in all."""
 _PIECE = 1 << 16
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 TEMPLATE = "vicuna_v1"
+"""Of models that are asked as LLaVA's scripts do; see `evengaze.evaluate.conversation`."""
 
 
 class Prompts:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _LONG = 1 << 30
+"""Tokens of a model whose config sets no limit."""
 
 
 class Worker:

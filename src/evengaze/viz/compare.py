@@ -63,10 +63,10 @@ def plot_comparison(
     if first is None or len({len(column) for column in runs}) != 1:
         raise DataError("a comparison needs at least one run, and equally many runs of every method")
     canvas = Canvas.of(first.trace.layout.rows[row].to("cpu"), image, picture)
+    said = f"all tokens: {dense!r}" + (f" (right: {right!r})" if right else "") if dense else ""
+    lead = Drawing(canvas, "as the model saw it", _short(said))
     panels: list[list[Drawing | None]] = []
     for line in range(len(runs[0])):
-        said = f"all tokens: {dense!r}" + (f" (right: {right!r})" if right else "") if dense else ""
-        lead = Drawing(canvas, "as the model saw it", _short(said))
         cells: list[Drawing | None] = [lead if line == 0 else None]
         for column in runs:
             run = column[line]

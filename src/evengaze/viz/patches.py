@@ -110,30 +110,29 @@ class Canvas:
         gap = _GAP * max(rows, columns)
         return float((across * (columns + gap) - gap) / (down * (rows + gap) - gap))
 
-    def draw(self, ax: Any, kept: Mask | None = None, recycled: Mask | None = None, note: bool = True) -> None:
+    def draw(self, ax: Any, kept: Mask | None = None, recycled: Mask | None = None) -> None:
         """Draw all frames into an axes.
 
         Args:
             ax: a matplotlib axes.
-            kept: what to show bright, as from `mask`; None shows the picture as it is.
+            kept: what to show bright, as from `mask`, and outlined, padding in a colour of its own; None shows the
+                picture as it is.
             recycled: tokens that stand for merged ones, marked by a dot.
-            note: outline kept patches that are padding in another colour.
         """
         frames, rows, columns = self.there.shape
         across = self.across
         gap = _GAP * max(rows, columns)
         for f in range(frames):
             top, left = (f // across) * (rows + gap), (f % across) * (columns + gap)
-            base = self._frame(f, kept)
+            base = self.shaded(f, kept)
             extent = (left, left + columns, top + rows, top)
             ax.imshow(base, extent=extent, interpolation="nearest", aspect="equal")
             if kept is None:
                 continue
             padded = self.padding[f] > 0.5
             self._hatch(ax, padded & ~kept[f], top, left)
-            wasted = kept[f] & padded if note else np.zeros_like(padded)
-            _outline(ax, kept[f] & ~wasted, top, left, KEPT)
-            _outline(ax, wasted, top, left, WASTED)
+            _outline(ax, kept[f] & ~padded, top, left, KEPT)
+            _outline(ax, kept[f] & padded, top, left, WASTED)
             if recycled is not None:
                 y, x = np.nonzero(recycled[f])
                 ax.scatter(x + left + 0.5, y + top + 0.5, s=9, color="white", edgecolor=KEPT, linewidth=0.9, zorder=4)
@@ -142,7 +141,8 @@ class Canvas:
         ax.set_ylim(down * (rows + gap) - gap + 0.06, -0.06)
         ax.set_axis_off()
 
-    def _frame(self, f: int, kept: Mask | None) -> Pixels:
+    def shaded(self, f: int, kept: Mask | None) -> Pixels:
+        """(height, width, 3) uint8: frame `f` with what is not `kept` dim and greyish; as it is if that is None."""
         rows, columns = self.there.shape[1:]
         pixels = self.pixels[f]
         if pixels is None:

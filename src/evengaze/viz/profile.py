@@ -18,8 +18,6 @@ _PARTS = (
     ("decoder's prefill", style.TREND, ""),
     ("decoding", style.DEBIASED, "///"),
 )
-
-
 _WIDE = 100
 """Characters of a line of the heading."""
 

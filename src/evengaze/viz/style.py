@@ -24,6 +24,7 @@ PLAIN, DEBIASED, RANDOM, UNIFORM, TREND, PADDING = "#d1495b", "#1a7f72", "#9aa3a
 """Colours of the settings that figures compare; told apart by brightness and by markers as well."""
 
 DPI = 200
+"""Dots an inch of PNG files."""
 
 
 def new_figure(width: float, height: float) -> Figure:

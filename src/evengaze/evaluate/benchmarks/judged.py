@@ -22,7 +22,12 @@ def plain_match(match: Callable[[str, str], bool], prediction: str, answer: str)
 
 
 class JudgedBenchmark(Benchmark):
-    """A benchmark whose headline needs a judge. Without one only the offline matches are reported."""
+    """A benchmark whose headline needs a judge. Without one only the offline matches are reported.
+
+    Attributes:
+        judge_prompt: What the judge is told.
+        official_judge: The model behind the published numbers.
+    """
 
     judge_prompt: str
     official_judge: str

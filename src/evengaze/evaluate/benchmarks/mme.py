@@ -129,7 +129,7 @@ class MME(Benchmark):
         if answers.path.is_dir():
             return self._score("default", self._result_files(answers.path), Problems(), 0, {})
         truth = self.truth(data)
-        keys = {self._truth_key(*name): name for name in truth}
+        keys = {_joined(*name): name for name in truth}
         joined = self.join(list(keys), answers)
         images: dict[tuple[str, str], list[tuple[str, str, str]]] = defaultdict(list)
         for key, (subtask, file, question) in keys.items():
@@ -215,10 +215,6 @@ class MME(Benchmark):
             notes=[f"No total over subtasks without a scorable image: {', '.join(absent)}."] if absent else [],
         )
 
-    @staticmethod
-    def _truth_key(subtask: str, file: str, question: str) -> str:
-        return f"{subtask}/{Path(file).stem}|{question.replace(_YES_NO, '').strip()}"
-
     def write_submission(self, answers: Path, data: Path, out: Path) -> dict[str, Any]:
         """Write a folder of ``<subtask>.txt`` files for the evaluation tool."""
         texts = self.convert(self.read_answers(answers), data)
@@ -249,5 +245,9 @@ def _names(question_id: str, prompt: str) -> tuple[str, str, str]:
 
 
 def _key(question_id: str, prompt: str) -> str:
-    subtask, file, question = _names(question_id, prompt)
+    return _joined(*_names(question_id, prompt))
+
+
+def _joined(subtask: str, file: str, question: str) -> str:
+    """The key of a question, whatever it says of how to answer."""
     return f"{subtask}/{Path(file).stem}|{question.replace(_YES_NO, '').strip()}"

@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from evengaze.errors import DataError
-from evengaze.evaluate.benchmarks.base import (
-    Benchmark,
-    clean_or_stop,
-)
+from evengaze.evaluate.benchmarks.base import Benchmark, clean_or_stop
 from evengaze.evaluate.benchmarks.rows import QuestionRow, read_rows
-from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, OfficialError, Record, Score, ScoreOptions
+from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, Mode, OfficialError, Record, Score, ScoreOptions
 from evengaze.evaluate.jsonl import Lines, read_jsonl, require_clean
 from evengaze.evaluate.metrics.forms import is_yes_or_no
 from evengaze.evaluate.metrics.pope import Confusion, text_to_label
@@ -178,7 +175,7 @@ class POPE(Benchmark):
 
     def _score(
         self,
-        mode: Any,
+        mode: Mode,
         metrics: dict[str, dict[str, float]],
         n_records: int,
         credit: dict[str, float],

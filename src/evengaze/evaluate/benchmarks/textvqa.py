@@ -10,7 +10,7 @@ from typing import Any
 from evengaze.errors import DataError
 from evengaze.evaluate.benchmarks.base import Benchmark, clean_or_stop
 from evengaze.evaluate.benchmarks.rows import number_repeats, read_rows
-from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, OfficialError, Record, Score, ScoreOptions
+from evengaze.evaluate.benchmarks.types import EVAL_ZIP, DataFile, Mode, OfficialError, Record, Score, ScoreOptions
 from evengaze.evaluate.jsonl import Answer, Lines
 from evengaze.evaluate.metrics.soft_accuracy import evalai_accuracy
 from evengaze.files import read_json
@@ -118,7 +118,7 @@ class TextVQA(Benchmark):
         per_record = {key: value for key, (_, value) in zip(keys, credits, strict=True)}
         return self._score("official", per_record, len(annotations), {})
 
-    def _score(self, mode: Any, credit: dict[str, float], n_records: int, extra: dict[str, Any]) -> Score:
+    def _score(self, mode: Mode, credit: dict[str, float], n_records: int, extra: dict[str, Any]) -> Score:
         accuracy = sum(credit.values()) / len(credit)
         return self.result(
             mode,

@@ -186,7 +186,12 @@ class ScoreOptions:
 
 @dataclass(frozen=True)
 class Joined:
-    """Predictions joined to records by key."""
+    """Predictions joined to records by key.
+
+    Attributes:
+        by_key: The prediction that counts, for each record that has one.
+        problems: What does not fit.
+    """
 
     by_key: dict[str, Answer]
     problems: Problems

@@ -132,9 +132,8 @@ class _Masks:
         for b, keep in zip(chosen.rows or range(len(view.rows)), chosen.keep, strict=True):
             tokens = view.tokens.select([b])
             moved = replace(tokens, position=tokens.position + self.call.past)
-            self.call.new.setdefault(view.rows[b], []).append(
-                (moved, keep)
-            )  # of a packed row each sample comes by itself
+            # Of a packed row each sample comes by itself.
+            self.call.new.setdefault(view.rows[b], []).append((moved, keep))
 
     def listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the attention that ranks the pictures of earlier calls."""
