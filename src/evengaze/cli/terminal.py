@@ -19,7 +19,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u20
 
 
 def plain(text: object) -> str:
-    r"""Text with its control characters spelled out: an escape becomes ``\x1b``."""
+    r"""Text with its control characters spelled out: an escape becomes `\x1b`."""
     return _CONTROL.sub(lambda found: found.group().encode("unicode_escape", "surrogatepass").decode(), str(text))
 
 

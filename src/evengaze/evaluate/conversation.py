@@ -1,4 +1,4 @@
-"""How a question becomes a prompt: LLaVA's conversation templates (``llava/conversation.py``) or the model's own.
+"""How a question becomes a prompt: LLaVA's conversation templates (`llava/conversation.py`) or the model's own.
 
 LLaVA's and Video-LLaVA's scripts wrap every question in one turn of a fixed template, and published numbers depend on
 its wording.
@@ -63,7 +63,7 @@ def resolve(style: Style, processor: Any, model_type: str) -> Literal["official"
     """Decide which prompts a model gets.
 
     "auto" gives LLaVA's templates to models that were trained with them: those whose own chat template is Vicuna's
-    (``USER: ... ASSISTANT:``), and LLaVA models without one. All others get their own chat template.
+    (`USER: ... ASSISTANT:`), and LLaVA models without one. All others get their own chat template.
 
     Raises:
         ConfigError: the chat template is asked for or needed, but the processor has none.

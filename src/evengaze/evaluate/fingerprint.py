@@ -86,7 +86,7 @@ def describe_records(records: Sequence[Record], root: Path) -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Where two JSON values differ, as lines ``name: old -> new``."""
+    """Where two JSON values differ, as lines `name: old -> new`."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = [*old, *(key for key in new if key not in old)]
         missing = "(absent)"

@@ -247,7 +247,7 @@ def run_grid(
         advance: told how many more records of which cell are done.
 
     Returns:
-        What is in every cell's ``result.json``, and where that is, in the grid's order.
+        What is in every cell's `result.json`, and where that is, in the grid's order.
 
     Raises:
         DataError: disk full, a folder in use, answers of another setting.

@@ -14,7 +14,7 @@ from evengaze.errors import DataError
 from evengaze.files import parse_json, read_bytes, read_json
 
 Answer = dict[str, Any]
-"""One answer line in LLaVA's record format: at least ``question_id`` and ``text``."""
+"""One answer line in LLaVA's record format: at least `question_id` and `text`."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Malformed:
         line: Line number, from 1.
         reason: Why it cannot be used.
         excerpt: Its first characters.
-        is_json: False when the line is not JSON at all (what LLaVA's converters count as ``error_line``).
+        is_json: False when the line is not JSON at all (what LLaVA's converters count as `error_line`).
     """
 
     line: int
@@ -58,7 +58,7 @@ class Lines:
 def read_jsonl(path: Path, fields: tuple[str, ...], hint: str = "") -> Lines:
     r"""Read a JSON-lines file; bad lines are collected, not raised.
 
-    Only ``\n`` ends a line: JSON strings may hold other Unicode line separators.
+    Only `\n` ends a line: JSON strings may hold other Unicode line separators.
 
     Args:
         path: File to read.
@@ -121,8 +121,8 @@ def require_clean(lines: Lines, hint: str = "") -> tuple[dict[str, Any], ...]:
 def read_answers(path: Path) -> Lines:
     """Read a predictions file in LLaVA's or Video-LLaVA's record format.
 
-    Video-LLaVA's ``{"id", "question", "answer", "pred"}`` lines come back with ``question_id`` and ``text`` added. A
-    JSON list, as in GQA's ``*_predictions.json`` (``questionId``, ``prediction``), is read as well.
+    Video-LLaVA's `{"id", "question", "answer", "pred"}` lines come back with `question_id` and `text` added. A
+    JSON list, as in GQA's `*_predictions.json` (`questionId`, `prediction`), is read as well.
 
     Raises:
         DataError: The file is missing or unreadable.
@@ -153,7 +153,7 @@ def _parse_items(numbered: Iterable[tuple[int, Any]]) -> tuple[tuple[Answer, ...
 
 
 def _parse_item(item: Any) -> tuple[str, Answer]:
-    """Bring one answer to ``question_id`` and ``text``; return (problem or "", answer)."""
+    """Bring one answer to `question_id` and `text`; return (problem or "", answer)."""
     if not isinstance(item, dict):
         return f"a JSON {type(item).__name__}, an object was expected", {}
     answer = dict(item)

@@ -74,7 +74,7 @@ class Judge(ABC):
         """Ask once.
 
         Args:
-            messages: The chat, as ``role`` and ``content``.
+            messages: The chat, as `role` and `content`.
             max_tokens: Limit on the reply, or None for the server's.
             temperature: Sampling temperature, or None for the server's default.
             turn: Tells repetitions of one question apart ("run 2, try 3"); part of the cache key.
@@ -134,9 +134,9 @@ class OpenAIJudge(Judge):
     """A chat-completions server, OpenAI's or any compatible one.
 
     Args:
-        model: Model name, as exact as the server takes it (``gpt-4-0613``).
+        model: Model name, as exact as the server takes it (`gpt-4-0613`).
         base_url: Server address, or None for OpenAI's.
-        api_key: Key, or None to read ``OPENAI_API_KEY``; servers of one's own take any.
+        api_key: Key, or None to read `OPENAI_API_KEY`; servers of one's own take any.
         timeout: Seconds to wait for a reply.
         max_retries: How often rate limits, time-outs and server errors are retried, waiting longer each time.
         patience: Seconds without any reply to anybody after which the server is given up.
@@ -232,7 +232,7 @@ class LocalJudge(Judge):
     Args:
         model: Model id or folder.
         device: Where to put it; None takes a GPU when there is one.
-        dtype: Precision, as in ``from_pretrained``.
+        dtype: Precision, as in `from_pretrained`.
         max_tokens: Limit on the reply where the benchmark sets none.
     """
 
@@ -343,12 +343,12 @@ def judge_all(
 
     Args:
         keys: Items.
-        grade: Grades one item; raises ``JudgeError`` when it cannot.
+        grade: Grades one item; raises `JudgeError` when it cannot.
         workers: Items at a time.
         say: Told every quarter of a minute how far it is.
 
     Returns:
-        Grades by key in the order of ``keys``, and the failed items with the reason.
+        Grades by key in the order of `keys`, and the failed items with the reason.
 
     Raises:
         JudgeError: The judge refuses everything: a fatal error, a long run of failures and nothing before it, or a long

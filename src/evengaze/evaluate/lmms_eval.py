@@ -1,12 +1,12 @@
-"""A model for lmms-eval 0.7 (extra ``evengaze[lmms-eval]``), found through its entry-point group.
+"""A model for lmms-eval 0.7 (extra `evengaze[lmms-eval]`), found through its entry-point group.
 
     lmms_eval --model evengaze --tasks pope \\
         --model_args pretrained=llava-hf/llava-1.5-7b-hf,method=fastv,keep=128,layer=2,debias=llava-1.5-7b/fastv
 
-Tasks that compare likelihoods (output types multiple_choice and loglikelihood) need ``--force_simple``: lmms-eval hands
+Tasks that compare likelihoods (output types multiple_choice and loglikelihood) need `--force_simple`: lmms-eval hands
 chat models tasks of generation only.
 
-Everything that changes answers travels in ``--model_args``, because lmms-eval keeps answers in a cache under that
+Everything that changes answers travels in `--model_args`, because lmms-eval keeps answers in a cache under that
 string. A curve file's content is not part of it: give a changed curve another name.
 """
 
@@ -89,7 +89,7 @@ class Evengaze(lmms):  # type: ignore[misc]
             max_batch_size: not used; lmms-eval passes it.
             prompt: "auto", "official" (LLaVA's template) or "chat" (the model's own).
             allow_missing: load a checkpoint that lacks weights, with random numbers in their place.
-            parameters: the method's, such as ``keep`` and ``layer``, and ``debias``: "none", "padding", a preset's
+            parameters: the method's, such as `keep` and `layer`, and `debias`: "none", "padding", a preset's
                 name or a curve file.
 
         Raises:
@@ -198,7 +198,7 @@ class Evengaze(lmms):  # type: ignore[misc]
 
 
 class EvengazeSimple(Evengaze):
-    """The same for lmms-eval's older kind of tasks, with ``--force_simple``: likelihoods, and generation."""
+    """The same for lmms-eval's older kind of tasks, with `--force_simple`: likelihoods, and generation."""
 
     is_simple = True
 

@@ -1,6 +1,6 @@
 """Pictures and videos of records: read as viewers show them, or as LLaVA's scripts do, and told apart by content.
 
-LLaVA's scripts call PIL's ``convert("RGB")`` on whatever was opened. That clips 16-bit and float pictures to white or
+LLaVA's scripts call PIL's `convert("RGB")` on whatever was opened. That clips 16-bit and float pictures to white or
 black, leaves transparent pixels in the colour that is hidden below them, and ignores the rotation that cameras note.
 """
 

@@ -1,4 +1,4 @@
-"""The same answers from a pool of Ray actors, on one machine or many (extra ``evengaze[ray]``).
+"""The same answers from a pool of Ray actors, on one machine or many (extra `evengaze[ray]`).
 
 Ray only answers; this process alone writes. So the files are those of a run in one process, record for record, and a
 worker or node that dies costs time but no answer: Ray starts its actors anew elsewhere and gives them its batches.

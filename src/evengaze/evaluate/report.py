@@ -32,7 +32,7 @@ _LONGEST = 120
 
 
 def write_report(root: Path, out: Path, *, published: bool = True) -> list[Path]:
-    """Write ``report.html``, ``report.md`` and the figures (PNG, SVG and PDF).
+    """Write `report.html`, `report.md` and the figures (PNG, SVG and PDF).
 
     Args:
         root: folder with results of `evengaze evaluate`, of one or several runs.

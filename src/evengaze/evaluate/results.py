@@ -72,7 +72,7 @@ class ScoreInfo:
 
 @dataclass(frozen=True)
 class CellResult:
-    """The content of one ``result.json``.
+    """The content of one `result.json`.
 
     Attributes:
         benchmark: which benchmark.
@@ -104,7 +104,7 @@ class CellResult:
 
     @classmethod
     def load(cls, path: Path) -> CellResult:
-        """Read a ``result.json``.
+        """Read a `result.json`.
 
         Raises:
             DataError: it is damaged, of a newer schema, or something in it is missing or of another type.
@@ -207,7 +207,7 @@ class ResultRow:
         return {str(_of(line["metadata"], "key")): line for line in lines if isinstance(line["text"], str)}
 
     def save(self) -> None:
-        """Write ``result.json`` into its folder."""
+        """Write `result.json` into its folder."""
         assert self.folder is not None
         values = {"evengaze_result": SCHEMA, **asdict(self.result)}
         write_whole(self.folder / RESULT, json.dumps(values, indent=1) + "\n")
@@ -244,7 +244,7 @@ class ComparedRows:
 
 
 def load(root: Path) -> list[ResultRow]:
-    """Read every ``result.json`` below a folder; of several for the same cell (a renamed or copied folder) one.
+    """Read every `result.json` below a folder; of several for the same cell (a renamed or copied folder) one.
 
     Raises:
         DataError: there is none, or one is damaged or of a newer schema.

@@ -22,7 +22,7 @@ def score_file(
     """Score the predictions of any program, given in LLaVA's or Video-LLaVA's record format.
 
     Args:
-        benchmark: Name, see ``list_benchmarks``.
+        benchmark: Name, see `list_benchmarks`.
         answers: Predictions file.
         data: Folder that holds the datasets in LLaVA's or Video-LLaVA's layout.
         mode: "default" is correct and says how the official number differs; "official" reproduces it.
@@ -48,9 +48,9 @@ def list_benchmarks(data: Path | str | None = None, names: Sequence[str] = ()) -
         names: Only these; all by default.
 
     Returns:
-        Per benchmark ``name``, ``title``, ``split``, ``metric``, ``server``, ``layout`` (where its files belong),
-        ``files`` (path, kind, needed, source, present), and with ``data`` ``can_run``, ``can_score``, ``missing`` and
-        ``missing_media`` (how many images or videos that questions ask about are absent, or what keeps them from being
+        Per benchmark `name`, `title`, `split`, `metric`, `server`, `layout` (where its files belong),
+        `files` (path, kind, needed, source, present), and with `data` `can_run`, `can_score`, `missing` and
+        `missing_media` (how many images or videos that questions ask about are absent, or what keeps them from being
         counted).
 
     Raises:

@@ -1,6 +1,6 @@
 """Answers on disk: append-only shards that survive being killed, and the merged file in LLaVA's record format.
 
-A cell's folder holds::
+A cell's folder holds:
 
     fingerprint.json           what the answers depend on
     shards/answers-0.jsonl     one file for each rank, in the order of answering; every batch is fsynced
@@ -104,7 +104,7 @@ def read_shards(folder: Path, kind: str = "answers") -> dict[str, Answer]:
 
 
 def merge(folder: Path, keys: Sequence[str]) -> tuple[dict[str, Answer], dict[str, Answer]]:
-    """Write ``answers.jsonl`` and ``errors.jsonl`` from all shards; doing it again changes nothing.
+    """Write `answers.jsonl` and `errors.jsonl` from all shards; doing it again changes nothing.
 
     Args:
         folder: the cell's folder.

@@ -56,7 +56,7 @@ class ModelSpec:
 
     @property
     def name(self) -> str:
-        """``model_id`` of answer records: the last part of the path, with its parent for ``checkpoint-N``."""
+        """`model_id` of answer records: the last part of the path, with its parent for `checkpoint-N`."""
         parts = [part for part in self.source.replace(os.sep, "/").split("/") if part]
         if parts[-1].startswith("checkpoint-") and len(parts) > 1:
             return f"{parts[-2]}_{parts[-1]}"

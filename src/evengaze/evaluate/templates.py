@@ -1,6 +1,6 @@
-"""The conversation templates of LLaVA and Video-LLaVA (``llava/conversation.py``), for one question.
+"""The conversation templates of LLaVA and Video-LLaVA (`llava/conversation.py`), for one question.
 
-The ten image benchmarks use ``vicuna_v1``, the video ones ``llava_v1``, which says "human" for "user". The others
+The ten image benchmarks use `vicuna_v1`, the video ones `llava_v1`, which says "human" for "user". The others
 belong to LLaVA checkpoints on other language models and to older ones.
 """
 
@@ -73,7 +73,7 @@ def render_template(name: str, message: str) -> str:
     """Write the prompt for one question.
 
     Args:
-        name: One of ``TEMPLATES``.
+        name: One of `TEMPLATES`.
         message: The user's message, image markers included.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Reading videos: eight frames at equal distances (Video-LLaVA ``languagebind/video/processing_video.py``).
+"""Reading videos: eight frames at equal distances (Video-LLaVA `languagebind/video/processing_video.py`).
 
 Upstream flips frames at random even at test time; this does not.
 """
@@ -21,7 +21,7 @@ EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv")
 
 
 def frame_indices(n: int, k: int = N_FRAMES) -> list[int]:
-    """Return the indices of ``k`` frames out of ``n``, ends included, truncated; they repeat when ``n < k``."""
+    """Return the indices of `k` frames out of `n`, ends included, truncated; they repeat when `n < k`."""
     return [int(i) for i in np.linspace(0, n - 1, k, dtype=int)]
 
 
@@ -32,7 +32,7 @@ def find_video(folder: Path, name: str) -> Path:
 
 
 def read_frames(path: Path, k: int = N_FRAMES) -> list[Image]:
-    """Decode ``k`` frames at equal distances as RGB images.
+    """Decode `k` frames at equal distances as RGB images.
 
     Containers may state a wrong number of frames; then the file is read again with the number that was decoded.
 
@@ -64,7 +64,7 @@ def _stated_frames(av: Any, path: Path) -> int:
 
 
 def _pick(av: Any, path: Path, indices: list[int]) -> tuple[list[Image], int]:
-    """Decode the file once; return the frames at ``indices`` and how many frames there are."""
+    """Decode the file once; return the frames at `indices` and how many frames there are."""
     wanted = Counter(indices)
     picked: list[Image] = []
     n = 0

@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 class FrontMetrics:
-    """What one front counts; names as in `evengaze.serve.metrics`, with ``front`` in them."""
+    """What one front counts; names as in `evengaze.serve.metrics`, with `front` in them."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

@@ -59,7 +59,7 @@ class Metrics:
 
 
 def labelled(texts: Mapping[str, str]) -> str:
-    """The metrics of several processes as one text: each sample gets the label ``replica``, each family stays together.
+    """The metrics of several processes as one text: each sample gets the label `replica`, each family stays together.
 
     Args:
         texts: Prometheus' text format, by the name of the process that wrote it.

@@ -1,4 +1,4 @@
-"""The same application on Ray Serve (extra ``evengaze[ray]``): replicas on one machine or many, that come and go.
+"""The same application on Ray Serve (extra `evengaze[ray]`): replicas on one machine or many, that come and go.
 
 Fronts let requests in and hand them on (`evengaze.serve.front`); each replica of the model is the whole application of
 `evengaze.serve.app`, which batches what reaches it. Every node must see the model under the same path.
@@ -160,7 +160,7 @@ def application(settings: Settings, scale: Scale) -> Any:
 
 
 def build(args: dict[str, Any]) -> Any:
-    """The application from the arguments of a Serve config file, ``import_path: evengaze.serve.ray_serve:build``.
+    """The application from the arguments of a Serve config file, `import_path: evengaze.serve.ray_serve:build`.
 
     Args:
         args: `model`; whatever else `ModelSpec`, `Settings`, `Limits` and `Scale` have, by its name.

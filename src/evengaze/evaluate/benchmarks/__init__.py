@@ -56,7 +56,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def get_benchmark(name: str) -> Benchmark:
-    """Return a benchmark by name; case and the marks ``-``, ``_`` do not matter.
+    """Return a benchmark by name; case and the marks `-`, `_` do not matter.
 
     Raises:
         ConfigError: There is no such benchmark.

@@ -1,7 +1,7 @@
 """What a benchmark is: records to answer, predictions to score, and what the official scorer would have said.
 
-The layouts are those people already have: LLaVA's ``playground/data/eval`` and Video-LLaVA's
-``eval/GPT_Zero_Shot_QA``. Answers are JSON lines in LLaVA's record format (``model_vqa_loader.py``).
+The layouts are those people already have: LLaVA's `playground/data/eval` and Video-LLaVA's
+`eval/GPT_Zero_Shot_QA`. Answers are JSON lines in LLaVA's record format (`model_vqa_loader.py`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Benchmark(ABC):
         size: Records of the published split, where known.
         server: Where submissions are scored, or None when scoring is offline.
         max_new_tokens: As in the official inference script; decoding is greedy.
-        template: Conversation template of the official inference script (see ``evengaze.evaluate.conversation``).
+        template: Conversation template of the official inference script (see `evengaze.evaluate.conversation`).
         quirks: How the official scorer differs from the default mode.
         form: What answers are asked to be, in words; see `in_form`.
     """
@@ -68,9 +68,9 @@ class Benchmark(ABC):
     # -- where the data is ---------------------------------------------------------------------------------------
 
     def root(self, data: Path) -> Path:
-        """Find the benchmark's folder below ``data``.
+        """Find the benchmark's folder below `data`.
 
-        ``data`` may be the folder that holds ``playground/data/eval`` (or ``eval/GPT_Zero_Shot_QA``), any folder on
+        `data` may be the folder that holds `playground/data/eval` (or `eval/GPT_Zero_Shot_QA`), any folder on
         the way down, or the benchmark's folder itself.
 
         Raises:
@@ -100,11 +100,11 @@ class Benchmark(ABC):
         return f"{part}/{self.folders[0]}"
 
     def path(self, data: Path, name: str) -> Path:
-        """Return the path of one of ``files``."""
+        """Return the path of one of `files`."""
         return self.root(data) / name
 
     def source(self, name: str) -> str:
-        """Return where to get one of ``files``, as a sentence."""
+        """Return where to get one of `files`, as a sentence."""
         return next((f"Get it from {item.source}" for item in self.files if item.path == name), "")
 
     def check(self, data: Path) -> list[str]:
@@ -122,7 +122,7 @@ class Benchmark(ABC):
         return []
 
     def missing_files(self, data: Path | None, use: Literal["run", "score"] | None = None) -> list[DataFile]:
-        """List the files that are absent below ``data`` (all of them when ``data`` is None or has no such folder)."""
+        """List the files that are absent below `data` (all of them when `data` is None or has no such folder)."""
         wanted = [f for f in self.files if (f.needed != "optional" and use in (None, f.needed)) or f.needed == "both"]
         if data is None or not wanted:
             return wanted
@@ -209,7 +209,7 @@ class Benchmark(ABC):
 
         Args:
             answers: JSON lines in LLaVA's record format (some benchmarks read their submission format as well).
-            data: See ``root``.
+            data: See `root`.
             mode: "default" is correct and says how the official number differs; "official" reproduces it.
             options: What only some benchmarks ask for.
 
@@ -390,11 +390,11 @@ class Benchmark(ABC):
 
         Args:
             answers: Predictions file.
-            data: See ``root``.
+            data: See `root`.
             out: File to write.
 
         Returns:
-            What was written: ``path``, counts, and the problems by name.
+            What was written: `path`, counts, and the problems by name.
 
         Raises:
             ConfigError: The benchmark has no submission format.

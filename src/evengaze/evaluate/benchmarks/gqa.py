@@ -1,4 +1,4 @@
-"""GQA testdev-balanced (LLaVA ``scripts/convert_gqa_for_eval.py``; GQA ``eval.py`` as LLaVA changed it)."""
+"""GQA testdev-balanced (LLaVA `scripts/convert_gqa_for_eval.py`; GQA `eval.py` as LLaVA changed it)."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class GQA(Benchmark):
         return score
 
     def score_official(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
-        """Score as ``eval.py`` does on the converted predictions."""
+        """Score as `eval.py` does on the converted predictions."""
         questions, choices = self._load(data)
         predictions = {str(a["question_id"]): gqa.clean_prediction(a["text"]) for a in clean_or_stop(answers)}
         for key, question in questions.items():
@@ -104,7 +104,7 @@ class GQA(Benchmark):
         )
 
     def write_submission(self, answers: Path, data: Path, out: Path) -> dict[str, Any]:
-        """Write ``testdev_balanced_predictions.json`` for the official ``eval.py`` (repeated predictions are kept)."""
+        """Write `testdev_balanced_predictions.json` for the official `eval.py` (repeated predictions are kept)."""
         lines = self.read_answers(answers)
         rows = [
             {"questionId": answer["question_id"], "prediction": gqa.clean_prediction(answer["text"])}

@@ -33,7 +33,7 @@ class JudgedBenchmark(Benchmark):
     official_judge: str
 
     def score(self, answers: Path, data: Path, mode: Mode = "default", options: ScoreOptions | None = None) -> Score:
-        """Score a predictions file; see ``Benchmark.score``. Every reply of the judge is asked for once."""
+        """Score a predictions file; see `Benchmark.score`. Every reply of the judge is asked for once."""
         options = options or ScoreOptions()
         if options.judge is not None:
             options = replace(options, judge=CachedJudge(options.judge, options.cache))
@@ -78,7 +78,7 @@ class JudgedBenchmark(Benchmark):
         ]
 
     def judged_result(self, mode: Mode, options: ScoreOptions, models: Iterable[str], **values: Any) -> Score:
-        """Return ``result`` with what there is to say about the judge; ``models`` are the names in its replies."""
+        """Return `result` with what there is to say about the judge; `models` are the names in its replies."""
         score = self.result(mode, judge=self.describe_judge(options, models), **values)
         score.notes = self.judge_notes(score)
         return score

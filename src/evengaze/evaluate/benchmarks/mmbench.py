@@ -1,4 +1,4 @@
-"""MMBench-EN dev (LLaVA ``model_vqa_mmbench.py``, ``scripts/convert_mmbench_for_submission.py``; VLMEvalKit)."""
+"""MMBench-EN dev (LLaVA `model_vqa_mmbench.py`, `scripts/convert_mmbench_for_submission.py`; VLMEvalKit)."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class MMBench(Benchmark):
     """MMBench-EN dev: circular accuracy; the table holds every rotation, so one pass is the circular test.
 
     Args:
-        all_rounds: Also rotate the options of every row (LLaVA's ``--all-rounds``, which its scripts do not use).
+        all_rounds: Also rotate the options of every row (LLaVA's `--all-rounds`, which its scripts do not use).
     """
 
     name = "mmbench"
@@ -183,7 +183,7 @@ class MMBench(Benchmark):
                 yield Record(key, index, f"{stem}{body}\n{self.instruction}", image, metadata=metadata)
 
     def answer_record(self, record: Record, text: str, model_id: str, answer_id: str | None = None) -> Answer:
-        """Build the answer line in ``model_vqa_mmbench.py``'s format."""
+        """Build the answer line in `model_vqa_mmbench.py`'s format."""
         return {
             "question_id": record.question_id,
             "round_id": record.metadata["round_id"],
@@ -199,7 +199,7 @@ class MMBench(Benchmark):
     # -- scoring -------------------------------------------------------------------------------------------------
 
     def read_answers(self, answers: Path) -> Lines:
-        """Read an answer file, or a submission xlsx (columns ``index`` and ``prediction``)."""
+        """Read an answer file, or a submission xlsx (columns `index` and `prediction`)."""
         if answers.suffix.lower() != ".xlsx":
             return super().read_answers(answers)
         found = []
@@ -326,7 +326,7 @@ class MMBench(Benchmark):
         )
 
     def write_submission(self, answers: Path, data: Path, out: Path) -> dict[str, Any]:
-        """Write the server's xlsx: the table without images, with a ``prediction`` column; unanswered cells empty."""
+        """Write the server's xlsx: the table without images, with a `prediction` column; unanswered cells empty."""
         lines = self.read_answers(answers)
         rows = self._rows(data)
         problems = self.join([str(index) for index in rows], lines).problems

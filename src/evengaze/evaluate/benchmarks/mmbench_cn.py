@@ -1,4 +1,4 @@
-"""MMBench-CN dev: the Chinese table, asked in Chinese (LLaVA ``scripts/v1_5/eval/mmbench_cn.sh``)."""
+"""MMBench-CN dev: the Chinese table, asked in Chinese (LLaVA `scripts/v1_5/eval/mmbench_cn.sh`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MME (``convert_answer_to_mme.py`` of LLaVA's eval.zip; BradyFU ``eval_tool/calculation.py``)."""
+"""MME (`convert_answer_to_mme.py` of LLaVA's eval.zip; BradyFU `eval_tool/calculation.py`)."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class MME(Benchmark):
     # -- scoring -------------------------------------------------------------------------------------------------
 
     def read_answers(self, answers: Path) -> Lines:
-        """Read an answer file, or a folder of ``<subtask>.txt`` result files as the evaluation tool takes it."""
+        """Read an answer file, or a folder of `<subtask>.txt` result files as the evaluation tool takes it."""
         if not answers.is_dir():
             return super().read_answers(answers)
         return Lines(answers, ())
@@ -164,7 +164,7 @@ class MME(Benchmark):
         return self._score("official", self._calculate(texts), Problems(), len(self.truth(data)), {})
 
     def convert(self, answers: Lines, data: Path) -> dict[str, str]:
-        """Return the evaluation tool's result files by subtask, as ``convert_answer_to_mme.py`` writes them.
+        """Return the evaluation tool's result files by subtask, as `convert_answer_to_mme.py` writes them.
 
         Raises:
             OfficialError: An answer's question is unknown.
@@ -216,7 +216,7 @@ class MME(Benchmark):
         )
 
     def write_submission(self, answers: Path, data: Path, out: Path) -> dict[str, Any]:
-        """Write a folder of ``<subtask>.txt`` files for the evaluation tool."""
+        """Write a folder of `<subtask>.txt` files for the evaluation tool."""
         texts = self.convert(self.read_answers(answers), data)
         for subtask, text in texts.items():
             write_whole(out / f"{subtask}.txt", text)
@@ -236,7 +236,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _names(question_id: str, prompt: str) -> tuple[str, str, str]:
-    """Return subtask, text file and question of an answer, as ``convert_answer_to_mme.py`` derives them."""
+    """Return subtask, text file and question of an answer, as `convert_answer_to_mme.py` derives them."""
     file = question_id.split("/")[-1].split(".")[0] + ".txt"
     question = prompt.replace(_FORMAT, "").strip() if _FORMAT in prompt else prompt
     if "Please answer yes or no." not in question:

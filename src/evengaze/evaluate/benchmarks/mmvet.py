@@ -1,4 +1,4 @@
-"""MM-Vet (LLaVA ``convert_mmvet_for_eval.py``; yuweihao/MM-Vet ``mm-vet_evaluator.py``)."""
+"""MM-Vet (LLaVA `convert_mmvet_for_eval.py`; yuweihao/MM-Vet `mm-vet_evaluator.py`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ANNOTATIONS = "mm-vet.json"
 _ZIP = "https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip"
 
 Grades = dict[str, dict[str, list[Any]]]
-"""Upstream's grade file: per item the lists ``model``, ``content`` and ``score``, one entry a run."""
+"""Upstream's grade file: per item the lists `model`, `content` and `score`, one entry a run."""
 
 
 class MMVet(JudgedBenchmark):
@@ -61,7 +61,7 @@ class MMVet(JudgedBenchmark):
             yield Record(key, row["question_id"], row["text"], images / row["image"])
 
     def _items(self, data: Path) -> dict[str, dict[str, Any]]:
-        """Return the annotations by key (``v1_7`` is question 7)."""
+        """Return the annotations by key (`v1_7` is question 7)."""
         path = self.path(data, ANNOTATIONS)
         rows = read_json(path, dict, self.source(ANNOTATIONS))
         for name, row in rows.items():

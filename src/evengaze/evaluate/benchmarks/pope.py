@@ -1,4 +1,4 @@
-"""POPE on COCO: is an object in the image? (LLaVA ``llava/eval/eval_pope.py``; AoiDragon/POPE)."""
+"""POPE on COCO: is an object in the image? (LLaVA `llava/eval/eval_pope.py`; AoiDragon/POPE)."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class POPE(Benchmark):
             )
 
     def _labels(self, data: Path) -> dict[str, tuple[QuestionRow, ...]]:
-        """Read the label files by category, in the order in which ``os.listdir`` gives them."""
+        """Read the label files by category, in the order in which `os.listdir` gives them."""
         self.require(data, "score")
         folder = self.path(data, "coco")
         labels = {}

@@ -21,8 +21,8 @@ _SOURCE = "your own data; `evengaze.demo.write_dataset(DIR)` writes the embedded
 class Questions(Benchmark):
     """Any questions with known short answers: the share whose normalised answer is one of the accepted ones.
 
-    ``questions.jsonl`` is a question file in LLaVA's format; ``answers.jsonl`` holds ``{"question_id", "answer"}``,
-    the answer being a string or a list of accepted ones. A ``category`` in the question file gives a breakdown.
+    `questions.jsonl` is a question file in LLaVA's format; `answers.jsonl` holds `{"question_id", "answer"}`,
+    the answer being a string or a list of accepted ones. A `category` in the question file gives a breakdown.
     """
 
     name = "questions"

@@ -18,7 +18,7 @@ FIELDS = ("question_id", "image", "text")
 
 
 def number_repeats(bases: Iterable[str]) -> list[str]:
-    """Make keys unique: the k-th repetition of a key gets ``#k`` appended (k from 2)."""
+    """Make keys unique: the k-th repetition of a key gets `#k` appended (k from 2)."""
     seen: dict[str, int] = defaultdict(int)
     keys = []
     for base in bases:

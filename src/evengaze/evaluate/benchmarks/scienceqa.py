@@ -1,4 +1,4 @@
-"""ScienceQA test, image questions (LLaVA ``model_vqa_science.py``, ``eval_science_qa.py``)."""
+"""ScienceQA test, image questions (LLaVA `model_vqa_science.py`, `eval_science_qa.py`)."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class ScienceQA(Benchmark):
         return self._score("official", analysis, images)
 
     def _analyse(self, problems: dict[str, dict[str, Any]], found: dict[str, Answer]) -> list[dict[str, Any]]:
-        """Read every answer; the entries are those of the official ``_output.jsonl``, plus the option index."""
+        """Read every answer; the entries are those of the official `_output.jsonl`, plus the option index."""
         items = []
         for key, problem in problems.items():
             answer = found.get(key, {"text": FAILED, "prompt": "Unknown"})

@@ -1,4 +1,4 @@
-"""TextVQA validation 0.5.1 with OCR tokens in the prompt (LLaVA ``llava/eval/eval_textvqa.py``)."""
+"""TextVQA validation 0.5.1 with OCR tokens in the prompt (LLaVA `llava/eval/eval_textvqa.py`)."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class OfficialError(DataError):
     """The official scorer or converter stops at this input.
 
     Attributes:
-        official: What it stops with, e.g. ``"KeyError: 77"``.
+        official: What it stops with, e.g. `"KeyError: 77"`.
     """
 
     def __init__(self, official: str, message: str) -> None:
@@ -105,7 +105,7 @@ class Problems:
 
 @dataclass
 class Score:
-    """The result of scoring one predictions file; ``to_dict`` is plain JSON.
+    """The result of scoring one predictions file; `to_dict` is plain JSON.
 
     Attributes:
         benchmark: Name of the benchmark.
@@ -116,7 +116,7 @@ class Score:
             server, or a judge that was not given, can say.
         metrics: Every other number and breakdown.
         n_records: Questions in the dataset.
-        n_scored: Questions that count in ``value``.
+        n_scored: Questions that count in `value`.
         problems: Missing, duplicate, unknown and malformed predictions, failed judgements.
         per_record: Credit per scored record (0 to 1), for paired comparisons.
         offline: Alternatives to a judge, by name; never to be mixed with judged numbers.
@@ -126,7 +126,7 @@ class Score:
         unexpected: Keys of answers in none of the forms that the benchmark asks for; the scorer has read something into
             them all the same.
         breakdown: The headline number, or what it is made of, by category.
-        official: In default mode: what the official code makes of the same file (``value`` or ``error``, ``differs``).
+        official: In default mode: what the official code makes of the same file (`value` or `error`, `differs`).
     """
 
     benchmark: str

@@ -1,4 +1,4 @@
-"""Zero-shot video question answering in Video-LLaVA's layout (``run_inference_video_qa.py``, ``eval_video_qa.py``)."""
+"""Zero-shot video question answering in Video-LLaVA's layout (`run_inference_video_qa.py`, `eval_video_qa.py`)."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ class VideoQA(JudgedBenchmark):
 
 
 def _read_judged(path: Path) -> dict[str, Any]:
-    """Read stored verdicts: the combined JSON, or a folder of ``<id>.json``; each is [verdict, question]."""
+    """Read stored verdicts: the combined JSON, or a folder of `<id>.json`; each is [verdict, question]."""
     if path.is_dir():
         found = {item.stem: read_json(item, list) for item in sorted(path.glob("*.json"))}
     else:

@@ -1,6 +1,6 @@
 """VizWiz: test, which a server scores, and val, which can be scored here.
 
-LLaVA ``scripts/convert_vizwiz_for_submission.py``; lmms-eval ``tasks/vizwiz_vqa/utils.py`` for val.
+LLaVA `scripts/convert_vizwiz_for_submission.py`; lmms-eval `tasks/vizwiz_vqa/utils.py` for val.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """VQAv2: test-dev, which a server scores, and val, which can be scored here.
 
-LLaVA ``scripts/convert_vqav2_for_submission.py``; GT-Vision-Lab/VQA ``vqaEval.py``.
+LLaVA `scripts/convert_vqav2_for_submission.py`; GT-Vision-Lab/VQA `vqaEval.py`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class VQAv2Val(Benchmark):
         return score
 
     def score_official(self, answers: Lines, data: Path, options: ScoreOptions) -> Score:
-        """Score a complete submission; ``vqa.py`` asserts that the ids are those of the split."""
+        """Score a complete submission; `vqa.py` asserts that the ids are those of the split."""
         annotations = self._annotations(data)
         texts = {self.answer_key(answer): answer["text"] for answer in answers.records}
         odd = texts.keys() ^ annotations.keys()

@@ -28,7 +28,7 @@ def _openpyxl() -> Any:
 def write_xlsx(out: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[int]:
     """Write a sheet named Sheet1 with a header line; None leaves a cell empty.
 
-    Text stays text (also when it starts with ``=``); what the format cannot hold becomes a space.
+    Text stays text (also when it starts with `=`); what the format cannot hold becomes a space.
 
     Returns:
         Indices of the rows in which a text was cut, as no cell holds all of it.

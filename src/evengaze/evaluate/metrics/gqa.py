@@ -1,4 +1,4 @@
-"""GQA: accuracy and its breakdowns, validity, plausibility, consistency, distribution (GQA ``eval.py``)."""
+"""GQA: accuracy and its breakdowns, validity, plausibility, consistency, distribution (GQA `eval.py`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FINAL_STEPS = ("exist", "query: name", "choose name")
 
 
 def clean_prediction(text: str) -> str:
-    """Bring a model's answer to GQA's form (LLaVA ``convert_gqa_for_eval.py``): no final periods, lower case."""
+    """Bring a model's answer to GQA's form (LLaVA `convert_gqa_for_eval.py`): no final periods, lower case."""
     return text.rstrip(".").lower()
 
 
@@ -79,17 +79,17 @@ def evaluate(
     choices: Mapping[str, Mapping[str, list[str]]] | None = None,
     with_consistency: bool = False,
 ) -> dict[str, Any]:
-    """Compute every number of GQA's ``eval.py`` that needs no attention maps.
+    """Compute every number of GQA's `eval.py` that needs no attention maps.
 
     Args:
-        questions: ``<tier>_questions.json``.
+        questions: `<tier>_questions.json`.
         predictions: Cleaned predictions by question id. Balanced questions without one are left out.
-        choices: ``<tier>_choices.json``, or None: then validity and plausibility are 0, as upstream prints them.
+        choices: `<tier>_choices.json`, or None: then validity and plausibility are 0, as upstream prints them.
         with_consistency: Compute consistency (0 otherwise, as upstream).
 
     Returns:
         Upstream's names: accuracy, binary, open, validity, plausibility, consistency, distribution, and
-        ``accuracyPer{StructuralType,SemanticType,Length,Steps}`` with accuracy and count each.
+        `accuracyPer{StructuralType,SemanticType,Length,Steps}` with accuracy and count each.
 
     Raises:
         ZeroDivisionError: No question has a global group.

@@ -1,9 +1,9 @@
 """MMBench: reading an option from an answer, and circular accuracy.
 
 A question is asked once per rotation of its options and counts only when every rotation is right. Three rules say which
-option an answer names: the plain letter; VLMEvalKit's (``vlmeval/utils/matching_util.py``, what the leaderboard's
-reference code uses without a GPT); lmms-eval's (``tasks/mmbench/mmbench_evals.py`` with ``eval_method="static"`` and
-``tasks/_task_utils/mcq_extract.py``). With bare-letter answers all three agree.
+option an answer names: the plain letter; VLMEvalKit's (`vlmeval/utils/matching_util.py`, what the leaderboard's
+reference code uses without a GPT); lmms-eval's (`tasks/mmbench/mmbench_evals.py` with `eval_method="static"` and
+`tasks/_task_utils/mcq_extract.py`). With bare-letter answers all three agree.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ _PHRASES = (
 def extract_choice(answer: str, letters: Sequence[str]) -> str | None:
     """Pick the most telling mention of a letter: by how it is written, then the last one.
 
-    lmms-eval ``extract_mcq_answer``, its fallback in static mode.
+    lmms-eval `extract_mcq_answer`, its fallback in static mode.
 
     Args:
         answer: The answer.

@@ -1,4 +1,4 @@
-"""MME: accuracy and accuracy+ over 14 subtasks (BradyFU ``eval_tool/calculation.py``)."""
+"""MME: accuracy and accuracy+ over 14 subtasks (BradyFU `eval_tool/calculation.py`)."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def subtask_metrics(images: Sequence[Sequence[tuple[str, str]]]) -> dict[str, An
         images: Per image the (prediction label, true label) of its questions.
 
     Returns:
-        ``acc``, ``acc_plus`` (share of images with every question right), ``score`` = 100 (acc + acc+), ``other``
-        (answers that are neither yes nor no; they count as wrong), ``n_questions``.
+        `acc`, `acc_plus` (share of images with every question right), `score` = 100 (acc + acc+), `other`
+        (answers that are neither yes nor no; they count as wrong), `n_questions`.
     """
     pairs = [pair for image in images for pair in image]
     acc = sum(predicted == true for predicted, true in pairs) / len(pairs)
@@ -45,10 +45,10 @@ def subtask_metrics(images: Sequence[Sequence[tuple[str, str]]]) -> dict[str, An
 
 
 def parse_result_file(text: str) -> list[list[tuple[str, str]]]:
-    """Read a result file as ``calculation.py`` does: consecutive pairs of lines, four tab-separated columns each.
+    """Read a result file as `calculation.py` does: consecutive pairs of lines, four tab-separated columns each.
 
     Args:
-        text: ``file<TAB>question<TAB>truth<TAB>answer`` lines.
+        text: `file<TAB>question<TAB>truth<TAB>answer` lines.
 
     Returns:
         Per pair of lines the (prediction label, true label) of both.
@@ -82,10 +82,10 @@ def totals(subtasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
     """Sum subtask scores into perception (at most 2000) and cognition (at most 800).
 
     Args:
-        subtasks: ``subtask_metrics`` by name.
+        subtasks: `subtask_metrics` by name.
 
     Returns:
-        ``perception`` and ``cognition`` with ``total`` (None when a subtask is absent) and ``subtasks``.
+        `perception` and `cognition` with `total` (None when a subtask is absent) and `subtasks`.
     """
     result: dict[str, dict[str, Any]] = {}
     for name, members in (("perception", PERCEPTION), ("cognition", COGNITION)):

@@ -81,12 +81,12 @@ def grade(judge: Judge, message: str, turn: str, official: bool) -> dict[str, An
 
     Args:
         judge: The judge.
-        message: See ``build_question``.
+        message: See `build_question`.
         turn: Which run, for the cache.
         official: Ignore the fifth repetition's reply and grade 0 then, as upstream; else failing is an error.
 
     Returns:
-        ``model``, ``content`` and ``score`` as upstream stores them.
+        `model`, `content` and `score` as upstream stores them.
 
     Raises:
         JudgeError: No readable grade (not in official mode), or no reply.
@@ -112,8 +112,8 @@ def aggregate(grades: Mapping[str, Sequence[float]], capabilities: Mapping[str, 
         capabilities: Per item of the dataset, what it needs. Sums are divided by how many items these are.
 
     Returns:
-        ``total``, ``std`` (of the totals of the runs), ``runs``, ``capabilities`` and ``capability_sets`` (named by
-        their sorted members), in percent and rounded to one decimal as upstream; ``total_unrounded_per_run``.
+        `total`, `std` (of the totals of the runs), `runs`, `capabilities` and `capability_sets` (named by
+        their sorted members), in percent and rounded to one decimal as upstream; `total_unrounded_per_run`.
     """
     n_runs = len(next(iter(grades.values())))
     count: dict[tuple[str, str], int] = defaultdict(int)

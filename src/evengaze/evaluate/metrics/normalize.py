@@ -1,7 +1,7 @@
 """The answer normalisers of the VQA family.
 
-Two relatives share their tables: EvalAI's ``EvalAIAnswerProcessor`` (LLaVA ``llava/eval/m4c_evaluator.py``) and the
-VQA evaluator (GT-Vision-Lab/VQA ``vqaEval.py``), which leaves out lower-casing and the comma, question mark and
+Two relatives share their tables: EvalAI's `EvalAIAnswerProcessor` (LLaVA `llava/eval/m4c_evaluator.py`) and the
+VQA evaluator (GT-Vision-Lab/VQA `vqaEval.py`), which leaves out lower-casing and the comma, question mark and
 possessive steps before punctuation.
 """
 
@@ -42,10 +42,10 @@ CONTRACTIONS = {word.replace("'", ""): word for word in _REGULAR.split()} | {
     spelling: word for spelling, _, word in (pair.partition(">") for pair in _IRREGULAR.split())
 }
 
-# The first group was meant as a look-behind and is a look-ahead that always holds; see ``strip_punctuation``.
+# The first group was meant as a look-behind and is a look-ahead that always holds; see `strip_punctuation`.
 _PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
 _COMMA_IN_NUMBER = re.compile(r"(\d)(\,)(\d)")
-# Upstream passes re.UNICODE (32) where re.sub expects ``count``.
+# Upstream passes re.UNICODE (32) where re.sub expects `count`.
 _MAX_PERIODS = 32
 
 
@@ -70,7 +70,7 @@ def map_words(text: str) -> str:
 
 
 def fold_case(text: str) -> str:
-    """First step of ``evalai_normalize``: lower case, without commas and question marks, possessives split off."""
+    """First step of `evalai_normalize`: lower case, without commas and question marks, possessives split off."""
     return text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
 
 
@@ -92,5 +92,5 @@ def evalai_normalize(text: str) -> str:
 
 
 def vqa_normalize(text: str) -> str:
-    """Normalise as the VQA evaluator does where annotators disagree (GT-Vision-Lab/VQA ``vqaEval.py``)."""
+    """Normalise as the VQA evaluator does where annotators disagree (GT-Vision-Lab/VQA `vqaEval.py`)."""
     return map_words(strip_punctuation(fold_whitespace(text)))

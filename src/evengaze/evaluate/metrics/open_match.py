@@ -41,5 +41,5 @@ MATCHES: dict[str, Callable[[str, str], bool]] = {
 
 
 def with_alternatives(match: Callable[[str, str], bool], prediction: str, answer: str) -> bool:
-    """Match against an answer in MM-Vet's notation: ``a<OR>b`` takes either, ``a<AND>b`` asks for both."""
+    """Match against an answer in MM-Vet's notation: `a<OR>b` takes either, `a<AND>b` asks for both."""
     return any(all(match(prediction, part) for part in way.split("<AND>")) for way in answer.split("<OR>"))

@@ -77,7 +77,7 @@ def compare(
     """Compare credits on the questions that both have.
 
     Args:
-        first: credit by question, e.g. ``Score.per_record`` with debiasing.
+        first: credit by question, e.g. `Score.per_record` with debiasing.
         second: the same of what it is compared with, e.g. without.
         level: of the confidence interval.
         resamples: of the bootstrap.

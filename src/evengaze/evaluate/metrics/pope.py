@@ -1,4 +1,4 @@
-"""POPE: yes/no answers about objects, per split (AoiDragon/POPE ``evaluate.py``, LLaVA ``eval_pope.py``)."""
+"""POPE: yes/no answers about objects, per split (AoiDragon/POPE `evaluate.py`, LLaVA `eval_pope.py`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def text_to_label(text: str) -> str:
 
 @dataclass(frozen=True)
 class Confusion:
-    """Counts of one split; ``answers`` and ``yes`` also cover answers that no label was paired with."""
+    """Counts of one split; `answers` and `yes` also cover answers that no label was paired with."""
 
     tp: int
     fp: int

@@ -1,4 +1,4 @@
-"""ScienceQA: reading an option from an answer (LLaVA ``llava/eval/eval_science_qa.py``)."""
+"""ScienceQA: reading an option from an answer (LLaVA `llava/eval/eval_science_qa.py`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _STATED = re.compile(r"The answer is ([A-Z]).")
 
 
 def parse_answer(text: str) -> str:
-    """Read a letter from an answer, or ``FAILED``.
+    """Read a letter from an answer, or `FAILED`.
 
     Taken are exactly one letter A-E, a letter followed by ". ", and "The answer is X" when it occurs once and a
     character follows.

@@ -22,13 +22,13 @@ def leave_one_out(matches: Sequence[bool]) -> float:
 
 
 def evalai_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Credit with EvalAI's normaliser on both sides (LLaVA ``m4c_evaluator.py``; lmms-eval for VizWiz)."""
+    """Credit with EvalAI's normaliser on both sides (LLaVA `m4c_evaluator.py`; lmms-eval for VizWiz)."""
     wanted = evalai_normalize(prediction)
     return leave_one_out([evalai_normalize(answer) == wanted for answer in answers])
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Credit as in GT-Vision-Lab/VQA ``vqaEval.py``.
+    """Credit as in GT-Vision-Lab/VQA `vqaEval.py`.
 
     Normalises only when the annotators do not all agree; otherwise the comparison is raw and case-sensitive.
     """
@@ -41,7 +41,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 def vqa_report(
     credits: Mapping[Any, float], answer_type: Mapping[Any, str], question_type: Mapping[Any, str]
 ) -> dict[str, Any]:
-    """Average credits as ``vqaEval.py`` does: overall, per answer type and per question type, in percent.
+    """Average credits as `vqaEval.py` does: overall, per answer type and per question type, in percent.
 
     Args:
         credits: Credit per question id.

@@ -1,4 +1,4 @@
-"""Video question answering: the judge's prompt, reading its verdict, averaging (Video-LLaVA ``eval_video_qa.py``).
+"""Video question answering: the judge's prompt, reading its verdict, averaging (Video-LLaVA `eval_video_qa.py`).
 
 The judge and its prompt come from Video-ChatGPT.
 """
@@ -78,7 +78,7 @@ def judge_answer(judge: Judge, messages: list[dict[str, str]], official: bool) -
 
     Args:
         judge: The judge.
-        messages: See ``build_messages``.
+        messages: See `build_messages`.
         official: Take any literal, as upstream; else only a usable verdict.
 
     Raises:
