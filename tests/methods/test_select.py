@@ -14,6 +14,7 @@ from torch import Tensor
 
 from evengaze import methods
 from evengaze.debias import Debias, Exponential, PaddingMask
+from evengaze.engine.attention import AttentionStates
 from evengaze.errors import ScoreError
 from evengaze.layout import VisualLayout
 from evengaze.memory import Memory
@@ -459,3 +460,28 @@ def test_gradients_of_merges_are_those_of_their_sums(itself: bool) -> None:
     for mine, its in zip(leaves, (leaf, other), strict=True):
         assert (mine.grad is None) == (its.grad is None)
         assert mine.grad is None or torch.allclose(mine.grad, its.grad, atol=1e-6)
+
+
+class Elsewhere(torch.Tensor):
+    """Indices on another device, as far as a CPU can show it: they index nothing before they are moved."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__getitem__ and any(isinstance(value, cls) for value in args[1:]):
+            raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor")
+        made = super().__torch_function__(func, types, args, kwargs or {})
+        return made.as_subclass(torch.Tensor) if func is torch.Tensor.to else made
+
+
+def test_rows_of_states_that_lie_on_another_device_than_the_stage() -> None:
+    """A model spread over several: the layer that was listened to may be on the one before."""
+    states = torch.randn(3, 2, 4, 8)
+    paid = AttentionStates(states, states, torch.ones(3, 4), 1.0, samples=torch.zeros(3, 4))
+    some = paid.select(torch.tensor([0, 2]).as_subclass(Elsewhere))
+    for found, whole in (
+        (some.query, states),
+        (some.key, states),
+        (some.mask, paid.mask),
+        (some.samples, paid.samples),
+    ):
+        assert torch.equal(found, whole[[0, 2]])

@@ -53,7 +53,8 @@ class AttentionStates:
     samples: Tensor | None = None
 
     def select(self, rows: Rows) -> AttentionStates:
-        """The same of some rows."""
+        """The same of some rows, on its own device: a stage may be on another one than the layer that it reads."""
+        rows = rows if isinstance(rows, slice) else rows.to(self.query.device)
         mask, batch = self.mask, self.batch
         if isinstance(mask, BlockMask):
             batch = torch.arange(len(self.query), device=self.query.device) if batch is None else batch
