@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SCHEMA = 2
+"""Version of the files that `Trace.save` writes."""
 
 
 @dataclass(frozen=True)

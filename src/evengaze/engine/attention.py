@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from evengaze.errors import AttachError
 from evengaze.layout import Rows, counting, upload
-from evengaze.models.base import attention_of
+from evengaze.models.base import ATTENTION_NAMES, attention_of
 from evengaze.protocol import Picked
 
 _ELEMENTS = 1 << 24
@@ -182,8 +182,8 @@ def attention_module(layer: nn.Module) -> nn.Module:
     if found is not None:
         return found
     raise AttachError(
-        f"{type(layer).__name__} has no self-attention module with a `config` (looked for self_attn, attention, attn, "
-        "self_attention), so its queries and keys cannot be read."
+        f"{type(layer).__name__} has no self-attention module with a `config` (looked for "
+        f"{', '.join(ATTENTION_NAMES)}), so its queries and keys cannot be read."
     )
 
 

@@ -79,8 +79,10 @@ class LayerCalls:
         call = self._calls.top
         if call.idle:
             return None
+        # A call inside this one may have ended in a way that hooks do not see. To find out means to walk the stack,
+        # which decoding steps are spared.
         if call.nested or call.run is not None:
-            call = self._calls.alive()  # a call inside this one may have ended in a way that hooks do not see
+            call = self._calls.alive()
         if call.run is not None:
             call.run.entered += 1
         if len(args) == 1 and args[0].dim() == 3 and not self._lenders:
@@ -126,13 +128,14 @@ class LayerCalls:
     ) -> Arguments | None:
         """What a layer is to receive, from (B, M, d) states; None if nothing changes."""
         run, steps = call.run, call.steps or self._plain
+        # A decoder called without a cache makes one, which its layers are the first to show; as do layers called alone.
         if call.cache is None or not call.decoding:
             call.cache = cache_in(args, kwargs)
             if run is not None:
                 run.cache = call.cache
         cache = kv.layer_of(call.cache, i)
         relayed = self._relayed and fold is None and not call.nested and not torch.is_grad_enabled()
-        given = dict(kwargs) if relayed else kwargs
+        given = dict(kwargs) if relayed else kwargs  # as the model gives them: what follows writes into `kwargs`
         if run is None:
             new = steps.arguments(i, args, kwargs, cache)
             if relayed and call.decoding and call.steps is not None and not call.steps.relayed:
@@ -165,6 +168,7 @@ class LayerCalls:
             group.handed.set(call, given, new)
 
     def _relayed_groups(self, cache: Any, first: int) -> list[Holders]:
+        """Relay the layers behind the first one of a step, by what they hold in the cache; none if they cannot be."""
         found: dict[int, Holders] = {}
         handed, kind = {}, type(kv.layer_of(cache, first))
         for k in range(first + 1, len(self._plan.layers)):

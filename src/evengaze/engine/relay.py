@@ -68,7 +68,14 @@ class Holders:
 
 
 class Relay:
-    """A layer's forward while its hook rests."""
+    """A layer's forward while its hook rests.
+
+    Args:
+        layer: the layer.
+        hook: on it.
+        enter: what the hook does.
+        calls: the running calls.
+    """
 
     def __init__(self, layer: nn.Module, hook: Registered, enter: Enter, calls: Calls) -> None:
         self.layer, self._registered = layer, hook
@@ -81,9 +88,10 @@ class Relay:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's output."""
         handed = self._handed
+        # Each thread has a top of its own: another thread's call, and one inside of this one, are not `handed.call`.
         if self._calls.top is handed.call and len(args) == 1 and len(kwargs) == len(handed.given):
             for name, value in handed.given:
-                if kwargs.get(name, self) is not value:
+                if kwargs.get(name, self) is not value:  # `self` is nobody's argument
                     break
             else:
                 kwargs.update(handed.made)
@@ -145,6 +153,7 @@ class Relays:
         """A call of the decoder begins."""
         with self._lock:
             me = threading.get_ident()
+            # A step of the same thread finds them standing; prompts, and whoever else comes in, get the hooks.
             if call.nested or call.size[1] != 1 or me != self._thread:
                 self._end()
             if not call.nested:
@@ -178,6 +187,7 @@ class Relays:
         """
         with self._lock:
             self._thread = threading.get_ident()
+            # A forward is the module's, whoever calls it: not while another thread is in the decoder.
             if self._inside != {self._thread}:
                 return []
             begun = [i for i, what in handed.items() if self._of[i].begin(what)]
@@ -193,6 +203,7 @@ class Relays:
             self._end()
 
     def _end(self) -> None:
+        """Let all hooks work; a relay is forgotten once it has ended, as an interrupt may come in between."""
         while self._running:
             self._running[-1].end()
             self._running.pop()

@@ -196,7 +196,7 @@ class Segments:
             return self._hand_through(now, now.result, i, kwargs)
         out = forward(hidden, **kwargs)
         now.last = out[0] if isinstance(out, tuple) else out
-        now.copy = now.last.clone()
+        now.copy = now.last.clone()  # what a model adds in place (deepstack) would not be noticed else
         if i == end - 1:
             self._graphs.saw(now.key)
         return out
@@ -208,6 +208,7 @@ class Segments:
         self._bounds = {i: (a, b) for a, b in pairwise(cuts) for i in range(a, b)}
 
     def _begin(self, run: Any, first: int, end: int, hidden: Tensor, kwargs: dict[str, Any]) -> _Running | None:
+        """A segment begins: replayed if it is captured, watched for the first time, or None if it runs as ever."""
         refuse(kwargs, hidden.device)
         cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
         why, sizes = without(run, cache, first, end)
@@ -230,6 +231,11 @@ class Segments:
         return _Running(run, key, kwargs, result, copied_states(result.stored), last)
 
     def _captured(self, key: Any, function: Callable[..., Any], tensors: Mapping[str, Tensor]) -> Any:
+        """The graph of a key; None if it is seen for the first time.
+
+        Raises:
+            ConfigError: it cannot be captured.
+        """
         try:
             return self._graphs.graph(key, function, tensors)
         except (ConfigError, torch.OutOfMemoryError):
@@ -260,6 +266,7 @@ class Segments:
         return _Result(out, store.stored, found[-1] if found else None)
 
     def _hand_through(self, now: _Running, result: _Result, i: int, kwargs: dict[str, Any]) -> Any:
+        """What a layer does when its segment has been replayed: it stores, is listened to, and returns the result."""
         cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
         if cache is not None and i in now.stored:
             put_away(cache, i, *now.stored[i])
@@ -344,4 +351,5 @@ def _unflat(tensors: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> dict[st
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two layers are given the very same things."""
     return one.keys() == other.keys() and all(one[k] is other[k] for k in one)

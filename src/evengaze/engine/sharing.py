@@ -21,7 +21,11 @@ _POSITIONS = ("position_embeddings", "position_ids")
 
 
 def lenders(layers: Sequence[nn.Module], config: Any) -> dict[int, int]:
-    """Layers that attend to the keys of another -> the layer whose keys those are."""
+    """Layers that attend to the keys of another -> the layer whose keys those are.
+
+    As in transformers' `modeling_gemma3n.py` and `modeling_gemma4.py`: the last layer of the same type with keys of its
+    own.
+    """
     kinds = getattr(config, "layer_types", None) or [None] * len(layers)
     own: dict[Any, int] = {}
     found = {}

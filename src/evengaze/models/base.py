@@ -171,6 +171,7 @@ class Adapter:
 
 
 _INNER = ("language_model", "text_model", "model", "decoder", "llm")
+"""What models call the part in which their decoder is."""
 
 
 def find_decoder(model: nn.Module) -> nn.Module:
@@ -211,14 +212,19 @@ def attending_layers(layers: Iterable[nn.Module]) -> tuple[int, ...]:
     return tuple(i for i, layer in enumerate(layers) if attention_of(layer) is not None)
 
 
+ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention", "mixer")
+"""What transformers calls the self-attention module of a layer."""
+
+
 def attention_of(layer: nn.Module) -> nn.Module | None:
     """The self-attention module of a decoder or encoder layer; None if none of the usual names holds one with a config.
 
     A layer without it (linear attention, convolution, Mamba) has a state that runs through the sequence, or looks at
     single tokens only.
     """
-    for name in ("self_attn", "attention", "attn", "self_attention", "mixer"):
+    for name in ATTENTION_NAMES:
         module = getattr(layer, name, None)
+        # Nemotron-H calls all of its layers' parts mixer: attention, Mamba and MLP.
         anything = name == "mixer" and not hasattr(module, "num_key_value_groups")
         if isinstance(module, nn.Module) and hasattr(module, "config") and not anything:
             return module

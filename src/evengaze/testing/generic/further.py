@@ -33,6 +33,7 @@ from evengaze.testing.generic.parts import (
 from evengaze.testing.prompts import END, IMAGE, START, VIDEO
 from evengaze.testing.recipes import (
     GEMMA_LAYERS,
+    TEXT,
     Family,
     Pictures,
     noise,
@@ -94,6 +95,15 @@ def masked(n: int, generator: torch.Generator) -> Pictures:
 UNIFIED_STILLS = packed(((3, 4), (4, 3), (4, 4)), 1, 16, "image_position_ids")
 
 
+def fuyu(changes: dict[str, Any]) -> Any:
+    """Fuyu, whose decoder, Persimmon, has as many keys as queries and no width of heads of its own."""
+    from transformers import FuyuConfig
+
+    text = {**{k: v for k, v in TEXT.items() if k not in ("head_dim", "num_key_value_heads")}, **changes}
+    text["model_type"] = "persimmon"
+    return FuyuConfig(patch_size=14, image_size=56, image_token_id=IMAGE, text_config=text)
+
+
 def two_towers(n: int, generator: torch.Generator) -> Pictures:
     """DeepSeek-VL: each picture in a low and in a high resolution."""
     tokens, values = squares(16, 56)(n, generator)
@@ -109,6 +119,7 @@ _MINI = {**PLAIN_VISION, "num_hidden_layers": 3, "image_size": 224, "insert_laye
 
 
 def _mini(name: str, **outer: Any) -> Make:
+    """The MiniCPM-V family on a Qwen3.5 decoder."""
     text = {**LINEAR, "model_type": "qwen3_5_text"}
     return config(name, _MINI, text, rope={**INTERLEAVED, **WHOLE}, insert_layer_id=1, **IDS, **outer)
 
@@ -327,17 +338,7 @@ FURTHER: dict[str, Family] = {
     ),
     "fuyu": Family(
         "FuyuForCausalLM",
-        lambda changes: _fuyu(changes),
+        fuyu,
         lambda n, g: ([[START, *[IMAGE] * 16, END]] * n, {"pixel_values": noise(g, n, 16, 3 * 14 * 14)} if n else {}),
     ),
 }
-
-
-def _fuyu(changes: dict[str, Any]) -> Any:
-    from transformers import FuyuConfig
-
-    from evengaze.testing.recipes import TEXT
-
-    text = {**{k: v for k, v in TEXT.items() if k not in ("head_dim", "num_key_value_heads")}, **changes}
-    text["model_type"] = "persimmon"
-    return FuyuConfig(patch_size=14, image_size=56, image_token_id=IMAGE, text_config=text)

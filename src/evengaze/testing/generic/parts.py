@@ -102,6 +102,7 @@ PLAIN_VISION = {
 Make = Callable[[dict[str, Any]], Any]
 Draw = Callable[[int, torch.Generator], Pictures]
 UNSET: Any = ...
+"""In place of a value of `TEXT` that a family's config does not take."""
 
 SEGMENTS = {
     "hidden_size": 32,
