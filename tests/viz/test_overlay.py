@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -69,6 +70,18 @@ def test_kept_patches_are_bright_and_dropped_ones_dim():
     pixels = np.asarray(figure.axes[1].images[0].get_array())
     assert tuple(pixels[-1, -1]) == (200, 200, 200)
     assert max(pixels[0, 0]) < 110
+
+
+def test_what_was_debiased_is_the_first_stage_that_reads_attention():
+    """Not the first stage: patches may have left the tower before (iLLaVA). What reads none is never debiased."""
+    raw, scores = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.4, 0.3, 0.2, 0.1])
+    one = trace_of([ImageInfo((2, 2))], [0, 1], raw=raw, scores=scores, debias=Debias(padding=PaddingMask()).to_dict())
+    (ranked,) = one.stages
+    tower = dataclasses.replace(ranked, attention=None)
+    for stages, at in (([tower, ranked], 1), ([tower, ranked, ranked], -2)):
+        assert plain_choice(dataclasses.replace(one, stages=stages), stage=at).tolist() == [2, 3]
+    for stages, at in (([tower], 0), ([tower, ranked], 0), ([ranked, ranked], 1), ([tower, ranked, ranked], 2)):
+        assert plain_choice(dataclasses.replace(one, stages=stages), stage=at) is None
 
 
 def test_the_choice_without_debiasing_is_the_best_by_raw_score_among_all():

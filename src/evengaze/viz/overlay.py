@@ -93,12 +93,12 @@ def plain_choice(trace: Traced, row: int = 0, stage: int = 0) -> Tensor | None:
     Returns:
         (m,) indices into the row's visual tokens, as many as were kept; None if the stage was not debiased.
     """
-    decision: Decision = trace.stages[stage].rows[row]
+    at, before = trace.stages[stage], trace.stages[: stage % len(trace.stages)]
+    decision: Decision = at.rows[row]
     debias = trace.pruner.get("debias")
-    number = stage % len(trace.stages)
-    if not debias or decision.raw is None or decision.scores is None:
+    if not debias or at.attention is None or decision.raw is None or decision.scores is None:
         return None
-    if debias.get("stages", "first") == "first" and number > 0:
+    if debias.get("stages", "first") == "first" and any(earlier.attention is not None for earlier in before):
         return None
     if debias.get("padding") is None and torch.equal(decision.raw, decision.scores):
         return None

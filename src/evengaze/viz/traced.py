@@ -42,6 +42,10 @@ class Decisions(Protocol):
         """Where the tokens left."""
 
     @property
+    def attention(self) -> str | None:
+        """Whose attention ranked them; None if none did."""
+
+    @property
     def rows(self) -> Sequence[Decision]:
         """One entry a row."""
 
