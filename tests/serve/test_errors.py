@@ -269,6 +269,20 @@ def test_an_error_of_ours_is_not_counted_as_a_client_that_left(predictor, scenes
         assert works(server, scenes)
 
 
+def test_a_budget_of_one_token_is_no_share(server):
+    from evengaze.serve.schema import Pruning
+
+    for method, sent, kept in (
+        ("pyramiddrop", "[64, 16, 1]", [64, 16, 1]),
+        ("pyramiddrop", "[64, 16, 1.0]", [64, 16, 196]),
+        ("fastv", "1.0", [196]),
+        ("fastv", "1", [1]),
+    ):
+        asked = Pruning.model_validate_json(f'{{"method": "{method}", "keep": {sent}}}')
+        pruner = server.app.state.service.methods.of(asked)
+        assert [pruner.budget(stage, 196, 196) for stage in range(len(kept))] == kept
+
+
 def test_models_health_and_metrics(server, scenes):
     assert works(server, scenes)
     models = server.client().models.list().data

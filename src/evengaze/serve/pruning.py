@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import fields
@@ -33,7 +34,7 @@ class Methods:
         self._source = predictor.spec.source
         self._architecture = architecture_of(model.config)
         self._method, self._debias = method, debias
-        self._made = lru_cache(maxsize=256)(self._make)
+        self._made = lru_cache(maxsize=256)(self._make_of_text)
         self.default = self._make(method, None, debias)
 
     def try_out(self, graphs: bool) -> None:
@@ -63,11 +64,15 @@ class Methods:
                 "a request may name a preset, padding, auto or none, but no file: `evengaze serve --debias FILE` does",
                 param="evengaze.debias",
             )
-        keep = tuple(asked.keep) if isinstance(asked.keep, list) else asked.keep
         try:
-            return self._made(method, keep, debias)
+            return self._made(method, json.dumps(asked.keep), debias)
         except EvengazeError as error:
             raise ApiError(400, str(error), param="evengaze", code="invalid_method") from None
+
+    def _make_of_text(self, method: str, keep: str, debias: str) -> Pruner:
+        """`_make` with the budget as JSON: 1 and 1.0 are equal to a cache, but one is a token and the other all."""
+        budget = json.loads(keep)
+        return self._make(method, tuple(budget) if isinstance(budget, list) else budget, debias)
 
     def _make(self, method: str, keep: float | Sequence[float] | None, debias: str) -> Pruner:
         pruner = parse("dense" if method.strip() in ("none", "dense") else method)

@@ -55,12 +55,12 @@ class Pruning(_Strict):
 
     Attributes:
         method: e.g. "fastv:keep=64,layer=2", or "none" for the dense model.
-        keep: the method's budget: a number of tokens, or a share below 1.
+        keep: the method's budget: a number of tokens, or a share below 1. In a list, too, 1 is one token, and 1.0 all.
         debias: "auto", "none", "padding", or a preset's name.
     """
 
     method: str | None = None
-    keep: float | int | list[float] | None = None
+    keep: float | int | list[float | int] | None = None
     debias: str | None = None
 
 
