@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -232,8 +233,11 @@ class VisualLayout:
                 follow from them unless `padding` is given.
 
         Raises:
-            LayoutError: spans overlap, are empty or out of order, or do not fill the grid.
+            LayoutError: spans overlap, are empty or out of order, or do not fill the grid; or there is no entry a row.
         """
+        for name, given in (("padding", padding), ("image_sizes", image_sizes)):
+            if given is not None and len(given) != len(spans):
+                raise LayoutError(f"{name} has {len(given)} entries for {len(spans)} rows; give one entry for each row")
         rows = []
         for b, entry in enumerate(spans):
             pairs = _pairs(entry)
@@ -243,12 +247,14 @@ class VisualLayout:
             if not pairs:
                 rows.append(VisualTokens.empty())
                 continue
-            grids: list[Any] = [grid] * len(pairs) if isinstance(grid[0], int) else list(grid)
+            grids: list[Any] = [grid] * len(pairs) if len(grid) and isinstance(grid[0], Integral) else list(grid)
             if len(grids) != len(pairs):
                 raise LayoutError(f"row {b} has {len(pairs)} images but {len(grids)} grids")
             images, end = [], 0
             for k, ((start, stop), g) in enumerate(zip(pairs, grids, strict=True)):
                 height, width = int(g[0]), int(g[1])
+                if height < 1 or width < 1:
+                    raise LayoutError(f"row {b}: a grid has at least one row and one column, not {g}")
                 frames, rest = divmod(stop - start, height * width)
                 if start < end or stop <= start:
                     raise LayoutError(f"row {b}: span ({start}, {stop}) is empty, negative or overlaps the one before")
@@ -424,7 +430,8 @@ def _pairs(entry: Span | Sequence[Span] | None) -> list[Span]:
     """`(a, b)`, `[(a, b), ...]` or None as a list of pairs."""
     if entry is None or len(entry) == 0:
         return []
-    if isinstance(entry[0], int):
+    first: Any = entry[0]
+    if isinstance(first, Integral):  # numpy's numbers, too
         a, b = entry
         return [(int(a), int(b))]  # type: ignore[arg-type]
     return [(int(a), int(b)) for a, b in entry]  # type: ignore[misc]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from transformers.cache_utils import Cache, QuantizedLayer
@@ -183,11 +184,27 @@ def test_bare_decoder_needs_a_layout():
         ([(4, 4)], (4, 4), "empty"),
         ([[(4, 20), (10, 26)]], (4, 4), "overlaps"),
         ([[(4, 20)]], [(4, 4), (4, 4)], "grids"),
+        ([(4, 20)], [], "grids"),
+        ([(4, 20)], (0, 4), "at least one"),
     ],
 )
 def test_spans_that_make_no_sense(spans, grid, problem):
     with pytest.raises(LayoutError, match=problem):
         eg.VisualLayout.from_spans(spans, grid)
+
+
+@pytest.mark.parametrize("more", ["padding", "image_sizes"])
+@pytest.mark.parametrize("entries", [1, 3])
+def test_entries_for_other_rows_than_there_are(more, entries):
+    entry = {"padding": [0.0] * 16, "image_sizes": (8, 6)}[more]
+    with pytest.raises(LayoutError, match=f"{more} has {entries} entries for 2 rows"):
+        eg.VisualLayout.from_spans([(4, 20), (4, 20)], (4, 4), **{more: [entry] * entries})
+
+
+def test_numbers_of_numpy_are_numbers():
+    four, twenty = np.int64(4), np.int64(20)
+    layout = eg.VisualLayout.from_spans([(four, twenty)], (four, four), image_sizes=[(twenty, four)])
+    assert layout.rows[0].span == (4, 20) and layout.rows[0].images[0].grid == (4, 4)
 
 
 def test_layers_that_never_run_are_noticed():
