@@ -46,7 +46,7 @@ class DecoderShape:
 
     Attributes:
         hidden: width of the residual stream, d.
-        intermediate: width of the MLP, m (of all the experts that a token visits).
+        intermediate: width of the MLP, m; of a mixture, of all the experts that a token is sent to.
         heads: query heads.
         kv_heads: key/value heads.
         head_dim: width of a head.
@@ -70,7 +70,7 @@ class DecoderShape:
         """
         text = config.get_text_config()
         hidden, heads = _size(text, "hidden_size"), _size(text, "num_attention_heads")
-        experts = _size(text, "num_experts_per_tok", 0)
+        experts = _size(text, "num_experts_per_tok", 0) or _size(text, "moe_topk", 0)  # Aria has a name of its own
         wide = _size(text, "moe_intermediate_size", 0) if experts else 0
         return cls(
             hidden=hidden,
@@ -83,7 +83,7 @@ class DecoderShape:
 
     @property
     def layer_weights(self) -> int:
-        """Numbers in one layer's matrices, of experts those that one token visits."""
+        """Numbers in one layer's matrices, of experts those that one token is sent to."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return self.hidden * (2 * query + 2 * key + self.mlp_matrices * self.intermediate)
 

@@ -129,6 +129,7 @@ def test_every_checked_family_has_a_shape(kind: str) -> None:
     sizes = {
         "qwen3_5_moe": lambda: (shape.intermediate, text.num_experts_per_tok * text.moe_intermediate_size),
         "ernie4_5_vl_moe": lambda: (shape.intermediate, text.moe_k * sum(text.moe_intermediate_size) // 2),
+        "aria": lambda: (shape.intermediate, text.moe_topk * text.intermediate_size),
         "gemma3n": lambda: (shape.intermediate, round(sum(text.intermediate_size) / text.num_hidden_layers)),
     }
     if kind in sizes:
