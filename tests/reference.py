@@ -64,7 +64,8 @@ def dropped_from(trace: Any) -> list[tuple[int, Tensor]]:
 def last_row_attention(model: Any, layer: int, inputs: dict[str, Tensor]) -> Tensor:
     """(B, L) attention that the last token pays in a layer, averaged over heads, from eager's own weights."""
     weights: list[Tensor] = []
-    module = decoder_of(model).layers[layer].self_attn
+    block = decoder_of(model).layers[layer]
+    module = block.mixer if hasattr(block, "mixer") else block.self_attn  # Nemotron-H calls all kinds of them mixers
     handle = module.register_forward_hook(lambda m, a, out: weights.append(out[1]))
     try:
         with torch.no_grad():

@@ -215,7 +215,11 @@ def test_layers_that_never_run_are_noticed():
         model(**inputs, use_cache=False)
 
 
-@pytest.mark.parametrize("given", [object(), None, "llava-hf/llava-1.5-7b-hf", torch.nn.Linear(2, 2)], ids=repr)
+@pytest.mark.parametrize(
+    "given",
+    [object(), None, "llava-hf/llava-1.5-7b-hf", torch.nn.Linear(2, 2)],
+    ids=["object", "nothing", "name", "layer"],
+)
 def test_what_is_no_model_is_refused_by_name(given):
     with pytest.raises(UnsupportedModelError, match="give a transformers model"):
         eg.FastV(keep=4)(given)
