@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -15,6 +16,8 @@ import evengaze as eg
 from evengaze import methods
 from evengaze.compat import cache_argument, cache_of
 from evengaze.engine.layer_calls import LayerCalls
+from evengaze.testing import families
+from evengaze.testing.matrix import check
 
 DEPTH, VISUAL, LENGTH = 8, 16, 28
 METHODS = ("fastv:keep=5", "pyramiddrop:layers=[2,5],keep=[8,4]", "sparsevlm:layers=[1,4],keep=[8,4]")
@@ -186,3 +189,12 @@ def test_operators_of_a_prefill_beyond_the_models_own(model: Any, states: Any, m
             with Launches() as pruned:
                 model(inputs_embeds=states[:1], use_cache=True, logits_to_keep=1)
     assert pruned.count - bare.count <= most
+
+
+@pytest.mark.parametrize("method", ["pyramiddrop", "sparsevlm"])
+@pytest.mark.parametrize("family", ["muse_glimmer", "gemma3"])
+def test_layers_with_other_positions_or_with_none(family: str, method: str) -> None:
+    """Muse Glimmer has layers without positions, Gemma 3 two kinds: what one layer gets says nothing of the others."""
+    if family not in (*families(), *families(generic=True)):
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    assert check(family, method, "sdpa", 3).passed

@@ -36,7 +36,8 @@ def in_graph(
     if fixed.shift is not None:
         cut["position_ids"] = kwargs["position_ids"] - fixed.shift
         for table, call in (cache.tables or {}).items():
-            cut[table] = call.at(hidden, cut["position_ids"])
+            if kwargs.get(table) is not None:
+                cut[table] = call.at(hidden, cut["position_ids"])
     if mask is not None:
         cut[name] = take_mask(mask, None, fixed.columns, fixed.seen)
     return args, cut
@@ -100,7 +101,7 @@ class Steps:
                 served |= self.rotary.made(table, value)
             self.rotary.serve(layer, served)
             cut["position_ids"] = kwargs["position_ids"] - kept.shift.to(hidden.device)
-            cut.update(self.rotary.step(layer, hidden, cut["position_ids"]))
+            cut.update(self.rotary.step(layer, hidden, cut["position_ids"], kwargs))
         elif mask is None and kept.real is None:
             return None, served
         if mask is not None or kept.real is not None:

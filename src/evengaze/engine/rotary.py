@@ -99,6 +99,7 @@ class Rotary:
         call = next((c for out, c in self._calls if out is table), None)
         return None if call is None else call.at(hidden, positions)
 
-    def step(self, layer: int, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
-        """The same arguments of a layer for a decoding step."""
-        return {name: call.at(hidden, positions) for name, call in self.served(layer).items()}
+    def step(self, layer: int, hidden: Tensor, positions: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The same arguments of a layer for a decoding step, those that it is given: some layers have no positions."""
+        calls = {name: call for name, call in self.served(layer).items() if given.get(name) is not None}
+        return {name: call.at(hidden, positions) for name, call in calls.items()}
