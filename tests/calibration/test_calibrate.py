@@ -122,6 +122,18 @@ def test_frequency_counts_what_would_be_kept() -> None:
     assert stats.sums["total"].sum() == 6 * 4 and not stats.profile().positive
 
 
+@pytest.mark.parametrize(
+    "damage", [{"layers": []}, {"layers": {"1": []}}, {"layers": {"1": {"arrays": []}}}, {"method": 1}, {"digests": 1}]
+)
+def test_a_damaged_state_is_one_sentence(damage: dict[str, Any], tmp_path: Path) -> None:
+    values = json.loads(json.dumps(state(synthetic(1.0, 2)).to_dict()))
+    if isinstance(damage.get("layers"), dict) and isinstance(damage["layers"]["1"], dict):
+        damage = {"layers": {"1": values["layers"]["1"] | damage["layers"]["1"]}}
+    (tmp_path / "state.json").write_text(json.dumps(values | damage))
+    with pytest.raises(CurveError, match=r"state\.json.*delete it"):
+        Observations.load(tmp_path / "state.json")
+
+
 def test_no_padding_is_counted_as_kept_where_content_is_less_than_the_budget() -> None:
     tokens = VisualLayout.from_spans([(0, 100)], (10, 10), image_sizes=[(20, 100)]).rows[0]
     content = tokens.padding <= 0.5

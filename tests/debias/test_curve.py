@@ -61,6 +61,11 @@ def test_debias_load_takes_the_trend_of_the_asked_layer(tmp_path: Path) -> None:
         ({"samples": {"z": []}}, "malformed"),
         ({"summary": {"sigma": "high"}}, "malformed"),
         ({"layers": {"one": {"family": "exponential", "sigma": 1}}}, "malformed"),
+        ({"summary": {"sigma": float("nan")}}, "NaN"),
+        ({"summary": {"sigma": "inf"}}, "NaN"),
+        ({"samples": {"x": [0.0], "mean": [float("inf")], "error": [0.0], "count": [1]}}, "NaN"),
+        ({"band": {"level": "nan"}}, "NaN"),
+        ({"note": float("-inf")}, "NaN"),
     ],
 )
 def test_malformed_files_are_errors_that_name_the_file(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -71,6 +76,9 @@ def test_malformed_files_are_errors_that_name_the_file(tmp_path: Path, change: d
     with pytest.raises(CurveError, match=message) as error:
         Curve.load(path)
     assert "bad.json" in str(error.value)
+    path.write_text(json.dumps({**values, "fingerprint": CURVE.fingerprint}))
+    with pytest.raises(CurveError, match=r"bad\.json"):
+        Curve.load(path)
 
 
 def test_missing_cut_off_edited_and_foreign_files(tmp_path: Path) -> None:

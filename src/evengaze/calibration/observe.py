@@ -121,7 +121,7 @@ class Observations:
                 layers={int(k): LayerStats.from_dict(v) for k, v in values["layers"].items()},
                 digests=[str(d) for d in values["digests"]],
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, CurveError):
                 raise
             raise CurveError(f"malformed calibration state ({error!r}); delete it and start again") from None

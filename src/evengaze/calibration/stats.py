@@ -174,7 +174,7 @@ class LayerStats:
             stats.sums = {name: arrays[name].reshape(GROUPS, stats.positions) for name in cls._SUMS}
             stats.map = arrays["map"].reshape(3, *stats.grid)
             stats.frames = arrays["frames"].reshape(2, -1)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise CurveError(f"malformed calibration state ({error!r}); delete it and start again") from None
         return stats
 

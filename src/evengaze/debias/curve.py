@@ -20,6 +20,7 @@ from evengaze.files import parse_json, read_text, write_whole
 from evengaze.models.base import architecture_of as architecture_of
 
 SCHEMA = 1
+_NO_NUMBER = "the curve holds NaN or an infinite number, which JSON does not have. Copy it again, or calibrate anew."
 
 
 class CurveWarning(UserWarning):
@@ -252,7 +253,11 @@ class Curve:
             raise CurveError(f"the curve lacks {', '.join(sorted(missing))}; calibrate anew")
         given = values.get("fingerprint")
         body = {k: v for k, v in values.items() if k != "fingerprint"}
-        if given is not None and given != _fingerprint(body):
+        try:
+            own = _fingerprint(body)
+        except ValueError:
+            raise CurveError(_NO_NUMBER) from None
+        if given is not None and given != own:
             raise CurveError(
                 "the content does not match its fingerprint: the file was edited or damaged. Calibrate anew, or remove "
                 "the key 'fingerprint' if you changed it on purpose."
@@ -339,6 +344,8 @@ def _band(values: dict[str, Any]) -> Band:
 
 
 def _check_columns(curve: Curve) -> None:
+    if not all(map(math.isfinite, (*curve.summary.values(), curve.band.level))):  # "nan" is a number to float()
+        raise CurveError(_NO_NUMBER)
     for name, table in (("samples", curve.samples), ("band", curve.band)):
         columns = {k: v for k, v in asdict(table).items() if k != "level"}
         if len({len(v) for v in columns.values()}) > 1:

@@ -110,7 +110,7 @@ class PaddingMask:
         """
         unknown = set(values) - {"threshold", "formula"}
         if unknown:
-            raise ConfigError(f"PaddingMask has no parameter {', '.join(sorted(unknown))}")
+            raise ConfigError(f"PaddingMask has no parameter {', '.join(sorted(map(str, unknown)))}")
         return cls(**values)
 
 
