@@ -94,6 +94,26 @@ def test_sixteen_clients_at_once_with_different_methods(server, scenes):
     assert server.idle()
 
 
+def test_what_a_processor_does_not_take_together_is_answered_apart(predictor, scenes, monkeypatch):
+    """As pictures of unlike sizes, where a processor stacks them."""
+    encoded = []
+
+    def inputs(texts, media, **options):
+        encoded.append(len(texts))
+        if len(texts) > 1:
+            raise ValueError("unlike pictures")
+        return type(predictor).inputs(predictor, texts, media, **options)
+
+    with serving(predictor, batch=4, wait=2.0, seconds=30) as server:
+        asked = [(scene.questions[0].text, scene.image) for scene in scenes[:4]]
+        expected = [server.offline([image], question) for question, image in asked]
+        monkeypatch.setattr(predictor, "inputs", inputs)
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda one: text(ask(server.client(timeout=20), *one)), asked))
+        assert max(encoded) > 1 and len(encoded) < 20
+        assert answers == expected
+
+
 def test_several_turns_take_the_models_template(server, scenes):
     scene = scenes[0]
     turns = [

@@ -32,6 +32,18 @@ _LONG = 1 << 30
 """Tokens of a model whose config sets no limit."""
 
 
+class _ApartError(Exception):
+    """A processor takes some jobs' prompts one by one, but not together.
+
+    Attributes:
+        jobs: those jobs.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        super().__init__(f"{len(jobs)} prompts cannot be encoded together")
+        self.jobs = jobs
+
+
 class Worker:
     """Answers jobs in the order in which they came, each with those behind it that can share its batch.
 
@@ -135,6 +147,8 @@ class Worker:
             jobs, inputs = self._encoded(jobs)
             if jobs:
                 self._generate(jobs, inputs)
+        except _ApartError as error:
+            self._in_halves(error.jobs)
         except torch.OutOfMemoryError:
             self._halved(jobs, ApiError(503, "the model's memory ran out; ask for less", code="out_of_memory"))
         except EvengazeError as error:
@@ -147,7 +161,10 @@ class Worker:
         """Try again in smaller batches; what fails alone fails. Streams that have begun cannot begin again."""
         if len(jobs) == 1 or any(job.stream for job in jobs):
             self._fail(jobs, error)
-            return
+        else:
+            self._in_halves(jobs)
+
+    def _in_halves(self, jobs: Sequence[Job]) -> None:
         half = len(jobs) // 2
         self._answer(jobs[:half])
         self._answer(jobs[half:])
@@ -157,12 +174,19 @@ class Worker:
             job.tell(Failed(error))
 
     def _encoded(self, jobs: Sequence[Job]) -> tuple[Sequence[Job], Any]:
-        """Jobs whose prompts fit the model, and what `generate` takes for them; the others are told why not."""
+        """Jobs whose prompts fit the model, and what `generate` takes for them; the others are told why not.
+
+        Raises:
+            _ApartError: they fit one by one, but not together.
+        """
         try:
             inputs = self._inputs(jobs)
         except (ValueError, IndexError, TypeError, RuntimeError) as error:  # whatever a processor stumbles over
             if len(jobs) > 1:
-                return self._encoded(self._each(jobs))
+                fit = self._each(jobs)
+                if len(fit) == len(jobs):
+                    raise _ApartError(fit) from error
+                return self._encoded(fit)
             _log.info("a prompt cannot be encoded", exc_info=True)
             self._fail(jobs, ApiError(400, f"the model's processor refuses the prompt: {error}", param="messages"))
             return [], None
