@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -24,13 +25,36 @@ _REPLICATE = "_replicate_for_data_parallel"
 """What torch's DataParallel calls of every module that it makes replicas of."""
 
 
+_looking = threading.Lock()
+
+_LOOK = 0.1
+"""Seconds for which no thread takes its turn from the one that looks, far more than a look takes."""
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold the interpreter lock: frames of a thread that runs meanwhile, of generators above all, may be freed ones.
+
+    Who waits for the lock asks for it a switch interval after it was last handed over, which `sleep` sees to.
+    """
+    with _looking:
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(_LOOK)
+        try:
+            time.sleep(0)
+            yield
+        finally:
+            sys.setswitchinterval(interval)
+
+
 def running(modules: Sequence[nn.Module]) -> Iterator[int]:
     """The threads, this one first, that are in a call of one of the modules."""
     here = threading.get_ident()
-    frames = sys._current_frames()
-    for thread in sorted(frames, key=lambda thread: thread != here):
-        if _in_call(frames[thread], modules):
-            yield thread
+    with _undisturbed():
+        frames = sys._current_frames()
+        found = [thread for thread, frame in frames.items() if _in_call(frame, modules)]
+        frames.clear()
+    return iter(sorted(found, key=lambda thread: thread != here))
 
 
 def _in_call(frame: FrameType | None, modules: Sequence[nn.Module]) -> bool:
