@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -188,7 +189,8 @@ def test_operators_of_a_prefill_beyond_the_models_own(model: Any, states: Any, m
             model(inputs_embeds=states[:1], use_cache=True, logits_to_keep=1)
             with Launches() as pruned:
                 model(inputs_embeds=states[:1], use_cache=True, logits_to_keep=1)
-    assert pruned.count - bare.count <= most
+    older = Version(torch.__version__).release < (2, 11)  # takes some more for the same: 73 and 242 in torch 2.6
+    assert pruned.count - bare.count <= most + 5 * older
 
 
 @pytest.mark.parametrize("method", ["pyramiddrop", "sparsevlm"])

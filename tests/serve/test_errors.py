@@ -261,9 +261,11 @@ def test_an_error_of_ours_is_not_counted_as_a_client_that_left(predictor, scenes
 
         with monkeypatch.context() as patched:
             patched.setattr(server.app.state.service, "job", fails)
-            with pytest.raises(openai.InternalServerError) as error:
+            # uvicorn closes the connection behind such an answer, which may reach the client first.
+            with pytest.raises((openai.InternalServerError, openai.APIConnectionError)) as error:
                 ask(server.client(), "what?")
-        assert "its log says why" in sentence(error)
+        if error.type is openai.InternalServerError:
+            assert "its log says why" in sentence(error)
         assert server.metric("requests_total", status="500") == 1
         assert server.metric("disconnects_total") == server.metric("requests_total", status="499") == 0
         assert works(server, scenes)
