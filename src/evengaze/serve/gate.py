@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from evengaze.serve.errors import ApiError, full
+from evengaze.serve.errors import ApiError, broken, full
 from evengaze.serve.settings import Settings
 
 Scope = MutableMapping[str, Any]
@@ -17,6 +18,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+_log = logging.getLogger(__name__)
 _PATIENCE = 4
 """So many times the limit of a body is read, and thrown away, before the connection is cut: a client that is still
 sending does not see the answer."""
@@ -30,7 +32,8 @@ class ClientGone(Exception):
 
 
 class Gate:
-    """An ASGI middleware. A request holds a place from before its body is read until its answer has been sent.
+    """An ASGI middleware. A request holds a place from before its body is read until its answer has been sent, and
+    whatever is raised before that is answered in OpenAI's form, on a connection that stays open.
 
     The whole body is read before the app sees the request, so that the app may listen for nothing but the client's
     leaving.
@@ -45,40 +48,36 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        metrics = scope["app"].state.metrics
-        status = 499
+        metrics, started, posted = scope["app"].state.metrics, False, scope["method"] == "POST"
 
         async def counted(message: MutableMapping[str, Any]) -> None:
-            nonlocal status
+            nonlocal started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                started = True
+                if posted or message["status"] >= 400:  # before it is sent: whoever reads it finds it counted
+                    metrics.requests.labels(str(message["status"])).inc()
             await send(message)
 
         try:
             self._check_key(scope)
-            if scope["method"] != "POST":
-                await self._app(scope, receive, send)
-                return
-            try:
-                await self._placed(scope, receive, counted, metrics)
-            except ClientGone:
-                pass
-            except Exception:  # answered outside of this middleware, which sees no status
-                status = 500 if status == 499 else status
-                raise
-            finally:
-                if status == 499:
-                    metrics.left.inc()
-                metrics.requests.labels(str(status)).inc()
+            await (self._placed(scope, receive, counted, metrics) if posted else self._app(scope, receive, counted))
+        except ClientGone:
+            pass
         except ApiError as error:
-            metrics.requests.labels(str(error.status)).inc()
-            await refuse(error)(scope, receive, send)
+            await refuse(error)(scope, receive, counted)
+        except Exception:  # behind one that is let through, the connection is closed: half an answer must not look whole
+            if started:
+                raise
+            _log.exception("%s %s failed", scope["method"], scope["path"])
+            await refuse(broken())(scope, receive, counted)
+        if posted and not started:
+            metrics.left.inc()
+            metrics.requests.labels("499").inc()
 
     async def _placed(self, scope: Scope, receive: Receive, send: Send, metrics: Any) -> None:
         limits = self._settings.limits
         if self._taken >= limits.queue:
-            await refuse(full(limits.queue))(scope, receive, send)
-            return
+            raise full(limits.queue)
         self._taken += 1
         metrics.places.set(self._taken)
         try:
@@ -87,8 +86,6 @@ class Gate:
             except TimeoutError:
                 raise ApiError(408, f"the request was not sent within {limits.seconds:g} seconds") from None
             await self._app(scope, _replayed(body, receive), send)
-        except ApiError as error:
-            await refuse(error)(scope, receive, send)
         finally:
             self._taken -= 1
             metrics.places.set(self._taken)

@@ -1,4 +1,4 @@
-"""What an application answers when something is raised: OpenAI's form, whatever it was."""
+"""What an application answers when a request is refused: OpenAI's form, whatever refused it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from evengaze.serve.errors import ApiError, broken
+from evengaze.serve.errors import ApiError
 from evengaze.serve.gate import refuse
 
 
 def explain_errors(app: FastAPI) -> None:
-    """Have an application's errors answered in OpenAI's form."""
+    """Have what an application refuses answered in OpenAI's form; what nobody expected, `Gate` answers."""
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unexpected)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
@@ -38,8 +37,6 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return refuse(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
-
-
-async def _unexpected(request: Request, error: Exception) -> Response:
-    return refuse(broken())
+    answer = refuse(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+    answer.headers.update(error.headers or {})  # of a wrong method: those that are right
+    return answer
