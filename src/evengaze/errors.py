@@ -1,6 +1,10 @@
-"""Every error that evengaze raises on purpose, with one common base class; and the core's warnings."""
+"""Every error that evengaze raises on purpose, with one common base class; the core's warnings; and what others' errors
+mean."""
 
 from __future__ import annotations
+
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+"""What allocators say: CUDA's, the CPU's, cuBLAS's, cuDNN's."""
 
 
 class EvengazeError(Exception):
@@ -61,3 +65,11 @@ class CurveError(EvengazeError, ValueError):
 
 class DataError(EvengazeError, ValueError):
     """A dataset, predictions or results file is missing, malformed or does not belong together."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python's or PyTorch's says that memory ran out; few of the latter are `OutOfMemoryError`."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in said for sign in _NO_MEMORY)
+    )

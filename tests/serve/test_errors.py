@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO
 
 import pytest
+import torch
 from PIL import Image
 
 from serve.serving import ask, data_url, message, openai, serving
@@ -197,6 +198,28 @@ def test_a_failing_model_is_an_error_and_no_end(predictor, scenes, monkeypatch):
             ask(server.client(), "what?", scenes[0].image)
         assert error.value.code == "internal_error" and "division" not in sentence(error)
         monkeypatch.setattr(predictor, "complete", complete)
+        assert works(server, scenes)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+    ],
+)
+def test_exhausted_memory_is_said_whoever_ran_out_of_it(predictor, scenes, monkeypatch, error):
+    def exhausted(*_, **__):
+        raise error
+
+    with serving(predictor) as server:
+        with monkeypatch.context() as patched:
+            patched.setattr(predictor, "complete", exhausted)
+            with pytest.raises(openai.InternalServerError) as refused:
+                ask(server.client(), "what?", scenes[0].image)
+        assert refused.value.status_code == 503 and refused.value.code == "out_of_memory"
         assert works(server, scenes)
 
 

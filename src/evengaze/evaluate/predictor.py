@@ -16,7 +16,7 @@ import torch
 from evengaze.calibration.observe import image_digest
 from evengaze.debias.curve import architecture_of
 from evengaze.engine.session import Handle
-from evengaze.errors import DataError, EvengazeError
+from evengaze.errors import DataError, EvengazeError, out_of_memory
 from evengaze.evaluate.benchmarks.types import Record
 from evengaze.evaluate.conversation import chat, render, resolve
 from evengaze.evaluate.media import OFFICIAL_PICTURE, Media, read_media
@@ -32,8 +32,6 @@ CALIBRATED_ON = "calibrated_on"
 _ABOUT_MEDIA = re.compile(r"image|img|video|vision|audio|frame", re.IGNORECASE)
 _TRIES = 8
 """Records that are tried for the number of visual tokens, if the model raises on the first ones."""
-_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
-"""What errors of allocators say that are no `torch.OutOfMemoryError`: the CPU's, cuBLAS's, cuDNN's."""
 
 
 class OutOfMemory(EvengazeError, RuntimeError):
@@ -245,10 +243,8 @@ class Predictor:
         try:
             inputs = self.inputs(texts, media)
             answers, trace = self.complete(inputs, pruner, **generation)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise OutOfMemory(f"out of memory with {len(texts)} questions at a time ({error})") from error
-        except RuntimeError as error:
-            if not any(sign in str(error).lower() for sign in _NO_MEMORY):
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
                 raise
             raise OutOfMemory(f"out of memory with {len(texts)} questions at a time ({error})") from error
         real = inputs["attention_mask"].sum(1).tolist()

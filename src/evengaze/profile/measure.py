@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evengaze.errors import EvengazeError
+from evengaze.errors import EvengazeError, out_of_memory
 from evengaze.methods import Pruner, parse
 from evengaze.models import adapter_for
 from evengaze.profile.latency import take_turns
@@ -28,7 +28,6 @@ from evengaze.schedule import DecoderShape
 _SIGHTS = 3
 """Calls until a graph replays: the first runs as ever, the second captures, the third replays."""
 _TEXT = "the text alone"
-_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ class Course:
                 raise
             return " ".join(str(error).split()), None
         except (RuntimeError, MemoryError) as error:
-            if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _no_memory(error)):
+            if not out_of_memory(error):
                 raise
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -287,7 +286,3 @@ class Course:
             each = row_bytes({r.batch: r.peak_bytes or 0 for r in alike}, kept)
             found.append(replace(row, largest_batch=free // each))
         return found
-
-
-def _no_memory(error: BaseException) -> bool:
-    return any(sign in str(error).lower() for sign in _NO_MEMORY)

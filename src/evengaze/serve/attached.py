@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from evengaze.engine.graphs import Graphs
+from evengaze.errors import out_of_memory
 from evengaze.methods import Pruner
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class Attached:
                 yield self._handle
             except BaseException as error:  # the next batch begins with nothing of this one's
                 self.close()
-                if isinstance(error, torch.OutOfMemoryError):
+                if out_of_memory(error):
                     graphs.clear()
                 raise
 

@@ -65,7 +65,9 @@ class Gate:
             pass
         except ApiError as error:
             await refuse(error)(scope, receive, counted)
-        except Exception:  # behind one that is let through, the connection is closed: half an answer must not look whole
+        except (
+            Exception
+        ):  # behind one that is let through, the connection is closed: half an answer must not look whole
             if started:
                 raise
             _log.exception("%s %s failed", scope["method"], scope["path"])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import StoppingCriteriaList
 
-from evengaze.errors import EvengazeError
+from evengaze.errors import EvengazeError, out_of_memory
 from evengaze.evaluate.predictor import Predictor
 from evengaze.methods import spec
 from evengaze.serve.attached import MULTIPLE, Attached
@@ -149,11 +149,12 @@ class Worker:
                 self._generate(jobs, inputs)
         except _ApartError as error:
             self._in_halves(error.jobs)
-        except torch.OutOfMemoryError:
-            self._halved(jobs, ApiError(503, "the model's memory ran out; ask for less", code="out_of_memory"))
         except EvengazeError as error:
             self._fail(jobs, ApiError(400, str(error), code="invalid_request"))
-        except Exception:
+        except Exception as error:
+            if out_of_memory(error):
+                self._halved(jobs, ApiError(503, "the model's memory ran out; ask for less", code="out_of_memory"))
+                return
             _log.exception("a batch of %d failed", len(jobs))
             self._halved(jobs, broken())
 
