@@ -4,20 +4,22 @@ A `VisualTokens` table describes one row of a batch: for every visual token its 
 frame, its cell in that frame's grid and the share of the cell that is padding. A `VisualLayout` holds one table a row.
 Adapters (`evengaze.models`) make layouts for known model families; `VisualLayout.from_spans` makes them by hand.
 
-Layouts are made and kept on the host. What is left of them while a model prunes (`Candidates`) is on its device.
+Layouts are made and kept on the host. What is left of them while a model prunes is on its device
+(`evengaze.candidates`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from evengaze.device import precise
 from evengaze.errors import LayoutError
 
 Span = tuple[int, int]
@@ -74,7 +76,7 @@ class VisualTokens:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
         images = [[list(i.grid), i.frames, None if i.size is None else list(i.size), i.part] for i in self.images]
-        return {"images": images, **{name: getattr(self, name).tolist() for name in _COLUMNS}}
+        return {"images": images, **{name: getattr(self, name).tolist() for name in COLUMNS}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VisualTokens:
@@ -83,7 +85,7 @@ class VisualTokens:
             ImageInfo((g[0], g[1]), frames, None if size is None else (size[0], size[1]), part)
             for g, frames, size, part in values["images"]
         )
-        kinds = {name: torch.long if name in _INDICES else torch.float64 for name in _COLUMNS}
+        kinds = {name: torch.long if name in _INDICES else torch.float64 for name in COLUMNS}
         columns = {name: torch.tensor(values[name], dtype=kind) for name, kind in kinds.items()}
         return cls(**columns, images=images)
 
@@ -148,7 +150,7 @@ class VisualTokens:
 
     def take(self, index: Tensor) -> VisualTokens:
         """The tokens at `index` (m,), in that order."""
-        return replace(self, **{k: getattr(self, k)[index] for k in _COLUMNS})
+        return replace(self, **{k: getattr(self, k)[index] for k in COLUMNS})
 
     def counts(self) -> list[list[int]]:
         """Tokens of each frame (or tile) of each picture, as `schedule.Schedule` takes them."""
@@ -165,7 +167,7 @@ class VisualTokens:
         if self.position.device == torch.device(device) and self.x.dtype == self.padding.dtype == precise(device):
             return self
         indices = {k: getattr(self, k).to(device) for k in _INDICES}
-        shares = {k: getattr(self, k).to(device, precise(device)) for k in _SHARES}
+        shares = {k: getattr(self, k).to(device, precise(device)) for k in SHARES}
         return replace(self, **indices, **shares)
 
     def same_as(self, other: VisualTokens) -> bool:
@@ -173,13 +175,13 @@ class VisualTokens:
         return self is other or (
             self.images == other.images
             and len(self) == len(other)
-            and all(torch.equal(getattr(self, k), getattr(other, k)) for k in _COLUMNS[1:])
+            and all(torch.equal(getattr(self, k), getattr(other, k)) for k in COLUMNS[1:])
         )
 
 
 _INDICES = ("position", "image", "frame", "cell")
-_SHARES = ("x", "padding")
-_COLUMNS = _INDICES + _SHARES
+SHARES = ("x", "padding")
+COLUMNS = _INDICES + SHARES
 
 
 @dataclass(frozen=True)
@@ -272,158 +274,6 @@ class VisualLayout:
                 share = torch.cat([square_padding(i.size, i.grid).flatten().repeat(i.frames) for i in images])  # type: ignore[arg-type]
             rows.append(VisualTokens.build(position, images, padding=share))
         return cls(tuple(rows))
-
-
-Rows = slice | Tensor
-"""Which rows of a batch: a slice, or (rows,) indices on the device of what is indexed."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """The tables of some rows of a batch before anything was dropped, the same number of tokens in each.
-
-    Attributes:
-        tables: one a row, on the host.
-        device: where the columns are asked for.
-    """
-
-    tables: tuple[VisualTokens, ...]
-    device: torch.device
-    _columns: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
-
-    def column(self, name: str) -> Tensor:
-        """(rows, n) values of a column of the tables, on the device."""
-        if name not in self._columns:
-            kind = precise(self.device) if name in _SHARES else torch.long
-            values = torch.stack([getattr(table, name) for table in self.tables])
-            self._columns[name] = upload(values.to(kind), self.device)
-        return self._columns[name]
-
-    @cached_property
-    def alike(self) -> bool:
-        """Whether all rows hold the same pictures."""
-        return all(table.same_as(self.tables[0]) for table in self.tables[1:])
-
-    def select(self, rows: Sequence[int]) -> Start:
-        """Some of the rows."""
-        return Start(tuple(self.tables[b] for b in rows), self.device)
-
-    def part(self, start: int, stop: int) -> Start:
-        """Some of each row's tokens."""
-        index = torch.arange(start, stop)
-        return Start(tuple(table.take(index) for table in self.tables), self.device)
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """The visual tokens that are left in some rows of a batch, the same number n in each.
-
-    Attributes:
-        position: (rows, n) index in the current sequence, ascending.
-        start: the tables that they were taken from.
-        origin: (rows, n) which of the tables' tokens they are; None: all of them.
-    """
-
-    position: Tensor
-    start: Start
-    origin: Tensor | None = None
-
-    def __len__(self) -> int:
-        return int(self.position.shape[1])
-
-    @classmethod
-    def of(cls, tables: Sequence[VisualTokens], device: torch.device) -> Candidates:
-        """All tokens of tables of equal length."""
-        start = Start(tuple(tables), device)
-        return cls(start.column("position"), start)
-
-    @property
-    def image(self) -> Tensor:
-        """(rows, n) which image of the row each token is from."""
-        return self.column("image")
-
-    @property
-    def frame(self) -> Tensor:
-        """(rows, n) which frame of that image."""
-        return self.column("frame")
-
-    @property
-    def cell(self) -> Tensor:
-        """(rows, n) raster index in the frame's grid."""
-        return self.column("cell")
-
-    @property
-    def x(self) -> Tensor:
-        """(rows, n) raster index as a fraction in [0, 1)."""
-        return self.column("x")
-
-    @property
-    def padding(self) -> Tensor:
-        """(rows, n) share of the token's patch that is padding."""
-        return self.column("padding")
-
-    @property
-    def images(self) -> tuple[tuple[ImageInfo, ...], ...]:
-        """The images of each row."""
-        return tuple(table.images for table in self.start.tables)
-
-    @property
-    def tables(self) -> tuple[VisualTokens, ...] | None:
-        """The tables on the host, row by row, while nothing has been dropped; None afterwards."""
-        return self.start.tables if self.origin is None else None
-
-    def column(self, name: str) -> Tensor:
-        """(rows, n) a column of `VisualTokens`."""
-        return self.position if name == "position" else self.of_start(self.start.column(name))
-
-    def of_start(self, values: Tensor) -> Tensor:
-        """(rows, n) what (rows, tokens at the start) values say of the tokens that are left."""
-        return values if self.origin is None else values.gather(1, self.origin)
-
-    def take(self, index: Tensor) -> Candidates:
-        """The tokens at `index` (rows, m)."""
-        origin = index if self.origin is None else self.origin.gather(1, index)
-        return Candidates(self.position.gather(1, index), self.start, origin)
-
-    def part(self, here: slice, start: Start, first: int) -> Candidates:
-        """Some of the tokens, with a table of their own, `start`, which begins at token `first` of the tables."""
-        origin = None if self.origin is None else self.origin[:, here] - first
-        return Candidates(self.position[:, here], start, origin)
-
-    def select(self, rows: Sequence[int]) -> Candidates:
-        """Some of the rows."""
-        at = device_rows(rows, self.position.device)
-        origin = None if self.origin is None else self.origin[at]
-        return Candidates(self.position[at], self.start.select(rows), origin)
-
-    def row(self, row: int) -> VisualTokens:
-        """The table of one row, on the device."""
-        columns = {name: self.column(name)[row] for name in _COLUMNS}
-        return VisualTokens(**columns, images=self.start.tables[row].images)
-
-
-def device_rows(rows: Sequence[int], device: torch.device) -> Rows:
-    """Row numbers as an index: a slice where they have no gaps."""
-    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
-        return slice(rows[0], rows[0] + len(rows))
-    return upload(torch.tensor(rows), device)
-
-
-@lru_cache(256)
-def counting(length: int, device: torch.device) -> Tensor:
-    """(length,) 0, 1, 2, ... on a device, made once. Not to be written to."""
-    with torch.inference_mode(False):
-        return torch.arange(length, device=device)
-
-
-def upload(values: Tensor, device: torch.device) -> Tensor:
-    """Values of the host on a device, without waiting for what the device is doing."""
-    return values.to(device, non_blocking=True)
-
-
-def precise(device: torch.device | str) -> torch.dtype:
-    """float64 where the device has it; Apple's GPUs do not."""
-    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def _pairs(entry: Span | Sequence[Span] | None) -> list[Span]:

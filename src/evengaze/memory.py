@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from evengaze.device import Rows, device_rows
 from evengaze.errors import ConfigError
-from evengaze.layout import Rows, device_rows
 
 T = TypeVar("T")
 

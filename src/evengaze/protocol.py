@@ -26,8 +26,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from evengaze.candidates import Candidates
+from evengaze.device import Rows, counting, device_rows
 from evengaze.errors import ConfigError
-from evengaze.layout import Candidates, Rows, VisualLayout, counting, device_rows
+from evengaze.layout import VisualLayout
 from evengaze.memory import Memory, Shared, Store
 from evengaze.parameters import coerce
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evengaze.layout import Candidates, VisualLayout
+from evengaze.candidates import Candidates
+from evengaze.layout import VisualLayout
 from evengaze.protocol import Picked, Selection, View, Words
 
 

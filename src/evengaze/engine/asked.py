@@ -11,8 +11,8 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from evengaze.candidates import Candidates, Start
 from evengaze.engine.rows import Group
-from evengaze.layout import Candidates, Start
 from evengaze.memory import Memory
 from evengaze.protocol import Merge, Pending, Selection, View, Words
 

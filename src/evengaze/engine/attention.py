@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from evengaze.device import Rows, counting, upload
 from evengaze.errors import AttachError
-from evengaze.layout import Rows, counting, upload
 from evengaze.models.base import ATTENTION_NAMES, attention_of
 from evengaze.protocol import Picked
 

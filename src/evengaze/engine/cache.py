@@ -5,7 +5,7 @@ lives on the cache layer itself, so that interleaved generations, second turns, 
 else. A pruned layer keeps reporting the *logical* length of the sequence: transformers then goes on building masks and
 positions for the whole sequence, whichever layer it asks, and every layer's mask is cut to what the layer really holds.
 That takes an attached pruner: without one, the layers of a pruned cache refuse what they are given.
-`evengaze.engine.layers` is what a layer itself does about it.
+`evengaze.engine.cache_layers` is what a layer itself does about it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from evengaze.compat import QUANTIZED_LAYER
+from evengaze.engine.cache_layers import is_a, is_kind
+from evengaze.engine.cache_layers import is_fixed as is_fixed
 from evengaze.engine.kept import Kept, entries
-from evengaze.engine.layers import is_a, is_kind
-from evengaze.engine.layers import is_fixed as is_fixed
 from evengaze.engine.masks import causal_mask, is_flat, mask_columns, take_mask
 from evengaze.errors import ConfigError
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from evengaze.compat import by_name, cache_in
 from evengaze.engine import cache as kv
-from evengaze.engine import compiled, layers
+from evengaze.engine import cache_layers, compiled
 from evengaze.engine.attention import hidden_attention
 from evengaze.engine.call import Call, Calls
 from evengaze.engine.decode import Steps, in_graph
@@ -54,7 +54,7 @@ class LayerCalls:
         self._hooked: set[int] = set()
         self._lock = threading.Lock()
         self.unhooked = list(range(len(plan.layers)))
-        self.gates: WeakSet[layers.Gate] = WeakSet()
+        self.gates: WeakSet[cache_layers.Gate] = WeakSet()
         self.relays = Relays()
 
     @property

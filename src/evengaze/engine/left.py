@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evengaze.device import counting
 from evengaze.engine.kept import Kept
 from evengaze.engine.masks import take
 from evengaze.engine.rotary import Rotary
 from evengaze.engine.rows import Group
-from evengaze.layout import counting
 
 
 @dataclass(kw_only=True)

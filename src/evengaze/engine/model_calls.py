@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from evengaze.compat import cache_in, cache_in_output
 from evengaze.engine import cache as kv
-from evengaze.engine import checks, compiled, guard, layers
+from evengaze.engine import cache_layers, checks, compiled, guard
 from evengaze.engine.call import Call, Calls, Frozen, module_frame
 from evengaze.engine.decode import Steps
 from evengaze.engine.encoded import Features
@@ -150,7 +150,7 @@ class ModelCalls:
         """Before the decoder: the call is a prefill if it holds visual tokens."""
         if torch.compiler.is_compiling():
             self._traced.check(args, kwargs)
-            _set_gate(layers.gate_of(cache_in(args, kwargs)), is_open=True)
+            _set_gate(cache_layers.gate_of(cache_in(args, kwargs)), is_open=True)
             return
         if module is not self._plan.decoder:
             guard.refuse_copy(module)
@@ -167,7 +167,7 @@ class ModelCalls:
         rotary = Rotary(self._served)
         call.begin(size, cache_in(args, kwargs), rotary, Steps(self._plan.decoder.config, rotary))
         self._layer_calls.relays.enter(call)
-        gate = layers.gate_of(call.cache)
+        gate = cache_layers.gate_of(call.cache)
         if gate is not None:
             _set_gate(gate, is_open=True)
             self._layer_calls.gates.add(gate)
@@ -194,7 +194,7 @@ class ModelCalls:
     def leave_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Behind the decoder, also behind an exception: `out` is None then."""
         if torch.compiler.is_compiling():
-            _set_gate(layers.gate_of(cache_in(args, kwargs)), is_open=False)
+            _set_gate(cache_layers.gate_of(cache_in(args, kwargs)), is_open=False)
             return None
         call, frame = self._calls.alive(), module_frame()
         if not call.decoding:  # an exception came before it began
@@ -202,7 +202,7 @@ class ModelCalls:
         self._layer_calls.relays.leave(call)
         for i in self._plan.previous if call.run is not None else ():
             self._taps.on(self._plan.layers[i]).disarm()
-        _set_gate(layers.gate_of(call.cache), is_open=False)
+        _set_gate(cache_layers.gate_of(call.cache), is_open=False)
         _set_gate(None if call.run is None else call.run.gate, is_open=False)
         run = call.end()
         if call.frame is frame:
@@ -234,6 +234,6 @@ class ModelCalls:
         return None if run.slots is None or call.generating else restored(out, run)
 
 
-def _set_gate(gate: layers.Gate | None, *, is_open: bool) -> None:
+def _set_gate(gate: cache_layers.Gate | None, *, is_open: bool) -> None:
     if gate is not None:
         gate.open = is_open

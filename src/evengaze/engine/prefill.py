@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
+from evengaze.candidates import Candidates
 from evengaze.compat import is_mask
 from evengaze.engine import cache as kv
-from evengaze.engine import layers
+from evengaze.engine import cache_layers
 from evengaze.engine.asked import select_asked
 from evengaze.engine.attention import AttentionStates
 from evengaze.engine.kept import Kept, Pictures, entries, missing
@@ -28,7 +29,7 @@ from evengaze.engine.record import Decided, RowTraces
 from evengaze.engine.rows import Decision, Group, cut, decided, groups, split
 from evengaze.engine.text import Text
 from evengaze.errors import ConfigError
-from evengaze.layout import Candidates, VisualLayout
+from evengaze.layout import VisualLayout
 from evengaze.memory import Shared, Store
 from evengaze.protocol import (
     Merge,
@@ -94,7 +95,7 @@ class Prefill(Left):
     watched: int = 0
     narrow: dict[int, int] = field(default_factory=dict)
     fresh: bool = True
-    gate: layers.Gate | None = None
+    gate: cache_layers.Gate | None = None
     _memo: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
     _made: dict[Any, tuple[dict[str, Any], dict[str, Any], Any]] = field(default_factory=dict)
 
@@ -165,7 +166,7 @@ class Prefill(Left):
         self._memo.clear()
         self._made.clear()
         if self.gate is None:
-            self.gate = layers.put_gate(self.cache)
+            self.gate = cache_layers.put_gate(self.cache)
         if stage.trims_below:
             self._trim_below(stage.layer, hidden.device)
         return out
@@ -301,7 +302,7 @@ class Prefill(Left):
         if self.cache is None:
             return True
         last = kv.layer_of(self.cache, end - 1)  # which makes those before it as well
-        if self.past or not self.fresh or last is None or layers.is_a(last, StaticLayer):
+        if self.past or not self.fresh or last is None or cache_layers.is_a(last, StaticLayer):
             return False
         return set(map(type, self.cache.layers[first:end])) == {type(last)}
 
@@ -311,7 +312,7 @@ class Prefill(Left):
             assert self.slots is not None
             kept = kv.kept_of(self.cache.layers[layer])
             told = [self.cache.layers[k] for k in others]
-            layers.record_all(told, kept, self.length - self.slots.shape[1], self.gate)
+            cache_layers.record_all(told, kept, self.length - self.slots.shape[1], self.gate)
         if self.rotary is not None:
             calls = self.rotary.served(layer)
             for k in others:
@@ -324,7 +325,7 @@ class Prefill(Left):
         kept = self._once(("kept", id(before)), before, functools.partial(self._kept, before, device))
         if kv.kept_of(cache) is kept:  # it has been told before
             return
-        layers.record(cache, kept, self.length - self.slots.shape[1], self.gate)
+        cache_layers.record(cache, kept, self.length - self.slots.shape[1], self.gate)
 
     def _kept(self, old: Kept | None, device: torch.device) -> Kept:
         """What a cache holds that remembered `old`, once it has stored the tokens that are left."""
@@ -358,7 +359,7 @@ class Prefill(Left):
             place = torch.zeros(len(held), self.past + self.length, dtype=torch.long, device=device)
             place.scatter_(1, held, torch.arange(held.shape[1], device=device).expand(len(held), -1))
             index = place.gather(1, kept.slots)
-            layers.trim(cache, index, kept, held.shape[1] - index.shape[1], self.gate)
+            cache_layers.trim(cache, index, kept, held.shape[1] - index.shape[1], self.gate)
 
     # -- the record ---------------------------------------------------------------------------------------------------
     def trace(self, settings: Mapping[str, Any], layers: int) -> Trace:

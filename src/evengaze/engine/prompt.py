@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from evengaze.engine import cache as kv
-from evengaze.engine import checks, layers
+from evengaze.engine import cache_layers, checks
 from evengaze.engine.call import Call
 from evengaze.engine.masks import read_prompt, real_tokens
 from evengaze.engine.plan import Plan
@@ -89,7 +89,7 @@ class Prompts:
             config=plan.decoder.config,
             rotary=call.rotary if plan.pruner.positions == "renumbered" else None,
             cache=cache,
-            fresh=layers.gate_of(cache) is None,
+            fresh=cache_layers.gate_of(cache) is None,
             watched=watched,
             shared=self._shared,
             notes=notes,

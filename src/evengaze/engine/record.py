@@ -9,7 +9,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from evengaze.layout import Candidates
+from evengaze.candidates import Candidates
 from evengaze.protocol import Selection
 from evengaze.trace import RowTrace
 

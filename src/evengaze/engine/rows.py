@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from evengaze.candidates import Candidates, Start
+from evengaze.device import Rows, counting, device_rows, upload
 from evengaze.engine.question import Question, Questions
 from evengaze.errors import ConfigError
-from evengaze.layout import Candidates, Rows, Start, VisualLayout, counting, device_rows, upload
+from evengaze.layout import VisualLayout
 from evengaze.memory import Memory
 from evengaze.protocol import Selection
 

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from evengaze.candidates import Candidates
+from evengaze.device import counting, upload
 from evengaze.engine.question import Questions
 from evengaze.engine.rows import Group
-from evengaze.layout import Candidates, VisualLayout, counting, upload
+from evengaze.layout import VisualLayout
 from evengaze.protocol import Picked, Words
 
 

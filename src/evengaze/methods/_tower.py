@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evengaze.device import upload
 from evengaze.engine.attention import AttentionStates, attention_module
 from evengaze.engine.intercept import before_forward, behind_forward
 from evengaze.engine.tap import Taps
 from evengaze.errors import ConfigError, LayoutError, UnsupportedModelError
-from evengaze.layout import upload
 from evengaze.memory import Shared, Store
 from evengaze.models.base import Adapter, VisionTower
 from evengaze.protocol import Picked, Selection, View, merge_states

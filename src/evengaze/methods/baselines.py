@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from evengaze.layout import VisualTokens, precise, upload
+from evengaze.device import precise, upload
+from evengaze.layout import VisualTokens
 from evengaze.methods.base import Pruner
 from evengaze.methods.registry import register
 from evengaze.methods.stages import Grouping, OneStage

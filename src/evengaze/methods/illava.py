@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from evengaze.device import precise
 from evengaze.errors import ConfigError
-from evengaze.layout import precise
 from evengaze.memory import Shared
 from evengaze.methods._tower import Patches, shorten
 from evengaze.methods.ranking import Ranking

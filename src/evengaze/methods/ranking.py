@@ -9,8 +9,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from evengaze.candidates import Start
 from evengaze.debias import Debias
-from evengaze.layout import Start, VisualTokens, device_rows, upload
+from evengaze.device import device_rows, upload
+from evengaze.layout import VisualTokens
 from evengaze.protocol import Pending, View
 
 

@@ -10,8 +10,10 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from evengaze.candidates import Candidates, Start
+from evengaze.device import device_rows
 from evengaze.errors import LayoutError
-from evengaze.layout import Candidates, Start, VisualTokens, device_rows
+from evengaze.layout import VisualTokens
 from evengaze.memory import Memory
 from evengaze.protocol import Merge, Pending, Selection, View
 

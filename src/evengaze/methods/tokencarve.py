@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from evengaze.device import precise
 from evengaze.errors import ConfigError
-from evengaze.layout import precise
 from evengaze.methods.ranking import Ranking
 from evengaze.methods.registry import register
 from evengaze.methods.stages import OneStage

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from evengaze.layout import upload
+from evengaze.device import upload
 
 TOLERANCE = 0.03
 """In units of normalised pixels: the mean colour truncated to whole numbers of 0..255 is at most 0.016 away from 0."""

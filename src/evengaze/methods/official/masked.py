@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from evengaze.candidates import Candidates
 from evengaze.compat import cache_in
 from evengaze.engine import cache as kv
 from evengaze.engine.attention import AttentionStates
@@ -22,7 +23,6 @@ from evengaze.engine.intercept import before_forward
 from evengaze.engine.masks import causal_mask, mask_columns, take_mask
 from evengaze.engine.tap import Taps
 from evengaze.errors import ConfigError
-from evengaze.layout import Candidates
 from evengaze.memory import Shared, Store
 from evengaze.methods.fastv import FastV
 from evengaze.methods.registry import register
