@@ -68,7 +68,9 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("evengaze.files.os.fsync", full)
-    with pytest.raises(DataError, match=r"a\.json: the disk is full"):
+    with pytest.raises(
+        DataError, match=r"a\.json: the disk is full \(No space left on device\)\. Free disk space and try again\.$"
+    ):
         write_whole(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in path.parent.iterdir()] == ["a.json"]

@@ -131,13 +131,16 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise cannot_write(path, error) from error
 
 
-def cannot_write(path: Path, error: OSError) -> DataError:
-    """The error to raise when a file cannot be written."""
+def cannot_write(path: Path, error: OSError, advice: str = "Free disk space and try again.") -> DataError:
+    """The error to raise when a file cannot be written.
+
+    Args:
+        path: the file.
+        error: what the system said.
+        advice: what to do where the disk is full.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return DataError(
-            f"{path}: the disk is full ({error.strerror}). All answers written so far are safe; free disk space and "
-            "give the same command again, it goes on where it stopped."
-        )
+        return DataError(f"{path}: the disk is full ({error.strerror}). {advice}")
     return DataError(f"{path} cannot be written: {error}. Check the folder's permissions and the disk.")
 
 

@@ -136,6 +136,13 @@ def test_two_runs_in_one_folder_are_refused(job: Job) -> None:
     assert run(job, Fake()).score is not None
 
 
+def test_what_goes_wrong_while_a_folder_is_locked_is_not_about_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError, match="refused"), locked(tmp_path, 0):
+        raise ConnectionError("refused")
+    with locked(tmp_path, 0):
+        pass
+
+
 def test_unreadable_pictures_are_listed_and_the_run_goes_on(job: Job) -> None:
     pictures = job.data / "playground/data/eval/pope/val2014"
     empty, gone = pictures / "COCO_val2014_000000000001.jpg", pictures / "COCO_val2014_000000000002.jpg"
@@ -169,7 +176,9 @@ def test_nothing_is_lost_when_the_disk_is_full(job: Job, tmp_path: Path, monkeyp
         return real(handle, data)
 
     monkeypatch.setattr("evengaze.evaluate.shards.os.write", full)
-    with pytest.raises(DataError, match=r"answers-0.jsonl: the disk is full.*same command again"):
+    with pytest.raises(
+        DataError, match=r"answers-0.jsonl: the disk is full.*answers written so far are safe.*same command again"
+    ):
         run(job, Fake())
     assert len((job.folder / "shards/answers-0.jsonl").read_text().splitlines()) == 5
     monkeypatch.undo()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evengaze.errors import DataError
-from evengaze.files import parse_json, read_bytes, read_json
+from evengaze.files import cannot_write, parse_json, read_bytes, read_json
 
 Answer = dict[str, Any]
 """One answer line in LLaVA's record format: at least `question_id` and `text`."""
@@ -208,4 +208,4 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
             handle.flush()
             os.fsync(handle.fileno())
     except OSError as error:
-        raise DataError(f"{path} cannot be written: {error}. Free disk space or choose another place.") from error
+        raise cannot_write(path, error) from error

@@ -26,6 +26,9 @@ from evengaze.evaluate.jsonl import Answer, read_jsonl, repair_tail
 from evengaze.files import cannot_write, sync_folder, write_whole
 
 ANSWERS, ERRORS, SHARDS = "answers.jsonl", "errors.jsonl", "shards"
+_KEPT = (
+    "All answers written so far are safe; free disk space and give the same command again, it goes on where it stopped."
+)
 
 
 class Shard:
@@ -42,7 +45,7 @@ class Shard:
             self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             sync_folder(path.parent)
         except OSError as error:
-            raise cannot_write(path, error) from error
+            raise cannot_write(path, error, _KEPT) from error
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
         """Write lines, all or none of them, and wait until the disk has them.
@@ -62,7 +65,7 @@ class Shard:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._handle, size)
-            raise cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error, _KEPT) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -138,14 +141,17 @@ def locked(folder: Path, rank: int) -> Iterator[None]:
     Raises:
         DataError: another run is at work there.
     """
+    lock = FileLock(folder / f".run-{rank}.lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f".run-{rank}.lock", timeout=0)
-        with lock:
-            yield
+        lock.acquire()
     except Timeout:
         raise DataError(
             f"another run is writing to {folder}. Wait until it ends, or give this one another out folder."
         ) from None
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        raise cannot_write(folder, error, _KEPT) from error
+    try:
+        yield
+    finally:
+        lock.release()
