@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+import evengaze
+from evengaze.errors import DataError
 from evengaze.layout import ImageInfo, VisualLayout, VisualTokens
 from evengaze.trace import RowTrace, StageTrace, Trace
 from evengaze.viz import fonts
@@ -102,6 +104,18 @@ def test_several_formats_and_the_one_of_the_ending(tmp_path: Path) -> None:
     figure = new_figure(2, 2)
     assert [p.name for p in save(figure, tmp_path / "x.png", ("png", "pdf"))] == ["x.png", "x.pdf"]
     assert save(figure, tmp_path / "y.svg") == [tmp_path / "y.svg"] and (tmp_path / "y.svg").read_text().startswith("<")
+
+
+def test_a_figure_that_cannot_be_written_is_one_of_our_errors(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot be written"):
+        save(new_figure(1, 1), tmp_path / "file" / "x.png")
+
+
+def test_figures_are_made_and_saved_in_one_place() -> None:
+    source = Path(evengaze.__file__).parent
+    for call in ("savefig(", "Figure(figsize"):
+        assert [p.name for p in source.rglob("*.py") if call in p.read_text(encoding="utf-8")] == ["style.py"]
 
 
 # -- fonts -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -193,11 +192,8 @@ def write(result: Experiment, out: Path, seconds: float) -> Path:
     """
     pictures = {}
     for name, (caption, figure) in figures(result).items():
-        buffer = BytesIO()
-        figure.savefig(buffer, format="png")
-        write_whole(out / name, buffer.getvalue())
-        save(figure, out / name, ("pdf", "svg"))
-        pictures[name] = (caption, base64.b64encode(buffer.getvalue()).decode())
+        drawn, *_ = save(figure, out / name, ("png", "pdf", "svg"))
+        pictures[name] = (caption, base64.b64encode(drawn.read_bytes()).decode())
     write_whole(out / "results.json", json.dumps(to_dict(result, seconds), indent=1) + "\n")
     page = out / "report.html"
     write_whole(page, _page(result, pictures, seconds))

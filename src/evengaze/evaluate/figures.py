@@ -8,11 +8,11 @@ from typing import Any
 
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from evengaze.evaluate.metrics.paired import wilson
 from evengaze.evaluate.results import ComparedRows, ResultRow, short
 from evengaze.methods import OneStage, parse
+from evengaze.viz.style import new_figure
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart; a family keeps its colour everywhere.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C6D00", "#4C3A9E", "#56B4E9", "#7A3B2E")
@@ -42,9 +42,7 @@ def curves(tables: Sequence[ComparedRows]) -> Figure | None:
     looks = _Looks(shown)
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
-    figure = Figure(
-        figsize=(4.6 * columns + 0.4, 3.6 * lines + 0.9), layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1)
-    )
+    figure = new_figure(4.6 * columns + 0.4, 3.6 * lines + 0.9)
     axes = figure.subplots(lines, columns, squeeze=False)
     handles: dict[str, Any] = {}
     for axis, table in zip(axes.flat, shown, strict=False):
@@ -138,9 +136,7 @@ def radar(tables: Sequence[ComparedRows]) -> Figure | None:
     angles = [2 * pi * i / len(usable) for i in range(len(usable))]
     columns = min(3, len(families))
     lines = -(-len(families) // columns)
-    figure = Figure(
-        figsize=(4.2 * columns + 0.3, 4.0 * lines + 0.5), layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1)
-    )
+    figure = new_figure(4.2 * columns + 0.3, 4.0 * lines + 0.5)
     axes = figure.subplots(lines, columns, squeeze=False, subplot_kw={"projection": "polar"})
     lowest = 100.0
     for axis, family in zip(axes.flat, families, strict=False):

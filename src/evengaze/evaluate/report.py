@@ -50,6 +50,7 @@ def write_report(root: Path, out: Path, *, published: bool = True) -> list[Path]
     from jinja2 import Environment, StrictUndefined
 
     from evengaze.evaluate import figures, markdown
+    from evengaze.viz.style import save
 
     found = tables(load(root))
     if not any(row.value is not None or row.agreement is not None for table in found for row in table.rows):
@@ -64,7 +65,7 @@ def write_report(root: Path, out: Path, *, published: bool = True) -> list[Path]
     ):
         if figure is None:
             continue
-        paths = _save_figure(figure, out, name)
+        paths = save(figure, out / name, ("png", "svg", "pdf"))
         written += paths
         svg = base64.b64encode(paths[1].read_bytes()).decode()
         pictures.append({"title": title, "file": paths[0].name, "data": f"data:image/svg+xml;base64,{svg}"})
@@ -293,21 +294,3 @@ def _provenance(row: ResultRow) -> dict[str, str]:
 
 def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
-
-
-def _save_figure(figure: Any, out: Path, name: str) -> list[Path]:
-    import matplotlib
-
-    paths = [out / f"{name}.png", out / f"{name}.svg", out / f"{name}.pdf"]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        # A fixed salt and no date: the same results give the same file.
-        with matplotlib.rc_context({"svg.hashsalt": "evengaze", "svg.fonttype": "path", "pdf.fonttype": 42}):
-            figure.savefig(paths[0], dpi=200)
-            figure.savefig(paths[1], metadata={"Date": None})
-            figure.savefig(paths[2], metadata={"CreationDate": None})
-    except OSError as error:
-        raise DataError(
-            f"{paths[0]} cannot be written: {error}. Check the folder's permissions and the disk."
-        ) from error
-    return paths

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from evengaze.files import write_whole
 from evengaze.viz.fonts import drawable
 
 INK = "#1f2430"
@@ -43,13 +45,18 @@ def save(figure: Figure, path: str | Path, formats: Sequence[str] = ()) -> list[
 
     Returns:
         The files.
+
+    Raises:
+        DataError: one cannot be written.
     """
     path = Path(path)
     targets = [path.with_suffix(f".{one}") for one in formats] or [path]
     with matplotlib.rc_context({"svg.hashsalt": "evengaze", "svg.fonttype": "path", "pdf.fonttype": 42}):
         for target in targets:
-            dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(target.suffix.lower())
-            figure.savefig(target, metadata=dated)
+            kind, drawn = target.suffix.lower().removeprefix("."), BytesIO()
+            dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+            figure.savefig(drawn, format=kind, dpi=DPI, metadata=dated)
+            write_whole(target, drawn.getvalue())
     return targets
 
 
