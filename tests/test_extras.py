@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import evengaze
+from evengaze.cluster import connect
 from evengaze.errors import EvengazeError, MissingExtraError
+from evengaze.evaluate.benchmarks import get_benchmark
+from evengaze.evaluate.benchmarks.xlsx import read_xlsx, write_xlsx
+from evengaze.evaluate.judge import OpenAIJudge
+from evengaze.evaluate.spec import ModelSpec, open_spec
+from evengaze.evaluate.video import read_frames
 from evengaze.extras import require
+from evengaze.models.loading import load_adapter, quantization
 
 EXTRAS = ("matplotlib", "typer", "rich", "jinja2", "scipy")
 
@@ -50,6 +60,34 @@ def test_what_needs_an_extra_names_it(code, absent, extra):
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert absent in last and f'pip install "evengaze[{extra}]"' in last
+
+
+@pytest.mark.parametrize(
+    ("call", "absent", "extra"),
+    [
+        (lambda: read_frames(Path("v.mp4")), "av", "video"),
+        (lambda: get_benchmark("msvd-qa").check(Path()), "av", "video"),
+        (lambda: write_xlsx(Path("x.xlsx"), ["a"], []), "openpyxl", "evaluate"),
+        (lambda: read_xlsx(Path(__file__), ["a"]), "openpyxl", "evaluate"),
+        (lambda: OpenAIJudge("gpt-4"), "openai", "judge"),
+        (lambda: open_spec(ModelSpec("a/b", device="balanced")), "accelerate", "accelerate"),
+        (lambda: quantization("4bit"), "bitsandbytes", "quantize"),
+        (lambda: load_adapter(None, "a/b"), "peft", "lora"),
+        (lambda: connect("local", gpus=None, cpus=1), "ray", "ray"),
+    ],
+)
+def test_calls_that_need_an_extra_name_it(call, absent, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, absent, None)
+    with pytest.raises(MissingExtraError, match=rf'{absent}\b.*pip install "evengaze\[{extra}\]"$'):
+        call()
+
+
+def test_extras_are_asked_for_in_one_place():
+    source = Path(evengaze.__file__).parent
+    advises = [
+        p.name for p in source.rglob("*.py") if re.search(r"pip install .evengaze\[", p.read_text(encoding="utf-8"))
+    ]
+    assert advises == ["extras.py"]
 
 
 def test_the_command_without_its_extra_is_one_line():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from evengaze.errors import ConfigError
+from evengaze.extras import require
 
 
 def connect(address: str, *, gpus: float | None, cpus: float) -> float:
@@ -19,13 +20,13 @@ def connect(address: str, *, gpus: float | None, cpus: float) -> float:
         GPUs that a copy takes.
 
     Raises:
-        ConfigError: Ray is not installed, there is no cluster at the address, or it has less in all than a copy takes.
+        MissingExtraError: Ray is not installed.
+        ConfigError: there is no cluster at the address, or it has less in all than a copy takes.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent elsewhere unless somebody wants it
-    try:
-        import ray
-    except ImportError:
-        raise ConfigError("ray needs Ray: pip install 'evengaze[ray]'") from None
+    require("ray", "running on Ray", "ray")
+    import ray
+
     if not ray.is_initialized():
         try:
             ray.init(address=None if address == "local" else address, log_to_driver=False, logging_level="warning")

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from evengaze.errors import ConfigError, DataError, EvengazeError
 from evengaze.evaluate.jsonl import append_line, read_jsonl, repair_tail
+from evengaze.extras import require
 from evengaze.models.loading import load_model, load_tokenizer
 
 Message = dict[str, str]
@@ -153,10 +154,9 @@ class OpenAIJudge(Judge):
         patience: float = 300.0,
         say: Say = silent,
     ) -> None:
-        try:
-            import openai
-        except ImportError:
-            raise ConfigError("this judge needs the openai package: pip install 'evengaze[judge]'") from None
+        require("judge", "a judge behind an API", "openai")
+        import openai
+
         key = api_key or os.environ.get("OPENAI_API_KEY")
         if key is None and base_url is None:
             raise ConfigError("no key for the judge: set OPENAI_API_KEY, or give the base URL of your own server.")

@@ -23,6 +23,7 @@ from evengaze.evaluate.jsonl import read_jsonl, require_clean
 from evengaze.evaluate.media import open_media
 from evengaze.evaluate.spec import DEMO
 from evengaze.evaluate.video import EXTENSIONS
+from evengaze.extras import require
 
 if TYPE_CHECKING:
     from evengaze.evaluate.predictor import Predictor
@@ -85,6 +86,7 @@ class Source:
 
         Raises:
             DataError: nothing is there, it holds no pictures, or a list's pictures are nowhere.
+            MissingExtraError: it holds videos, and what reads them is not installed.
         """
         images = None if images is None else Path(images)
         if images is None:
@@ -97,6 +99,8 @@ class Source:
         else:
             what = "" if images.exists() else ", which does not exist"
             raise DataError(f"images {images}{what}: give a folder of pictures or videos, or a .jsonl file")
+        if records[0].video is not None:
+            require("video", "a video", "av")
         if limit is not None and limit < len(records):
             records = [records[i * len(records) // limit] for i in range(limit)]
         return cls(tuple(records), name)

@@ -11,6 +11,7 @@ import torch
 
 from evengaze.errors import ConfigError, DataError, LayoutError
 from evengaze.evaluate.conversation import Style
+from evengaze.extras import require
 from evengaze.models.loading import load_adapter, load_model, load_processor, quantization
 from evengaze.parameters import coerce
 
@@ -73,6 +74,7 @@ def open_spec(spec: ModelSpec) -> tuple[Any, Any, tuple[str, ...]]:
         DataError: there is no such model, its files are broken or pickles, it lacks weights, or it needs code of
             its own.
         ConfigError: the device or dtype does not exist.
+        MissingExtraError: a package is not installed that the device, the adapter or quantising needs.
     """
     dtype, device = dtype_of(spec.dtype), device_of(spec.device)  # before anything slow
     if spec.source == DEMO:
@@ -95,6 +97,7 @@ def open_spec(spec: ModelSpec) -> tuple[Any, Any, tuple[str, ...]]:
     if spec.attention is not None:
         options["attn_implementation"] = spec.attention
     if spec.device == "balanced":
+        require("accelerate", "device 'balanced'", "accelerate")
         options["device_map"] = "balanced"
     if spec.quantize is not None:
         options["quantization_config"] = quantization(spec.quantize)

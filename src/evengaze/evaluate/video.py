@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evengaze.errors import ConfigError, DataError
+from evengaze.errors import DataError
+from evengaze.extras import require
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,12 +39,11 @@ def read_frames(path: Path, k: int = N_FRAMES) -> list[Image]:
 
     Raises:
         DataError: The file is missing or cannot be decoded.
-        ConfigError: PyAV is not installed.
+        MissingExtraError: PyAV is not installed.
     """
-    try:
-        import av
-    except ImportError:
-        raise ConfigError("videos need PyAV: pip install 'evengaze[video]'") from None
+    require("video", "a video", "av")
+    import av
+
     if not path.is_file():
         raise DataError(f"{path} does not exist (nor with another of {', '.join(EXTENSIONS)}). Fetch the video.")
     try:

@@ -17,6 +17,7 @@ from evengaze.evaluate.judge import judge_all, silent
 from evengaze.evaluate.metrics import video_judge
 from evengaze.evaluate.metrics.forms import is_something
 from evengaze.evaluate.video import find_video
+from evengaze.extras import require
 from evengaze.files import read_json, write_whole
 
 QUESTIONS = "test_q.json"
@@ -44,6 +45,11 @@ class VideoQA(JudgedBenchmark):
     def in_form(self, text: str) -> bool:
         """Whether there is an answer at all."""
         return is_something(text)
+
+    def check(self, data: Path) -> list[str]:
+        """See `Benchmark.check`; videos need a package besides."""
+        require("video", "a video", "av")
+        return super().check(data)
 
     def records(self, data: Path) -> Iterator[Record]:
         """Yield all questions; a video that is absent is given as the path where it should be."""

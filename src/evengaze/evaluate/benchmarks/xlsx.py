@@ -8,7 +8,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from evengaze.errors import ConfigError, DataError
+from evengaze.errors import DataError
+from evengaze.extras import require
 from evengaze.files import write_whole
 
 # Control characters, halves of characters and non-characters, which a spreadsheet cannot hold.
@@ -18,10 +19,9 @@ LONGEST = 32_767
 
 
 def _openpyxl() -> Any:
-    try:
-        import openpyxl
-    except ImportError:
-        raise ConfigError("xlsx files need openpyxl: pip install 'evengaze[evaluate]'") from None
+    require("evaluate", "an xlsx file", "openpyxl")
+    import openpyxl
+
     return openpyxl
 
 
@@ -35,6 +35,7 @@ def write_xlsx(out: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]])
 
     Raises:
         DataError: The file cannot be written.
+        MissingExtraError: openpyxl is not installed.
     """
     book = _openpyxl().Workbook()
     sheet = book.active
@@ -64,11 +65,13 @@ def read_xlsx(path: Path, required: Sequence[str]) -> list[dict[str, Any]]:
 
     Raises:
         DataError: The file is missing, no spreadsheet, or lacks a column.
+        MissingExtraError: openpyxl is not installed.
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist. Give the submission xlsx.")
+    openpyxl = _openpyxl()
     try:
-        book = _openpyxl().load_workbook(path, read_only=True, data_only=True)
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
         lines = list(book.worksheets[0].iter_rows(values_only=True))
     except Exception as error:  # damaged archives and XML raise whatever their readers stumble over
         raise DataError(f"{path} is not a readable xlsx file: {error}. Write it again.") from error
