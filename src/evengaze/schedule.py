@@ -7,7 +7,7 @@ layer l in full; counting that layer as already pruned, as some papers do, makes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self, TypeVar
 
 from evengaze.errors import ConfigError
@@ -46,11 +46,15 @@ class DecoderShape:
 
     Attributes:
         hidden: width of the residual stream, d.
-        intermediate: width of the MLP, m; of a mixture, of all the experts that a token is sent to.
+        intermediate: width of the MLP, m; of a mixture, of all the experts that a token visits.
         heads: query heads.
         kv_heads: key/value heads.
         head_dim: width of a head.
         mlp_matrices: 3 for a gated MLP (LLaMA, Qwen, Mistral, Gemma), 2 for a plain one (OPT, Phi-2).
+        attention_weights: numbers in the matrices of a layer's attention. None for those of plain queries, keys, values
+            and outputs.
+        attention_width: widths of all query heads and of their values; None if both are `head_dim`.
+        cache_width: numbers that a layer's cache holds of a token. None for keys and values of all `kv_heads`.
     """
 
     hidden: int = 4096
@@ -59,45 +63,50 @@ class DecoderShape:
     kv_heads: int = 32
     head_dim: int = 128
     mlp_matrices: int = 3
+    attention_weights: int | None = None
+    attention_width: int | None = None
+    cache_width: int | None = None
 
     @classmethod
     def from_config(cls, config: Any) -> DecoderShape:
         """Read the sizes from a transformers config, of a text model or of a vision-language model.
 
-        A size that differs from layer to layer (Gemma 3n and 4), or between experts for text and for pictures
-        (ERNIE 4.5 VL), is the mean of what the config says, rounded. Experts that every token visits beside those that
-        it is sent to are not counted.
+        A size that differs from layer to layer (dense layers between those with experts, layers without attention,
+        Gemma 3n and 4), or between experts for text and for pictures (ERNIE 4.5 VL), is the mean of what the config
+        says, rounded. Of layers with linear attention or convolutions only the matrices count, those that are not known
+        (Mamba, convolutions) as those of attention. A window counts as the whole prompt, and so do indexed keys.
         """
         text = config.get_text_config()
         hidden, heads = _size(text, "hidden_size"), _size(text, "num_attention_heads")
-        experts = _size(text, "num_experts_per_tok", 0) or _size(text, "moe_topk", 0)  # Aria has a name of its own
-        wide = _size(text, "moe_intermediate_size", 0) if experts else 0
-        return cls(
+        shape = cls(
             hidden=hidden,
-            intermediate=(experts or 1) * (wide or _size(text, "intermediate_size")),
+            intermediate=_mlp_width(text),
             heads=heads,
             kv_heads=_size(text, "num_key_value_heads", heads),
             head_dim=_size(text, "head_dim", hidden // heads),
             mlp_matrices=2 if text.model_type in ("opt", "phi", "starcoder2", "gpt_neox") else 3,
         )
+        return replace(shape, **_attention(text, shape))
 
     @property
     def layer_weights(self) -> int:
-        """Numbers in one layer's matrices, of experts those that one token is sent to."""
-        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return self.hidden * (2 * query + 2 * key + self.mlp_matrices * self.intermediate)
+        """Numbers in one layer's matrices, of experts those that one token visits."""
+        plain = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim
+        attention = plain if self.attention_weights is None else self.attention_weights
+        return attention + self.hidden * self.mlp_matrices * self.intermediate
 
     def layer_flops(self, tokens: int) -> int:
         """FLOPs (two for a multiply-add) of one layer's matrix products in a prefill of `tokens` tokens.
 
         Attention counts as n x n, as kernels that skip the causal half differ in how much of it they skip.
         """
-        attention = 2 * tokens * tokens * self.heads * self.head_dim
-        return 2 * (tokens * self.layer_weights + attention)
+        width = 2 * self.heads * self.head_dim if self.attention_width is None else self.attention_width
+        return 2 * (tokens * self.layer_weights + tokens * tokens * width)
 
     def kv_bytes(self, tokens: int, dtype_bytes: int = 2) -> int:
         """Bytes of one layer's key/value cache of `tokens` tokens."""
-        return 2 * self.kv_heads * self.head_dim * tokens * dtype_bytes
+        width = 2 * self.kv_heads * self.head_dim if self.cache_width is None else self.cache_width
+        return width * tokens * dtype_bytes
 
 
 @dataclass(frozen=True)
@@ -247,6 +256,87 @@ def _size(config: Any, name: str, default: int | None = None) -> int:
     except RuntimeError:  # layers have it of their own, says transformers
         value = [getattr(layer, name) for layer in config.per_layer_config]
     return round(sum(value) / len(value)) if isinstance(value, Sequence) else int(value)
+
+
+# Configs call the same by many names. A token visits `_CHOSEN` of `_EXPERTS`, which are `_WIDE`, and those that are
+# shared: `_SHARED` of them, or all together `_SHARED_WIDE`.
+_EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+_WIDE = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+_SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+_SHARED_WIDE = (
+    *("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_experts_intermediate_size"),
+    *("shared_intermediate_size", "share_expert_dim"),
+)
+_DENSE_WIDE = ("dense_intermediate_size", "intermediate_size_mlp", "intermediate_size")
+_WITHOUT_CACHE = ("linear_attention", "conv", "mamba")
+_GATED = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
+"""Decoders whose queries come with gates as wide as they are."""
+
+
+def _any(text: Any, names: Sequence[str]) -> int:
+    """The first of several sizes that a config has; 0 if none."""
+    return next((size for name in names if (size := _size(text, name, 0))), 0)
+
+
+def _mlp_width(text: Any) -> int:
+    """Width of a layer's MLP, or of all the experts that a token visits there; the mean over the layers."""
+    dense, kind = _any(text, _DENSE_WIDE), text.model_type.removesuffix("_text")
+    if not (_any(text, _EXPERTS) and _any(text, _CHOSEN)):
+        return _any(text, _SHARED_WIDE) or dense  # Granite's hybrids without experts have the shared one only
+    wide = _any(text, _WIDE)
+    shared = _any(text, _SHARED_WIDE) or _any(text, _SHARED) * wide
+    if kind == "llama4":
+        shared = wide
+    elif kind == "gemma4":
+        shared = dense  # its experts stand beside the MLP
+    sparse = [_has_experts(text, layer) for layer in range(text.num_hidden_layers)]
+    share = sum(sparse) / len(sparse)
+    return round(share * (_any(text, _CHOSEN) * wide + shared) + (1 - share) * dense)
+
+
+def _has_experts(text: Any, layer: int) -> bool:
+    """Whether a layer of a mixture has experts, or an MLP like any other."""
+    kinds, layers = getattr(text, "mlp_layer_types", None), getattr(text, "moe_layers", None)
+    if kinds:
+        return bool(kinds[layer] != "dense")
+    if layers is not None:
+        return layer in layers
+    first = _any(text, ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"))
+    last = getattr(text, "moe_layer_end_index", None)
+    step = _any(text, ("decoder_sparse_step", "moe_layer_interval")) or 1
+    without = getattr(text, "mlp_only_layers", None) or ()
+    return first <= layer and (last is None or layer <= last) and (layer + 1) % step == 0 and layer not in without
+
+
+def _attention(text: Any, shape: DecoderShape) -> dict[str, int]:
+    """Sizes of attention that is not plain; none where it is."""
+    hidden, heads = shape.hidden, shape.heads
+    query, key = heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    weights, width, cache = 2 * hidden * (query + key), 2 * query, 2 * key
+    rank, gated = _size(text, "kv_lora_rank", 0), text.model_type.removesuffix("_text") in _GATED
+    kinds = getattr(text, "layer_types", None) or ["attention"]
+    share = sum(kind not in _WITHOUT_CACHE for kind in kinds) / len(kinds)
+    if not rank and not gated and share == 1:
+        return {}
+    if rank:  # latent attention: what is cached are latents, from which every head's keys and values are made
+        rotary, plain, value = (_size(text, n, 0) for n in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"))
+        query, low = heads * (plain + rotary), _size(text, "q_lora_rank", 0)
+        weights = low * (hidden + query) if low else hidden * query
+        weights += hidden * (rank + rotary) + rank * heads * (plain + value) + heads * value * hidden
+        width, cache = query + heads * value, rank + rotary
+    if gated:
+        weights += hidden * query
+    other = weights
+    if _size(text, "linear_key_head_dim", 0):  # the gated delta rule's queries, keys, values, outputs and gates
+        count = _size(text, "linear_num_value_heads")
+        keys = _size(text, "linear_num_key_heads") * _size(text, "linear_key_head_dim")
+        other = hidden * (2 * keys + 3 * count * _size(text, "linear_value_head_dim") + 2 * count)
+    return {
+        "attention_weights": round(share * weights + (1 - share) * other),
+        "attention_width": round(share * width),
+        "cache_width": round(share * cache),
+    }
 
 
 def _parts(visual: Visual, scope: Scope = "prompt") -> list[int]:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import re
 from dataclasses import astuple
+from typing import Any
 
 import pytest
-from transformers import CONFIG_MAPPING, LlamaConfig, MixtralConfig
+import torch
+from transformers import CONFIG_MAPPING, AutoModel, LlamaConfig, MixtralConfig
 
 from evengaze import methods
 from evengaze.errors import ConfigError
@@ -17,6 +20,7 @@ from evengaze.methods.tokencarve import TokenCarve
 from evengaze.models.support import CHECKED
 from evengaze.protocol import Stage
 from evengaze.schedule import DecoderShape, Schedule, solve_for_budget
+from evengaze.testing import tiny
 
 SOLVABLE = [n for n in methods.names() if n != "dense"]
 
@@ -124,17 +128,112 @@ def test_every_checked_family_has_a_shape(kind: str) -> None:
     """Also those whose layers, or whose experts for text and for pictures, are of different sizes."""
     config = CONFIG_MAPPING[kind]()
     shape = DecoderShape.from_config(config)
-    assert min(astuple(shape)) > 0, shape
-    text = config.get_text_config()
-    sizes = {
-        "qwen3_5_moe": lambda: (shape.intermediate, text.num_experts_per_tok * text.moe_intermediate_size),
-        "ernie4_5_vl_moe": lambda: (shape.intermediate, text.moe_k * sum(text.moe_intermediate_size) // 2),
-        "aria": lambda: (shape.intermediate, text.moe_topk * text.intermediate_size),
-        "gemma3n": lambda: (shape.intermediate, round(sum(text.intermediate_size) / text.num_hidden_layers)),
-    }
-    if kind in sizes:
-        found, expected = sizes[kind]()
-        assert found == expected
+    assert all(size > 0 for size in astuple(shape) if size is not None), shape
+
+
+def config_of(kind: str, **sizes: Any) -> Any:
+    return CONFIG_MAPPING[kind](**sizes).get_text_config()
+
+
+@pytest.mark.parametrize(
+    ("config", "width"),
+    [
+        (("mixtral", {}), 2 * 14336),
+        (("qwen3_moe", {"num_experts_per_tok": 8, "moe_intermediate_size": 768}), 8 * 768),
+        # Every second layer has experts, two of these ten do not; the others are 6144 wide.
+        (
+            ("qwen3_moe", {"num_hidden_layers": 20, "decoder_sparse_step": 2, "mlp_only_layers": [1, 3]}),
+            (8 * 8 * 768 + 12 * 6144) // 20,
+        ),
+        (("qwen2_moe", {}), 4 * 1408 + 5632),
+        (("qwen3_5_moe", {}), 8 * 512 + 512),
+        (("deepseek_v3", {}), round((3 * 18432 + 58 * (8 + 1) * 2048) / 61)),
+        (("glm4v_moe", {}), round((1 * 10944 + 45 * (8 + 1) * 1408) / 46)),
+        (("llama4", {}), 8192 + 8192),
+        # Maverick: every second layer has one of its experts and the shared one, the others an MLP of 16384.
+        (
+            ("llama4_text", {"interleave_moe_layer_step": 2, "moe_layers": list(range(1, 48, 2))}),
+            (24 * (8192 + 8192) + 24 * 16384) // 48,
+        ),
+        (("aria", {}), (2 + 2) * 4096),
+        (("ernie4_5_vl_moe", {}), round((1 * 12288 + 27 * (6 + 2) * (1536 + 512) / 2) / 28)),
+        (("gpt_oss", {}), 4 * 2880),
+        (("granitemoehybrid", {"num_local_experts": 0, "shared_intermediate_size": 8192}), 8192),
+        (
+            (
+                "gemma4_text",
+                {"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704},
+            ),
+            9216 + 8 * 704,
+        ),
+        (("gemma3n", {}), 16384),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_mixture_is_as_wide_as_all_experts_that_a_token_visits(
+    config: tuple[str, dict[str, Any]], width: int
+) -> None:
+    kind, sizes = config
+    assert DecoderShape.from_config(config_of(kind, **sizes)).intermediate == width
+
+
+def test_latent_attention_counted_by_hand() -> None:
+    """DeepSeek-V3: 128 heads of 128 + 64 for keys and 128 for values, made from 512 latents, queries from 1536."""
+    shape = DecoderShape.from_config(config_of("deepseek_v3"))
+    queries = 7168 * 1536 + 1536 * 128 * 192
+    keys_and_values = 7168 * (512 + 64) + 512 * 128 * (128 + 128)
+    weights = queries + keys_and_values + 128 * 128 * 7168 + 3 * 7168 * 18432
+    assert shape.layer_weights == weights
+    assert shape.layer_flops(10) == 2 * (10 * weights + 10 * 10 * 128 * (192 + 128))
+    assert shape.kv_bytes(10) == 10 * (512 + 64) * 2  # the cache holds latents and what is rotated
+
+
+def test_layers_without_attention_counted_by_hand() -> None:
+    """Qwen3.5-MoE: one layer of four attends and caches; the others have a state of one size."""
+    shape = DecoderShape.from_config(config_of("qwen3_5_moe"))
+    full = 2048 * (2 * 4096 + 2 * 512) + 4096 * 2048  # queries with their gates, keys, values, outputs
+    linear = 2048 * (2 * 16 * 128 + 32 * 128 + 32 * 128 + 2 * 32) + 32 * 128 * 2048
+    weights = (full + 3 * linear) // 4 + 3 * 2048 * (8 + 1) * 512
+    assert shape.layer_weights == weights
+    assert shape.layer_flops(10) == 2 * (10 * weights + 10 * 10 * 16 * (256 + 256) // 4)
+    assert shape.kv_bytes(10) == 10 * 2 * (256 + 256) * 2 // 4
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("llama", "gemma3_text", "qwen3_moe", "mixtral", "deepseek_v3", "llama4_text", "qwen3_5_moe", "qwen3_vl_moe"),
+        *("aria_text", "glm4v_moe", "ernie4_5_moe", "minimax_m3_vl", "mistral4", "gpt_oss", "glm4_moe_lite"),
+    ],
+)
+def test_weights_are_those_of_the_model_that_transformers_builds(kind: str) -> None:
+    """All matrices of the layers but routers; of the experts the share that a token is sent to."""
+    config = config_of(kind)
+    with torch.device("meta"):
+        layers = AutoModel.from_config(config).layers
+    names = ("num_experts_per_tok", "moe_topk", "moe_k")
+    chosen = next((n for name in names if (n := getattr(config, name, None))), 1)
+    total = 0.0
+    for name, weight in layers.named_parameters():
+        routed = re.search(r"(?<!shared_)experts\.", name)
+        if weight.ndim < 2 or re.search(r"router|gate\.weight|gate\.classifier|shared_expert_gate|conv1d|bias", name):
+            continue
+        total += weight.numel() * chosen / len(weight) if routed else weight.numel()
+    assert DecoderShape.from_config(config).layer_weights * len(layers) == pytest.approx(total, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["kimi_k25", "qwen3_5_moe", "aria"])
+def test_bytes_of_a_cache_are_those_that_a_run_measures(family: str) -> None:
+    """Of latents, and of layers of which some have no cache."""
+    model, inputs = tiny(family)
+    with FastV(keep=4)(model) as run:
+        model.generate(**inputs, max_new_tokens=1)
+    shape = DecoderShape.from_config(model.config)
+    for measured, entering in (
+        (run.trace.kv_bytes, run.trace.entering),
+        (run.trace.kv_bytes_unpruned, [run.trace.length] * run.trace.layers),
+    ):
+        assert sum(shape.kv_bytes(tokens, 4) for tokens in entering) == sum(measured)
 
 
 def test_a_size_that_layers_have_of_their_own_is_their_mean() -> None:
