@@ -28,9 +28,9 @@ _OTHER_STATES = ("conv_states", "indexer_keys")
 
 
 class Gate:
-    """Whether the layers of a pruned cache may store tokens: an attached pruner sees to what a running call gives them.
+    """Whether a pruned cache may store tokens: an attached pruner sees to what a running call gives it.
 
-    One gate for all layers of a cache: opened and shut once a call.
+    Opened and shut once a call. The cache's first layer looks at it, and refuses before any has stored anything.
     """
 
     __slots__ = ("__weakref__", "open")
@@ -42,10 +42,10 @@ class Gate:
         return Gate, ()
 
 
-def record(layer: Any, kept: Kept, dropped: int, gate: Gate | None) -> None:
+def record(layer: Any, kept: Kept, dropped: int) -> None:
     """Make a cache layer remember what it holds, `dropped` tokens less than the sequence has in this call."""
     layer.__class__ = _logical(layer.__class__)
-    layer.kept, layer.guarded, layer.gate = kept, True, gate
+    layer.kept = kept
     # Graphs of compiled steps read it from the layer: it must be there, with its final shape, before the first step.
     layer.fixed = kept.fixed(layer.max_cache_len) if is_fixed(layer) else None
     if is_a(layer, DynamicSlidingWindowLayer):
@@ -53,7 +53,7 @@ def record(layer: Any, kept: Kept, dropped: int, gate: Gate | None) -> None:
     layer.dropped = getattr(layer, "dropped", 0) + dropped
 
 
-def record_all(told: Sequence[Any], kept: Kept | None, dropped: int, gate: Gate | None) -> None:
+def record_all(told: Sequence[Any], kept: Kept | None, dropped: int) -> None:
     """The same for layers of one kind that grow and are empty."""
     if kept is None or not told:
         return
@@ -61,15 +61,13 @@ def record_all(told: Sequence[Any], kept: Kept | None, dropped: int, gate: Gate 
     sliding = is_a(told[0], DynamicSlidingWindowLayer)
     for layer in told:
         layer.__class__ = kind
-        layer.kept, layer.guarded, layer.gate, layer.fixed, layer.dropped = kept, True, gate, None, dropped
+        layer.kept, layer.fixed, layer.dropped = kept, None, dropped
         if sliding:
             layer.cumulative_length += dropped
 
 
 def put_gate(cache: Any) -> Gate | None:
-    """From now on the layers of a cache store tokens only for an attached pruner, in calls for which it opens the gate.
-
-    All layers, also those that have nothing dropped: the first one refuses before any has stored anything.
+    """From now on a cache stores tokens only for an attached pruner, in calls for which it opens the gate.
 
     Returns:
         The gate, open for the call that runs; None without a cache.
@@ -78,10 +76,12 @@ def put_gate(cache: Any) -> Gate | None:
         return None
     gate: Gate = getattr(cache, "gate", None) or Gate()
     gate.open = True
-    for layer in getattr(cache, "layers", ()):
-        if hasattr(layer, "get_mask_sizes"):
-            layer.__class__ = _logical(layer.__class__)
-            layer.guarded, layer.gate = True, gate
+    layers = [layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "get_mask_sizes")]
+    for layer in layers:
+        layer.__class__ = _logical(layer.__class__)
+    for layer in layers[:1]:
+        layer.__class__ = _guarding(layer.__class__)
+        layer.gate = gate
     if isinstance(cache, Cache):
         cache.__class__ = _whole(cache.__class__)
         cache.gate = gate
@@ -112,7 +112,12 @@ def is_kind(cls: type, kind: type) -> bool:
     return issubclass(cls, kind)
 
 
-def trim(layer: Any, index: Tensor, kept: Kept, dropped: int, gate: Gate | None) -> None:
+def kind_of(layer: Any) -> Any:
+    """The layer's class; the first layer of a pruned cache is of the others' kind."""
+    return getattr(layer, "_kind", None) or layer.__class__
+
+
+def trim(layer: Any, index: Tensor, kept: Kept, dropped: int) -> None:
     """Throw entries of a layer that has already run out of its cache.
 
     Args:
@@ -120,7 +125,6 @@ def trim(layer: Any, index: Tensor, kept: Kept, dropped: int, gate: Gate | None)
         index: (B, M) which of its entries stay, ascending.
         kept: what it holds afterwards.
         dropped: number of entries that go.
-        gate: of the cache.
     """
     for name in ("keys", "values"):
         states = getattr(layer, name)
@@ -132,7 +136,7 @@ def trim(layer: Any, index: Tensor, kept: Kept, dropped: int, gate: Gate | None)
             setattr(layer, name, left)
     if is_a(layer, StaticLayer):
         layer.cumulative_length.sub_(dropped)
-    record(layer, kept, dropped, gate)
+    record(layer, kept, dropped)
 
 
 @memoize
@@ -150,22 +154,12 @@ def _logical(base: Any) -> Any:
         dropped = 0
         fixed: Fixed | None = None
         tables: Any = None
-        guarded = False
-        gate: Gate | None = None
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             return _revive, (base,), {**self.__dict__, "tables": None}
 
-        def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            if self.guarded and not (self.gate is not None and self.gate.open):
-                raise AttachError(
-                    "this cache was pruned: masks and positions fit it only while a pruner is attached. Go on with it "
-                    "inside the `with` block (or before the handle's remove()), or attach a pruner again."
-                )
-            return super().update(*args, **kwargs)  # type: ignore[no-any-return]
-
         def reset(self) -> None:
-            self.kept, self.dropped, self.guarded, self.fixed, self.tables = None, 0, False, None, None
+            self.kept, self.dropped, self.fixed, self.tables = None, 0, None, None
             super().reset()
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -331,6 +325,36 @@ def _named(cls: Any, base: Any) -> Any:
 
 
 @memoize
+def _guarding(pruned: Any) -> Any:
+    """A subclass of a pruned layer's class that takes no tokens while the gate is shut: the first layer's."""
+    if hasattr(pruned, "gate"):
+        return pruned
+
+    class Guarding(pruned):  # type: ignore[misc]
+        _kind = pruned
+        gate: Gate | None = None
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            _, (base,), state = super().__reduce_ex__(protocol)
+            return _revive, (base, True), state
+
+        def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if self.gate is not None and not self.gate.open:
+                raise AttachError(
+                    "this cache was pruned: masks and positions fit it only while a pruner is attached. Go on with it "
+                    "inside the `with` block (or before the handle's remove()), or attach a pruner again."
+                )
+            return super().update(*args, **kwargs)  # type: ignore[no-any-return]
+
+        def reset(self) -> None:
+            self.gate = None
+            super().reset()
+
+    Guarding.__name__ = Guarding.__qualname__ = pruned.__name__
+    return Guarding
+
+
+@memoize
 def _whole(base: Any) -> Any:
     """A subclass of a cache class whose operations are all or nothing, and leave nothing behind."""
     if getattr(base, "_evengaze", False):
@@ -350,7 +374,8 @@ def _whole(base: Any) -> Any:
             super().crop(tokens_to_remove)
             if all(layer.kept is None for layer in pruned):  # nothing that was dropped belongs to the sequence
                 for layer in pruned:
-                    layer.guarded = False
+                    if hasattr(layer, "gate"):
+                        layer.gate = None
 
         def _check_others(self, tokens_to_remove: int) -> None:
             if tokens_to_remove >= 0 or not any(hasattr(layer, n) for layer in self.layers for n in _OTHER_STATES):
@@ -368,7 +393,7 @@ def _whole(base: Any) -> Any:
 
         class PrunedIterable(PrunedCache):
             def __iter__(self) -> Iterator[Any]:
-                if any(getattr(layer, "guarded", False) for layer in self.layers):
+                if any(getattr(layer, "gate", None) is not None for layer in self.layers):
                     raise AttachError(
                         "this cache was pruned: its keys and values alone do not say which tokens they belong to. Copy "
                         "it with copy.deepcopy, or save it with torch.save or pickle: what it remembers goes along."
@@ -379,9 +404,9 @@ def _whole(base: Any) -> Any:
     return _named(PrunedCache, base)
 
 
-def _revive(base: Any) -> Any:
+def _revive(base: Any, guarding: bool = False) -> Any:
     """An empty pruned layer for pickle and copy to fill."""
-    cls = _logical(base)
+    cls = _guarding(_logical(base)) if guarding else _logical(base)
     return cls.__new__(cls)
 
 

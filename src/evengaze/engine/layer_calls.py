@@ -170,10 +170,12 @@ class LayerCalls:
     def _relayed_groups(self, cache: Any, first: int) -> list[Holders]:
         """Relay the layers behind the first one of a step, by what they hold in the cache; none if they cannot be."""
         found: dict[int, Holders] = {}
-        handed, kind = {}, type(kv.layer_of(cache, first))
+        handed, kind = {}, cache_layers.kind_of(kv.layer_of(cache, first))
         for k in range(first + 1, len(self._plan.layers)):
             layer = kv.layer_of(cache, k)
-            if k not in self._hooked or type(layer) is not kind:  # layers of another kind get another mask
+            if (
+                k not in self._hooked or cache_layers.kind_of(layer) is not kind
+            ):  # layers of another kind get another mask
                 continue
             kept = kv.kept_of(layer)
             if id(kept) not in found:

@@ -304,7 +304,7 @@ class Prefill(Left):
         last = kv.layer_of(self.cache, end - 1)  # which makes those before it as well
         if self.past or not self.fresh or last is None or cache_layers.is_a(last, StaticLayer):
             return False
-        return set(map(type, self.cache.layers[first:end])) == {type(last)}
+        return set(map(cache_layers.kind_of, self.cache.layers[first:end])) == {cache_layers.kind_of(last)}
 
     def pass_on(self, layer: int, others: Sequence[int]) -> None:
         """Tell the caches of other layers, alike and empty, that they are about to store what that of `layer` does."""
@@ -312,7 +312,7 @@ class Prefill(Left):
             assert self.slots is not None
             kept = kv.kept_of(self.cache.layers[layer])
             told = [self.cache.layers[k] for k in others]
-            cache_layers.record_all(told, kept, self.length - self.slots.shape[1], self.gate)
+            cache_layers.record_all(told, kept, self.length - self.slots.shape[1])
         if self.rotary is not None:
             calls = self.rotary.served(layer)
             for k in others:
@@ -325,7 +325,7 @@ class Prefill(Left):
         kept = self._once(("kept", id(before)), before, functools.partial(self._kept, before, device))
         if kv.kept_of(cache) is kept:  # it has been told before
             return
-        cache_layers.record(cache, kept, self.length - self.slots.shape[1], self.gate)
+        cache_layers.record(cache, kept, self.length - self.slots.shape[1])
 
     def _kept(self, old: Kept | None, device: torch.device) -> Kept:
         """What a cache holds that remembered `old`, once it has stored the tokens that are left."""
@@ -359,7 +359,7 @@ class Prefill(Left):
             place = torch.zeros(len(held), self.past + self.length, dtype=torch.long, device=device)
             place.scatter_(1, held, torch.arange(held.shape[1], device=device).expand(len(held), -1))
             index = place.gather(1, kept.slots)
-            cache_layers.trim(cache, index, kept, held.shape[1] - index.shape[1], self.gate)
+            cache_layers.trim(cache, index, kept, held.shape[1] - index.shape[1])
 
     # -- the record ---------------------------------------------------------------------------------------------------
     def trace(self, settings: Mapping[str, Any], layers: int) -> Trace:
