@@ -8,7 +8,7 @@ import transformers
 
 import reference
 from evengaze.methods import get
-from evengaze.models import BUILT_IN, adapter_for
+from evengaze.models import BUILT_IN, Call, adapter_for
 from evengaze.models.base import EncoderCall
 from evengaze.models.features import encoded_pictures, newlines
 from evengaze.models.generic import Generic
@@ -106,3 +106,24 @@ def test_grids(arguments: dict[str, object], count: int, grid: tuple[int, int] |
     assert len(picture) == count
     if grid is not None:
         assert picture.images[0].grid == grid
+
+
+def test_a_blank_picture_has_no_newlines() -> None:
+    """All of its features may be alike: a grid that the encoder was told says what they are."""
+    call = EncoderCall("image", {"image_grid_thw": torch.tensor([[1, 6, 4]])}, torch.ones(6, 8))
+    (picture,) = encoded_pictures(call, torch.ones(1, 6, dtype=torch.bool))
+    assert picture.images[0].grid == (3, 2)
+    assert picture.cell.tolist() == list(range(6))
+
+
+def test_beams_do_not_mix_the_tiles_of_rows() -> None:
+    """Two, one and three tiles a row, each row twice: a picture has the tiles that stand side by side in its own."""
+    tiles, times = (2, 1, 3), 2
+    call = EncoderCall("image", {}, [torch.randn(16, 8) for _ in range(sum(tiles))])
+    ids = torch.zeros(len(tiles) * times, 60, dtype=torch.long)
+    for b, n in enumerate(t for t in tiles for _ in range(times)):
+        ids[b, 2 : 2 + 16 * n] = 290
+    model, _ = tiny("got_ocr2")
+    found = Generic().layout(model, Call(ids, None, 0, [call]))
+    assert found is not None
+    assert [[i.frames for i in row.images] for row in found.rows] == [[n] for n in tiles for _ in range(times)]

@@ -52,6 +52,19 @@ def padding_share(
     return adaptive_avg_pool2d(padded.double(), grid).cpu()
 
 
+def mask_share(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Share of padding in each cell of a grid, from masks of real pixels.
+
+    Args:
+        mask: (n, height, width), 1 for pixels of the picture.
+        grid: rows and columns of visual tokens.
+
+    Returns:
+        (n, rows, columns) float64 in [0, 1], on the CPU.
+    """
+    return adaptive_avg_pool2d(1 - mask.double(), grid).cpu()
+
+
 def _border(line: Tensor) -> Tensor:
     """(n, m) bool: the unbroken runs of True at both ends of each line."""
     ahead = line.int().cumprod(1)

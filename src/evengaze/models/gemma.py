@@ -7,13 +7,14 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from evengaze.layout import ImageInfo, VisualLayout
-from evengaze.models.base import Adapter, Call, VisionTower
+from evengaze.layout import ImageInfo
+from evengaze.models.base import Adapter, EncoderCall, VisionTower
+from evengaze.models.filled import Filled
 from evengaze.models.llava import feature_tower, patch_size
-from evengaze.models.pictures import Panel, Picture, assemble
+from evengaze.models.pictures import Panel, Picture
 
 
-class PaliGemma(Adapter):
+class PaliGemma(Filled):
     """PaliGemma: one token a patch."""
 
     name = "PaliGemma"
@@ -29,15 +30,11 @@ class PaliGemma(Adapter):
         """Rows and columns of visual tokens of a picture."""
         return (height // patch_size(config), width // patch_size(config))
 
-    def layout(self, model: nn.Module, call: Call) -> VisualLayout | None:
+    def shown(self, config: Any, encoder: EncoderCall) -> list[Picture]:
         """One grid an image, no padding."""
-        config: Any = model.config
-        pictures = []
-        for encoder in call.encoded:
-            pixels = encoder.arguments["pixel_values"]
-            info = ImageInfo(self.grid(config, *pixels.shape[-2:]))
-            pictures += [Picture.still(Panel.plain(info))] * len(pixels.flatten(0, -4))
-        return assemble(call, {config.image_token_id: pictures})
+        pixels = encoder.arguments["pixel_values"]
+        info = ImageInfo(self.grid(config, *pixels.shape[-2:]))
+        return [Picture.still(Panel.plain(info))] * len(pixels.flatten(0, -4))
 
     def vision_tower(self, model: nn.Module, kind: Literal["image", "video"] = "image") -> VisionTower:
         """The SigLIP tower."""

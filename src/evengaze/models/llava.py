@@ -1,4 +1,4 @@
-"""LLaVA-1.5 and Video-LLaVA: one grid of patches an image or frame, all of them placeholders in the prompt."""
+"""LLaVA-1.5, Video-LLaVA and Mistral 3: one grid an image or frame, all of it placeholders in the prompt."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from evengaze.errors import LayoutError, UnsupportedModelError
-from evengaze.layout import ImageInfo, VisualLayout
-from evengaze.models.base import Adapter, Call, EncoderCall, VisionTower
-from evengaze.models.border import MEAN_COLOUR, padding_share
+from evengaze.layout import ImageInfo
+from evengaze.models.base import Adapter, EncoderCall, VisionTower
+from evengaze.models.border import padding_share
+from evengaze.models.filled import Filled
 from evengaze.models.loading import load_processor
-from evengaze.models.pictures import Panel, Picture, assemble
+from evengaze.models.pictures import Panel, Picture
 
 
-class Llava(Adapter):
+class Llava(Filled):
     """LLaVA-1.5 (7B, 13B), also with a SigLIP or Pixtral tower."""
 
     name = "LLaVA-1.5"
@@ -23,22 +24,19 @@ class Llava(Adapter):
         "border of the mean colour in the pixels; the checkpoints' own processor crops instead (`llava_processor`)"
     )
 
-    def layout(self, model: nn.Module, call: Call) -> VisualLayout | None:
+    def shown(self, config: Any, encoder: EncoderCall) -> list[Picture]:
         """One grid an image, from the size of the pixels; padding of the mean colour is found in them."""
-        config: Any = model.config
-        pictures = [p for encoder in call.encoded for p in self._images(config, encoder)]
-        return assemble(call, {config.image_token_id: pictures})
-
-    def _images(self, config: Any, encoder: EncoderCall) -> list[Picture]:
+        step, sizes = self.step(config), encoder.arguments.get("image_sizes")
+        if sizes is not None:  # a Pixtral tower: pictures of any size in one batch, each read up to its own size
+            return [Picture.still(Panel.plain(ImageInfo((int(h) // step, int(w) // step)))) for h, w in sizes]
         pixels: Tensor = encoder.arguments["pixel_values"]
-        patch, special = patch_size(config), class_tokens(config)
-        sizes = encoder.arguments.get("image_sizes")
-        if sizes is None:
-            grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
-            shares = list(padding_share(pixels, grid, MEAN_COLOUR))
-        else:  # a Pixtral tower: pictures of any size in one batch; each is read up to its own size, without padding
-            shares = [pixels.new_zeros(int(h) // patch, int(w) // patch).cpu() for h, w in sizes]
-        return [Picture.still(Panel.plain(ImageInfo(_shape(s)), s, special=special)) for s in shares]
+        info = ImageInfo((pixels.shape[-2] // step, pixels.shape[-1] // step))
+        special, shares = class_tokens(config), padding_share(pixels, info.grid)
+        return [Picture.still(Panel.plain(info, share, special=special)) for share in shares]
+
+    def step(self, config: Any) -> int:
+        """Side of a visual token's square in pixels."""
+        return patch_size(config)
 
     def vision_tower(self, model: nn.Module, kind: Literal["image", "video"] = "image") -> VisionTower:
         """The CLIP or SigLIP tower."""
@@ -55,26 +53,36 @@ class VideoLlava(Llava):
     model_types = ("video_llava",)
     padding = "border of the mean colour in the pixels; the processor itself resizes and crops"
 
-    def layout(self, model: nn.Module, call: Call) -> VisualLayout | None:
+    def shown(self, config: Any, encoder: EncoderCall) -> list[Picture]:
         """Images and videos; the class token that leads each frame is no candidate."""
-        config: Any = model.config
-        patch = patch_size(config)
-        images: list[Picture] = []
-        videos: list[Picture] = []
-        for encoder in call.encoded:
-            if encoder.kind == "image":
-                images += self._images(config, encoder)
-                continue
-            for video in encoder.arguments["pixel_values_videos"]:
-                grid = (video.shape[-2] // patch, video.shape[-1] // patch)
-                info = ImageInfo(grid, frames=len(video))
-                videos.append(Picture.video(Panel.plain(info, padding_share(video, grid, MEAN_COLOUR), special=1)))
-        return assemble(call, {config.image_token_id: images, config.video_token_id: videos})
+        if encoder.kind == "image":
+            return super().shown(config, encoder)
+        videos: Tensor = encoder.arguments["pixel_values_videos"]
+        step = self.step(config)
+        info = ImageInfo((videos.shape[-2] // step, videos.shape[-1] // step), frames=videos.shape[1])
+        return [Picture.video(Panel.plain(info, padding_share(video, info.grid), special=1)) for video in videos]
 
     def vision_tower(self, model: nn.Module, kind: Literal["image", "video"] = "image") -> VisionTower:
         """The image tower or the video tower; in both the class token comes first."""
         config: Any = model.config
         return feature_tower(getattr(model.base_model, f"{kind}_tower"), config, 1)
+
+
+class Mistral3(Llava):
+    """Mistral Small 3.1 and later, with a Pixtral tower. `[IMG_BREAK]` and `[IMG_END]` have ids of their own and stay.
+
+    The grid is that of `image_sizes`: what the batch was padded to never becomes a token.
+    """
+
+    name = "Mistral 3"
+    model_types = ("mistral3",)
+    padding = "none: what a batch is padded to is cut off again (`image_sizes`)"
+    mixes = "the patch merger joins groups of patches into one visual token"
+    vision_tower = Adapter.vision_tower
+
+    def step(self, config: Any) -> int:
+        """The patch merger joins squares of patches."""
+        return patch_size(config) * int(config.spatial_merge_size)
 
 
 def patch_size(config: Any) -> int:
@@ -131,7 +139,3 @@ def llava_processor(source: Any, **kwargs: Any) -> Any:
     values = {k: v for k, v in old.to_dict().items() if k not in ("image_processor_type", "processor_class", "do_pad")}
     processor.image_processor = cls(**values, do_pad=True)
     return processor
-
-
-def _shape(share: Tensor) -> tuple[int, int]:
-    return (share.shape[0], share.shape[1])

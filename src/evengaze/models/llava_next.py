@@ -12,18 +12,19 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-from evengaze.layout import ImageInfo, VisualLayout
-from evengaze.models.base import Adapter, Call, EncoderCall
+from evengaze.layout import ImageInfo
+from evengaze.models.base import EncoderCall
+from evengaze.models.filled import Filled
 from evengaze.models.llava import patch_size
-from evengaze.models.pictures import NO_CANDIDATE, Panel, Picture, assemble
+from evengaze.models.pictures import NO_CANDIDATE, Panel, Picture
 
 
-class LlavaNext(Adapter):
+class LlavaNext(Filled):
     """LLaVA-NeXT (1.6)."""
 
     name = "LLaVA-NeXT"
@@ -31,17 +32,12 @@ class LlavaNext(Adapter):
     padding = "the black canvas of the detail view; what unpadding leaves at the edge, from `image_sizes`"
     mixes = "the features of the tiles are stitched, unpadded or pooled on their way to the decoder"
 
-    def layout(self, model: nn.Module, call: Call) -> VisualLayout | None:
+    def shown(self, config: Any, encoder: EncoderCall) -> list[Picture]:
         """Two views an image (thumbnail, detail); x runs through both in sequence order."""
-        config: Any = model.config
-        pictures: dict[int, list[Picture]] = {token: [] for token in self.visual_token_ids(model)}
-        for encoder in call.encoded:
-            if encoder.kind == "image":
-                pictures[config.image_token_id] += self._images(config, encoder)
-            else:
-                frames = encoder.arguments["pixel_values_videos"].shape[:2]
-                pictures[config.video_token_id] += [self._video(config, int(frames[1])) for _ in range(int(frames[0]))]
-        return assemble(call, pictures)
+        if encoder.kind == "image":
+            return self._images(config, encoder)
+        videos, frames = encoder.arguments["pixel_values_videos"].shape[:2]
+        return [self._video(config, frames)] * videos
 
     def _images(self, config: Any, encoder: EncoderCall) -> list[Picture]:
         sizes = [(int(h), int(w)) for h, w in torch.as_tensor(encoder.arguments["image_sizes"]).tolist()]

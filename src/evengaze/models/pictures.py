@@ -101,28 +101,9 @@ def _offsets(views: Sequence[Panel]) -> list[float]:
     return out
 
 
-def runs(call: Call, token: int, encoded: int) -> list[tuple[int, int, bool]]:
-    """The unbroken runs of a placeholder, row by row, each sample once.
-
-    Args:
-        call: the call.
-        token: the placeholder's id.
-        encoded: how many placeholder tokens the encoded images fill.
-
-    Returns:
-        (length, id of the token in front, whether it is the last run of its row) of each run.
-    """
-    if call.input_ids is None or not encoded:
-        return []
-    ids = call.input_ids.cpu()
-    mask = ids == token
-    times = max(1, int(mask.sum()) // encoded)
-    found = []
-    for row, there in zip(ids[::times], mask[::times], strict=True):
-        pairs = spans(there)
-        for start, stop in pairs:
-            found.append((stop - start, int(row[start - 1]) if start else -1, stop == pairs[-1][1]))
-    return found
+def repeats(mask: Tensor, encoded: int) -> int:
+    """How often each sample stands in the rows (B, L) of filled tokens, if what was encoded fills `encoded`: beams."""
+    return max(1, int(mask.sum()) // max(1, encoded))
 
 
 def spans(there: Tensor) -> list[tuple[int, int]]:

@@ -30,7 +30,7 @@ BUILT_IN = {
     "llava_next": "llava_next:LlavaNext",
     "llava_next_video": "llava_next:LlavaNextVideo",
     "llava_onevision": "llava_next:LlavaOnevision",
-    "mistral3": "mistral:Mistral3",
+    "mistral3": "llava:Mistral3",
     "paligemma": "gemma:PaliGemma",
     "qwen2_vl": "qwen:Qwen2VL",
     "qwen2_5_vl": "qwen:Qwen2VL",

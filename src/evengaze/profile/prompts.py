@@ -18,7 +18,7 @@ from torch import Tensor
 from evengaze.errors import ConfigError, UnsupportedModelError
 from evengaze.models.base import EncoderCall
 from evengaze.models.features import counts
-from evengaze.models.generic import placeholder
+from evengaze.models.filled import placeholder
 from evengaze.models.llava import patch_size
 
 Inputs = dict[str, Tensor]
