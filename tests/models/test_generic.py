@@ -7,11 +7,13 @@ import torch
 import transformers
 
 import reference
+from evengaze.errors import UnsupportedModelError
 from evengaze.methods import get
 from evengaze.models import BUILT_IN, Call, adapter_for
 from evengaze.models.base import EncoderCall
 from evengaze.models.features import encoded_pictures, newlines
 from evengaze.models.generic import Generic
+from evengaze.models.inspect import diagnose
 from evengaze.testing import families, tiny
 from evengaze.testing.matrix import METHODS, check, greedy
 from evengaze.testing.models import bare, layout_of
@@ -127,3 +129,31 @@ def test_beams_do_not_mix_the_tiles_of_rows() -> None:
     found = Generic().layout(model, Call(ids, None, 0, [call]))
     assert found is not None
     assert [[i.frames for i in row.images] for row in found.rows] == [[n] for n in tiles for _ in range(times)]
+
+
+def test_videos_that_the_model_prunes_by_itself_are_refused() -> None:
+    model, inputs = tiny("nemotron_h_omni", video=True)
+    _, pictures = tiny("nemotron_h_omni")
+    model.video_pruning_rate = 0.5
+    with get("fastv")(keep=5, layer=2)(model) as run:
+        with pytest.raises(UnsupportedModelError, match=r"drops 50% of their tokens.*video_pruning_rate = 0"):
+            greedy(model, inputs, 1)
+        greedy(model, pictures, 1)  # pictures it does not prune
+        assert run.trace is not None
+        model.video_pruning_rate = 0
+        greedy(model, inputs, 1)
+
+
+def test_doctor_says_which_videos_are_refused() -> None:
+    model, _ = tiny("nemotron_h_omni")
+    assert not any(line.startswith("videos:") for line in diagnose(model.config).cannot)
+    model.config.video_pruning_rate = 0.5
+    assert any(line.startswith("videos: the model drops 50%") for line in diagnose(model.config).cannot)
+
+
+def test_beams_of_videos_on_the_placeholders_of_pictures() -> None:
+    model, inputs = tiny("nemotron_h_omni", 2, video=True)
+    with get("fastv")(keep=10**6, layer=2)(model) as run:
+        model.generate(**inputs, max_new_tokens=1, num_beams=2)
+    assert run.trace is not None
+    assert [[i.frames for i in row.images] for row in run.trace.layout.rows] == [[2]] * 4

@@ -77,8 +77,8 @@ def _masks(model: nn.Module, call: Call, calls: dict[str, list[EncoderCall]]) ->
         order = ["image", "video" if callable(getattr(base, "get_video_features", None)) else "audio", "audio"]
         features = given.get("features")
         if features is not None:  # one kind a call
-            rows = features.shape[:-1].numel()
-            kinds = [k for k in KINDS if calls[k] and k not in found and _filling(calls[k]) == rows][:1]
+            rows = features.shape[:-1].numel()  # a multiple with beams
+            kinds = [k for k in KINDS if calls[k] and k not in found and rows % _filling(calls[k]) == 0][:1]
             if _is_audio(model, given):
                 kinds = []
         elif any(given.get(f"{k}_features") is not None for k in ("image", "video", "audio")):

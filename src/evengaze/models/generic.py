@@ -17,11 +17,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from evengaze.errors import UnsupportedModelError
+from evengaze.layout import VisualLayout
 from evengaze.models.base import Call, EncoderCall, find_decoder
 from evengaze.models.deepstack import shorten_deepstack
 from evengaze.models.features import counts, encoded_pictures
 from evengaze.models.filled import Filled, placeholder
 from evengaze.models.pictures import Picture, repeats
+from evengaze.models.refusals import why_not_videos
 
 
 class Generic(Filled):
@@ -36,6 +39,13 @@ class Generic(Filled):
         "geometry is inferred: where the encoder is told no grid, a picture is taken as a square, else as one line",
         "each tile or view of a picture counts as a frame or as a picture of its own",
     )
+
+    def layout(self, model: nn.Module, call: Call) -> VisualLayout | None:
+        """As of all families, if the decoder gets the tokens of the prompt."""
+        refusal = why_not_videos(model) if any(e.kind == "video" for e in call.encoded) else None
+        if refusal is not None:
+            raise UnsupportedModelError(f"{type(model).__name__} cannot be pruned with {refusal}.")
+        return super().layout(model, call)
 
     def pictures(self, model: nn.Module, call: Call, encoded: Sequence[EncoderCall], mask: Tensor) -> list[Picture]:
         """Inferred from what the encoders were given and returned."""

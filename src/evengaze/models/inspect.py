@@ -11,7 +11,7 @@ from torch import nn
 
 from evengaze.errors import UnsupportedModelError
 from evengaze.models.base import Adapter, attending_layers
-from evengaze.models.refusals import refuse_format
+from evengaze.models.refusals import refuse_format, why_not_videos
 from evengaze.models.registry import adapter_for
 
 
@@ -65,7 +65,12 @@ def diagnose(config: Any, source: str = "") -> Diagnosis:
         depth=len(decoder.layers),
         full=full,
         attention=_attention(model, adapter),
-        cannot=(*_tower(adapter, model), *adapter.limits, "chunked prefill: the question is read last"),
+        cannot=(
+            *_tower(adapter, model),
+            *adapter.limits,
+            *filter(None, [why_not_videos(model)]),
+            "chunked prefill: the question is read last",
+        ),
     )
 
 

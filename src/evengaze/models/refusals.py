@@ -65,6 +65,17 @@ def why_not_decoder(decoder: nn.Module) -> str | None:
     return None
 
 
+def why_not_videos(model: nn.Module) -> str | None:
+    """Why videos cannot be pruned where pictures can; None if they can (Nemotron Omni's efficient video sampling)."""
+    rate = getattr(model, "video_pruning_rate", 0)
+    if not rate:
+        return None
+    return (
+        f"videos: the model drops {rate:.0%} of their tokens by itself, in front of its decoder, whose sequence is "
+        "another than that of the prompt. Set model.video_pruning_rate = 0 to prune by a method of evengaze"
+    )
+
+
 _KNOWN: tuple[tuple[str, str, str], ...] = (
     ("liuhaotian/llava-v1.5-7b", r"liuhaotian/llava-v1\.5-(7b|13b)", r"llava-hf/llava-1.5-\1-hf"),
     ("liuhaotian/llava-v1.6-vicuna-7b", r"liuhaotian/llava-v1\.6-vicuna-(7b|13b)", r"llava-hf/llava-v1.6-vicuna-\1-hf"),
