@@ -182,7 +182,7 @@ def test_a_full_queue_is_said_so_at_once(small, scenes):
 
 
 def test_a_request_that_takes_too_long(predictor, scenes):
-    with serving(predictor, seconds=0.3, wait=5.0, batch=9) as server:
+    with serving(predictor, seconds=1.0, wait=5.0, batch=9) as server:
         for stream in (False, True):
             with pytest.raises(openai.InternalServerError) as error:
                 ask(server.client(), "what?", scenes[0].image, stream=stream)

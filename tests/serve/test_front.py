@@ -49,6 +49,7 @@ class Replicas:
 
     def __init__(self, *scripts: list[Any]) -> None:
         self.scripts, self.cancelled, self.asked = list(scripts), 0, []
+        self.stalled = asyncio.Event()
 
     def answer(self, head: dict[str, Any], body: bytes) -> Any:
         self.asked.append((head["path"], body))
@@ -59,6 +60,7 @@ class Replicas:
             async def __aiter__(self) -> Any:
                 for step in script:
                     if step is None:
+                        replicas.stalled.set()
                         await asyncio.Event().wait()
                     if isinstance(step, type):
                         raise step("the actor is dead")
@@ -74,8 +76,11 @@ async def nowhere(method: str) -> tuple[list[Any], list[Any]]:
     return [], []
 
 
-def ask(replicas: Replicas, *, leaves: float | None = None, everywhere: Any = nowhere, **changes: Any) -> Any:
-    """Status, headers and body of an answer by a front; None as status if it sent no head."""
+def ask(replicas: Replicas, *, leaves: bool = False, everywhere: Any = nowhere, **changes: Any) -> Any:
+    """Status, headers and body of an answer by a front; None as status if it sent no head.
+
+    A client that `leaves` does so when its replica stalls.
+    """
     path, method = changes.pop("path", HEAD["path"]), changes.pop("method", "POST")
     key = changes.pop("key", None)
     settings = Settings(ModelSpec("demo"), limits=Limits(**{"seconds": 5.0, **changes}), key=key)
@@ -90,11 +95,10 @@ def ask(replicas: Replicas, *, leaves: float | None = None, everywhere: Any = no
                     found.append(message)
 
             reading = asyncio.create_task(read())
-            done, _ = await asyncio.wait({reading}, timeout=leaves)
-            if not done:  # the client goes away
+            if leaves:
+                await replicas.stalled.wait()
                 reading.cancel()
-                await asyncio.wait({reading})
-                await asyncio.sleep(0.1)
+                await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()}, timeout=30)
             else:
                 await reading
             return found
@@ -146,9 +150,18 @@ def test_a_replica_that_stalls_is_late(script):
 
 def test_a_client_that_goes_away_cancels_its_answer():
     replicas, left = Replicas([None]), front.METRICS.left._value.get()
-    assert ask(replicas, leaves=0.3)[0] is None
+    assert ask(replicas, leaves=True)[0] is None
     assert replicas.cancelled == 1 and front.METRICS.left._value.get() == left + 1
     assert front.METRICS.places._value.get() == 0
+
+
+def test_who_has_left_is_counted_before_the_place_is_free(monkeypatch):
+    """Whoever sees a server that holds nothing finds all of it counted."""
+    seen, left = [], front.METRICS.left._value.get
+    monkeypatch.setattr(front.METRICS.places, "set", lambda taken: seen.append((taken, left())))
+    before = left()
+    ask(Replicas([None]), leaves=True)
+    assert seen == [(1, before), (0, before + 1)]
 
 
 def test_the_gate_stands_in_front():

@@ -16,8 +16,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from evengaze.evaluate.predictor import Predictor
-from evengaze.serve.errors import ApiError, late
-from evengaze.serve.gate import ClientGone, Gate, departure
+from evengaze.serve.errors import ApiError
+from evengaze.serve.gate import ClientGone, Gate, departure, unless_gone
 from evengaze.serve.handlers import explain_errors
 from evengaze.serve.jobs import Delta, Done, Event, Failed, Job
 from evengaze.serve.metrics import Metrics
@@ -89,13 +89,7 @@ class Service:
         self.worker.submit(job)
         try:
             while True:
-                get = asyncio.create_task(queue.get())
-                left = job.arrived + job.seconds - monotonic()
-                done, _ = await asyncio.wait({get, gone}, timeout=max(0, left), return_when=asyncio.FIRST_COMPLETED)
-                if get not in done:
-                    get.cancel()
-                    raise ClientGone if gone in done else late(job.seconds)
-                event = get.result()
+                event = await unless_gone(queue.get(), gone, job.arrived + job.seconds, job.seconds)
                 if isinstance(event, Failed):
                     raise event.error
                 yield event

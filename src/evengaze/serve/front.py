@@ -19,8 +19,8 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest
 
 from evengaze.serve.asgi import Message, head_of
-from evengaze.serve.errors import ApiError, late, lost
-from evengaze.serve.gate import ClientGone, Gate, Receive, Scope, Send, departure
+from evengaze.serve.errors import ApiError, lost
+from evengaze.serve.gate import Gate, Receive, Scope, Send, departure, unless_gone
 from evengaze.serve.handlers import explain_errors
 from evengaze.serve.metrics import labelled
 from evengaze.serve.settings import Settings
@@ -97,19 +97,9 @@ class Forward:
         messages = aiter(answer)
         try:
             while True:
-                following = asyncio.ensure_future(anext(messages))
-                wait = {following, gone}
-                done, _ = await asyncio.wait(
-                    wait, timeout=max(0, end - monotonic()), return_when=asyncio.FIRST_COMPLETED
-                )
-                if following not in done:
-                    following.cancel()
-                    raise ClientGone if gone in done else late(self._seconds)
-                try:
-                    message = following.result()
-                except StopAsyncIteration:
-                    return
-                await sent.send(message)
+                await sent.send(await unless_gone(anext(messages), gone, end, self._seconds))
+        except StopAsyncIteration:
+            return
         finally:
             answer.cancel()
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from time import monotonic
+from typing import Any, TypeVar
 
 from fastapi.responses import JSONResponse
 
-from evengaze.serve.errors import ApiError, broken, full
+from evengaze.serve.errors import ApiError, broken, full, late
 from evengaze.serve.settings import Settings
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+_T = TypeVar("_T")
 
 _log = logging.getLogger(__name__)
 _PATIENCE = 4
@@ -58,39 +61,44 @@ class Gate:
                     metrics.requests.labels(str(message["status"])).inc()
             await send(message)
 
-        try:
-            self._check_key(scope)
-            await (self._placed(scope, receive, counted, metrics) if posted else self._app(scope, receive, counted))
-        except ClientGone:
-            pass
-        except ApiError as error:
-            await refuse(error)(scope, receive, counted)
-        except (
-            Exception
-        ):  # behind one that is let through, the connection is closed: half an answer must not look whole
-            if started:
-                raise
-            _log.exception("%s %s failed", scope["method"], scope["path"])
-            await refuse(broken())(scope, receive, counted)
-        if posted and not started:
-            metrics.left.inc()
-            metrics.requests.labels("499").inc()
+        with contextlib.ExitStack() as held:  # the place is free again when all is counted
+            try:
+                self._check_key(scope)
+                if posted:
+                    held.enter_context(self._place(metrics))
+                    receive = _replayed(await self._read(scope, receive), receive)
+                await self._app(scope, receive, counted)
+            except ClientGone:
+                pass
+            except Exception as error:
+                if started:  # the connection is closed behind it: half an answer must not look whole
+                    raise
+                if not isinstance(error, ApiError):
+                    _log.exception("%s %s failed", scope["method"], scope["path"])
+                    error = broken()
+                await refuse(error)(scope, receive, counted)
+            if posted and not started:
+                metrics.left.inc()
+                metrics.requests.labels("499").inc()
 
-    async def _placed(self, scope: Scope, receive: Receive, send: Send, metrics: Any) -> None:
-        limits = self._settings.limits
-        if self._taken >= limits.queue:
-            raise full(limits.queue)
+    @contextlib.contextmanager
+    def _place(self, metrics: Any) -> Iterator[None]:
+        if self._taken >= self._settings.limits.queue:
+            raise full(self._settings.limits.queue)
         self._taken += 1
         metrics.places.set(self._taken)
         try:
-            try:
-                body = await asyncio.wait_for(self._body(scope, receive), limits.seconds)
-            except TimeoutError:
-                raise ApiError(408, f"the request was not sent within {limits.seconds:g} seconds") from None
-            await self._app(scope, _replayed(body, receive), send)
+            yield
         finally:
             self._taken -= 1
             metrics.places.set(self._taken)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+        seconds = self._settings.limits.seconds
+        try:
+            return await asyncio.wait_for(self._body(scope, receive), seconds)
+        except TimeoutError:
+            raise ApiError(408, f"the request was not sent within {seconds:g} seconds") from None
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         size = self._settings.limits.body
@@ -131,6 +139,30 @@ async def departure(receive: Receive) -> None:
     """Returns when the client goes away; the request's body has been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def unless_gone(result: Awaitable[_T], gone: asyncio.Future[None], end: float, seconds: float) -> _T:
+    """What is awaited, while there is a client who waits for it.
+
+    Args:
+        result: what is awaited; it is cancelled if it does not come.
+        gone: done when the client has left, as by `departure`.
+        end: until when there is time, by `time.monotonic`.
+        seconds: how much there was.
+
+    Raises:
+        ApiError: it took too long.
+        ClientGone: the client went away.
+    """
+    coming = asyncio.ensure_future(result)
+    both: set[asyncio.Future[Any]] = {coming, gone}
+    try:
+        done, _ = await asyncio.wait(both, timeout=max(0, end - monotonic()), return_when=asyncio.FIRST_COMPLETED)
+        if coming not in done:
+            raise ClientGone if gone in done else late(seconds)
+        return coming.result()
+    finally:
+        coming.cancel()
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
