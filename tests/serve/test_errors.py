@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from evengaze.errors import DataError
 from serve.serving import ask, data_url, message, openai, serving
 
 
@@ -164,6 +166,31 @@ def test_one_bad_request_does_not_take_its_batch_with_it(predictor, scenes):
         for number in (0, 1, 3):
             expected = server.offline([scenes[number].image], scenes[number].questions[0].text, 8)
             assert found[number].choices[0].message.content == expected
+
+
+def test_what_the_model_refuses_of_one_is_answered_to_the_others(predictor, scenes, monkeypatch):
+    """All four wait for one batch, which the model refuses for the sake of one."""
+    asked = [(scene.questions[0].text, scene.image) for scene in scenes[:4]]
+    asked[2] = ("what is cursed?", scenes[2].image)
+
+    def complete(inputs, *args, **options):
+        if any("cursed" in text for text in predictor.processor.tokenizer.batch_decode(inputs["input_ids"])):
+            raise DataError("this picture cannot be pruned")
+        return type(predictor).complete(predictor, inputs, *args, **options)
+
+    with serving(predictor, batch=4, wait=5) as server:
+        expected = [server.offline([image], text, 8) for text, image in asked]
+
+        def one(case):
+            try:
+                return ask(server.client(), *case).choices[0].message.content
+            except openai.BadRequestError as error:
+                return error.response.json()["error"]["message"]
+
+        with monkeypatch.context() as patched, ThreadPoolExecutor(4) as pool:
+            patched.setattr(predictor, "complete", complete)
+            found = list(pool.map(one, asked))
+        assert found == [*expected[:2], "this picture cannot be pruned", expected[3]]
 
 
 def test_a_full_queue_is_said_so_at_once(small, scenes):

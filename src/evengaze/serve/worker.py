@@ -150,7 +150,7 @@ class Worker:
         except _ApartError as error:
             self._in_halves(error.jobs)
         except EvengazeError as error:
-            self._fail(jobs, ApiError(400, str(error), code="invalid_request"))
+            self._halved(jobs, ApiError(400, str(error), code="invalid_request"))
         except Exception as error:
             if out_of_memory(error):
                 self._halved(jobs, ApiError(503, "the model's memory ran out; ask for less", code="out_of_memory"))
