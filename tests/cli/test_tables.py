@@ -10,7 +10,7 @@ import typer
 
 import evengaze
 import evengaze.cli
-from evengaze.cli import main, tables
+from evengaze.cli import main, tables, terminal
 
 NAME = "pyramiddrop:keep=[0.5,0.25,0.125],layers=[2,10,20],mode=official"
 
@@ -72,6 +72,26 @@ def test_lists_at_any_width(
     firsts = {line.split()[0] for line in out.splitlines() if line.strip()}
     assert not set(known) - firsts
     assert max(map(len, out.splitlines())) <= width
+
+
+@pytest.mark.parametrize("width", [44, 80])
+def test_where_to_get_files_can_be_copied(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evengaze.evaluate.scoring import list_benchmarks
+
+    out = shown(capsys, monkeypatch, width, "list", "benchmarks")
+    sources = {word for item in list_benchmarks() for file in item["files"] for word in file["source"].split()}
+    assert sources <= set(out.split())
+    assert all(len(line) <= width or len(line.split()) == 1 or "(to" in line for line in out.splitlines())
+
+
+def test_what_a_screen_prints_is_broken_at_blanks_only(capsys: pytest.CaptureFixture[str]) -> None:
+    path, words = "/folder/" + "x" * 90, "one two three four five six seven eight nine ten eleven twelve"
+    for say in (lambda s: s.print(f"{words} {path}"), lambda s: s.labelled("one", f" two {words} {path}", "bold")):
+        say(terminal.Screen(width=60))
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-1] == path and all(len(line) <= 60 for line in lines[:-1]) and len(lines) == 3
 
 
 def test_presets_say_how_many_were_published(

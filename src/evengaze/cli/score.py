@@ -93,7 +93,7 @@ def list_benchmarks(
         if wanted:
             console.labelled(f"\n{item['name']}", f" {'lacks' if data else 'needs'}, in {item['layout']}:", "bold")
         for entry in wanted:
-            console.print(f"  {entry['path']} (to {_use(entry['needed'])}): {entry['source']}")
+            terminal.echo(_wanted(entry))
 
 
 def register(app: typer.Typer, listing: typer.Typer | None = None) -> None:
@@ -161,6 +161,14 @@ def _readiness(item: dict[str, Any]) -> str:
     if isinstance(item["missing_media"], str):
         return f"{note} ({item['missing_media']})"
     return f"{note} ({item['missing_media']} images or videos missing)" if item["missing_media"] else note
+
+
+def _wanted(entry: dict[str, Any]) -> str:
+    """A file and where it is from, on a line of its own if there is no room beside."""
+    file, source = f"  {entry['path']} (to {_use(entry['needed'])})", entry["source"]
+    if len(f"{file}: {source}") <= tables.width():
+        return f"{file}: {source}"
+    return "\n    ".join([file, *tables.lines([source], limit=tables.width() - 4)])
 
 
 def _use(needed: str) -> str:

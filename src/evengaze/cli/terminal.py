@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import ProgressColumn, Task
 from rich.text import Text
 
+from evengaze.cli import tables
+
 # C0 without tab and newline, delete, C1, the marks that turn writing around, and halves of characters.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -49,9 +51,20 @@ class Screen(Console):
         """See `rich.console.Console`; every string passes here, those of tables, too."""
         return super().render_str(plain(text), **{**options, "markup": False, "emoji": False})
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        """See `rich.console.Console`; a text is broken at blanks only, so that paths and addresses can be copied."""
+        if len(objects) == 1 and isinstance(objects[0], str) and "soft_wrap" not in options:
+            objects, options = (self._broken(objects[0]),), {"overflow": "ignore", "crop": False, **options}
+        super().print(*objects, **options)
+
     def labelled(self, label: object, rest: object, style: str) -> None:
         """Print a line that begins with a styled label."""
-        self.print(Text.assemble((plain(label), style), plain(rest)))
+        text = Text(self._broken(f"{label}{rest}"))
+        text.stylize(style, 0, len(plain(label)))
+        self.print(text, overflow="ignore", crop=False)
+
+    def _broken(self, text: str) -> str:
+        return "\n".join(tables.lines(plain(text).split("\n"), limit=self.width))
 
 
 class Description(ProgressColumn):
