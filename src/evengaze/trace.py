@@ -24,7 +24,7 @@ _SCHEMA = 2
 """Version of the files that `Trace.save` writes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RowTrace:
     """One row at one stage. Tokens are indices into the row's layout (0 is the row's first visual token).
 
@@ -54,6 +54,9 @@ class RowTrace:
         none = torch.zeros(0, dtype=torch.long)
         return cls(none, none, tokens=none, place=none)
 
+    def __repr__(self) -> str:
+        return f"<RowTrace: {self.survivors} of {len(self.candidates)} tokens went on>"
+
     @property
     def survivors(self) -> int:
         """Visual tokens that went on."""
@@ -69,7 +72,7 @@ class StageTrace:
     rows: Sequence[RowTrace]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trace:
     """The record of one prefill.
 
@@ -206,6 +209,9 @@ class Trace:
         table = self.layout.rows[row]
         chosen = self.kept(row, stage) if tokens is None else tokens.cpu()
         return chosen[torch.isin(table.image.cpu()[chosen], torch.tensor(views(table, picture)))]
+
+    def __repr__(self) -> str:
+        return f"<Trace of {self.pruner.get('method', 'a method')}: {self}>"
 
     def __str__(self) -> str:
         steps = []

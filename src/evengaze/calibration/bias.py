@@ -1,7 +1,7 @@
 """How biased each layer of a model is, plain and debiased, and what follows from it: what `evengaze bias` reports.
 
 found = observe(model, processor, samples, FastV(layer=2), layers="all")
-print("\\n".join(Bias.of(found).conclusion.sentences()))
+print(Bias.of(found))
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Measures = Mapping[int, Mapping[str, Measure]]
 """Measures by 0-based layer and name."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bias:
     """The bias of a method's ranking at the layers that were observed.
 
@@ -57,6 +57,13 @@ class Bias:
             if len(means) > 1:
                 frames[layer] = (means / means.mean()).tolist()
         return cls(found.method, found.samples, plain, debiased, frames, curves)
+
+    def __repr__(self) -> str:
+        layers = ", ".join(map(str, self.plain))
+        return f"<Bias of {self.method.get('method', 'a method')}: {self.samples} samples; layers {layers}>"
+
+    def __str__(self) -> str:
+        return "\n".join(self.conclusion.sentences())
 
     @property
     def conclusion(self) -> Conclusion:

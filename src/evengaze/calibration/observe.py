@@ -52,7 +52,7 @@ Encode = Callable[[Any, Sequence[Sample]], Mapping[str, Any]]
 """From a processor and a batch to the model's inputs."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Observations:
     """What was collected: a state that can be written after any batch and gone on from.
 
@@ -69,6 +69,10 @@ class Observations:
     target: str
     layers: dict[int, LayerStats] = field(default_factory=dict)
     digests: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        layers = ", ".join(map(str, self.layers))
+        return f"<Observations of {self.method.get('method', 'a method')}: {self.samples} samples; layers {layers}>"
 
     @property
     def samples(self) -> int:

@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evengaze.debias.padding import PaddingMask
-from evengaze.debias.trend import FLOOR, TrendCurve, interpolate, numbers
+from evengaze.debias.trend import FLOOR, TrendCurve, interpolate, numbers, shown
 from evengaze.errors import ConfigError, CurveError
 from evengaze.layout import VisualTokens
 from evengaze.parameters import coerce
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RowsColumns(TrendCurve):
     """f = r(row) c(column), both given at evenly spaced places from the first to the last row or column.
 
@@ -123,7 +123,7 @@ class SampleTrend:
         return {"family": self.family, **asdict(self)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prior:
     """Scores of the same tokens without the question or without the picture; ranking goes by the ratio to them.
 
@@ -146,6 +146,9 @@ class Prior:
         object.__setattr__(self, "values", values)
         if not 0 < self.strength <= 1:
             raise ConfigError(f"strength={self.strength!r} must be in (0, 1]")
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     @classmethod
     def of(cls, scores: Tensor | NDArray[Any], strength: float = 1.0) -> Prior:

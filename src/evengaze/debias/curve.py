@@ -76,6 +76,13 @@ class Origin:
             raise CurveError(f"the origin's grid must be [rows, columns], not {grid!r:.80}")
         return cls(**{**values, "grid": None if grid is None else tuple(grid)})
 
+    @property
+    def place(self) -> str:
+        """Method, layer and model in words, as far as they are known: "of fastv at layer 1 on demo"."""
+        model = self.model or self.architecture
+        parts = {"of": self.method, "at layer": "" if self.layer is None else str(self.layer), "on": model}
+        return " ".join(f"{word} {value}" for word, value in parts.items() if value)
+
     def differences(self, *, architecture: str = "", method: str = "", layer: int | None = None) -> list[str]:
         """In words, what differs between the place of use and the calibration."""
         found = []
@@ -188,13 +195,9 @@ class Curve:
         return f"<Curve {self.fingerprint}: {self}>"
 
     def __str__(self) -> str:
-        origin, parts = self.origin, [f"{self.trend.family} trend"]
-        where = [f"of {origin.method}" if origin.method else ""]
-        where.append(f"at layer {origin.layer}" if origin.layer is not None else "")
-        where.append(f"on {origin.model or origin.architecture}" if origin.model or origin.architecture else "")
-        parts[0] = " ".join(filter(None, (parts[0], *where)))
-        if origin.samples:
-            parts.append(f"{origin.samples} samples")
+        parts = [f"{self.trend.family} trend {self.origin.place}".rstrip()]
+        if self.origin.samples:
+            parts.append(f"{self.origin.samples} samples")
         parts.append(f"f(1)/f(0) = {1 / float(self.trend.weight(torch.ones(1))):.3g}")
         if self.band.x:
             parts.append(f"{100 * self.band.level:g} % band within a factor of {self.band.width:.2f}")

@@ -23,7 +23,7 @@ from evengaze.spelling import did_you_mean
 Stages = Literal["first", "all"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Debias:
     """Debiasing of a language-to-vision ranking (arXiv 2508.17807): weights against the trend, a mask against padding.
 
@@ -41,7 +41,7 @@ class Debias:
     stages: Stages = "first"
     origin: Origin | None = None
     sinks: SinkMask | None = None
-    curve: Curve | None = field(default=None, repr=False, compare=False)
+    curve: Curve | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         coerce(self)
@@ -49,6 +49,20 @@ class Debias:
             raise ConfigError(
                 f"Debias: trend must be a Trend, such as Exponential(1.5), or None, not {self.trend!r:.200}"
             )
+
+    def __repr__(self) -> str:
+        return f"<Debias: {self}>"
+
+    def __str__(self) -> str:
+        parts = []
+        if self.trend is not None:
+            known = self.origin is not None and self.origin.place
+            parts.append(f"{self.trend.family} trend {known} divided out" if known else f"{self.trend} divided out")
+        if self.padding is not None:
+            parts.append("padding left out" if self.padding == PaddingMask() else f"{self.padding} left out")
+        if self.sinks is not None:
+            parts.append(f"registers above {self.sinks.ratio:g} times the median norm left out")
+        return "; ".join(parts or ["nothing removed"]) + ("; at all stages" if self.stages == "all" else "")
 
     def applies(self, stage: int) -> bool:
         """Whether a stage, counted from 0, is debiased."""

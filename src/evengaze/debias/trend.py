@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -22,6 +22,8 @@ FLOOR = 1e-4
 """Scores below this share of their sample's mean count as this much in averages of logs."""
 
 _CHECKED_POINTS = 513
+_WRITTEN = 6
+"""Numbers of a tuple that are written in full."""
 
 
 class Trend(Protocol):
@@ -48,6 +50,9 @@ class TrendCurve(ABC):
     family: ClassVar[str]
     by_sample: ClassVar[bool] = False
 
+    def __repr__(self) -> str:
+        return shown(self)
+
     @abstractmethod
     def f(self, x: Tensor) -> Tensor:
         """The trend at x, float64 of any shape, in the unit of the fitted scores."""
@@ -70,15 +75,15 @@ class TrendCurve(ABC):
         """Raise a CurveError unless f is finite and positive everywhere."""
         values = self.f(torch.linspace(0, 1, _CHECKED_POINTS, dtype=torch.float64))
         if not bool(values.isfinite().all()):
-            raise CurveError(f"the {self.family} curve is not finite on [0, 1]: {self.to_dict()}")
+            raise CurveError(f"the {self.family} curve is not finite on [0, 1]: {self}")
         if not bool((values > 0).all()):
             raise CurveError(
                 f"the {self.family} curve is not positive on [0, 1], so scores cannot be divided by it: "
-                f"{self.to_dict()}. Fit another family, or in the log (fit='log')."
+                f"{self}. Fit another family, or in the log (fit='log')."
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Exponential(TrendCurve):
     """f(x) = mu exp(sigma x), the paper's family.
 
@@ -106,7 +111,7 @@ class Exponential(TrendCurve):
         return self.mu * torch.exp(self.sigma * x.double())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExponentialFloor(TrendCurve):
     """f(x) = a exp(b x) + c: a level that all tokens get, and a rise on top of it."""
 
@@ -125,7 +130,7 @@ class ExponentialFloor(TrendCurve):
         return self.a * torch.exp(self.b * x.double()) + self.c
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Polynomial(TrendCurve):
     """f(x) = sum of coefficients[k] x^k, so that the weight is the reciprocal of a polynomial.
 
@@ -145,7 +150,7 @@ class Polynomial(TrendCurve):
         return _horner(self.coefficients, x)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ReciprocalPolynomial(TrendCurve):
     """f(x) = 1 / sum of coefficients[k] x^k, so that the weight itself is a polynomial."""
 
@@ -162,7 +167,7 @@ class ReciprocalPolynomial(TrendCurve):
         return 1 / _horner(self.coefficients, x)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Isotonic(TrendCurve):
     """A monotone trend given by samples, linear in between and constant outside.
 
@@ -193,7 +198,7 @@ class Isotonic(TrendCurve):
         return interpolate(self.x, self.y, x)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table(TrendCurve):
     """Explicit weights for a grid of one size, as in the weight files of the published patches.
 
@@ -249,6 +254,18 @@ def numbers(family: str, values: Any) -> tuple[float, ...]:
     if not all(-1e300 < v < 1e300 for v in values):
         raise CurveError(f"the {family} curve's parameters must be finite, not {values!r:.80}")
     return tuple(float(v) for v in values)
+
+
+def shown(trend: Any) -> str:
+    """A dataclass as Python writes it, but of many numbers only the ends and how many they are."""
+    values = {f.name: getattr(trend, f.name) for f in fields(trend)}
+    texts = {
+        name: f"({value[0]:.4g}, ..., {value[-1]:.4g}: {len(value)} numbers)"
+        if isinstance(value, tuple) and len(value) > _WRITTEN
+        else repr(value)
+        for name, value in values.items()
+    }
+    return f"{type(trend).__name__}({', '.join(f'{name}={text}' for name, text in texts.items())})"
 
 
 def _horner(coefficients: Sequence[float], x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 
@@ -61,8 +61,8 @@ class DemoImage:
 
     name: str
     image: Image.Image
-    padding_patches: tuple[int, ...]
-    background_patches: tuple[int, ...]
+    padding_patches: tuple[int, ...] = field(repr=False)
+    background_patches: tuple[int, ...] = field(repr=False)
     questions: tuple[DemoQuestion, ...]
 
 

@@ -54,7 +54,7 @@ class Source:
         skipped: of those that `samples` could not read, why, in words; filled while it goes.
     """
 
-    records: tuple[Record, ...]
+    records: tuple[Record, ...] = field(repr=False)
     name: str
     skipped: list[str] = field(default_factory=list, compare=False)
 
