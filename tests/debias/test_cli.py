@@ -236,9 +236,7 @@ def test_bad_input_is_an_error_that_names_the_fix(pictures: Path) -> None:
     assert issubclass(CurveWarning, UserWarning)
 
 
-def test_pictures_that_cannot_be_read_are_left_out_and_listed(
-    pictures: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pictures_that_cannot_be_read_are_left_out_and_listed(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     invoke("calibrate", "--model", "m", "--images", pictures / "list.jsonl", "-o", "whole.json")
     (pictures / "2.png").write_bytes((pictures / "2.png").read_bytes()[:40])
     out = invoke("calibrate", "--model", "m", "--images", pictures / "list.jsonl", "-o", "part.json", code=3)
@@ -250,6 +248,9 @@ def test_pictures_that_cannot_be_read_are_left_out_and_listed(
     assert "2.png" in json.loads(Path("b/bias.json").read_text())["skipped"][0]
     out = invoke("curves", "validate", "part.json", *given, "-m", "fastv:keep=4", code=3)
     assert "2.png" in out and "validating on 6 samples" in out
+    with monkeypatch.context() as patched:
+        patched.setattr("evengaze.calibration.validate.judge", lambda *measures: "over-corrects")
+        invoke("curves", "validate", "whole.json", *given, "-m", "fastv:keep=4", code=4)
     for i in range(6):
         (pictures / f"{i}.png").write_bytes(b"no picture")
     with pytest.raises(CurveError, match="were there pictures at all"):
@@ -263,6 +264,17 @@ def test_a_curve_prints_on_one_line(pictures: Path) -> None:
         assert len(text) < 300 and "\n" not in text and "layer 1 on m; 6 samples" in text
     assert curve.fingerprint in repr(curve)
     assert str(Curve(curve.trend)).startswith(f"{curve.trend.family} trend; f(1)/f(0) = ")
+
+
+def test_figures_of_a_bias_name_the_model_as_the_user_did(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from evengaze.viz import bias as figures
+
+    drawn = []
+    plot = figures.plot_trend
+    monkeypatch.setattr(figures, "plot_trend", lambda curve: drawn.append(plot(curve)) or drawn[-1])
+    invoke("bias", "--model", "m", "--images", pictures / "list.jsonl", "--layers", "1", "-o", "b")
+    (text,) = drawn[0].axes[0].texts
+    assert text.get_text().startswith("fastv on m, 6 samples")
 
 
 def test_bias_concludes_and_says_what_to_type(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:

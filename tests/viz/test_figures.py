@@ -58,6 +58,29 @@ def test_right_and_wrong_answers_are_marked() -> None:
     assert legend(figure)[-2:] == ["right", "wrong"]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"row": 1}, "1 rows; there is no"),
+        ({"row": -2}, "no row -2"),
+        ({"stage": 1}, "no stage 1"),
+        ({"picture": 1}, "no number 1"),
+    ],
+)
+def test_what_is_not_there_to_compare_is_said(wrong: dict[str, int], message: str) -> None:
+    runs = [[Compared("a", trace_of([ImageInfo((2, 2))], [3]))]]
+    with pytest.raises(DataError, match=message):
+        plot_comparison(runs, SQUARE, **wrong)
+
+
+def test_the_second_picture_of_a_comparison_is_the_second_one_that_was_given() -> None:
+    """Not the second view of the first picture, such as its tiles beside a thumbnail."""
+    infos = [ImageInfo((2, 2)), ImageInfo((2, 2), part=1), ImageInfo((1, 3))]
+    trace = trace_of(infos, [8, 9])
+    figure = plot_comparison([[Compared("a", trace)]], SQUARE, picture=1)
+    assert "2 of 3 kept" in " ".join(text.get_text() for ax in figure.axes for text in ax.texts)
+
+
 def test_long_names_are_smaller_and_whole() -> None:
     name = "pyramiddrop:keep=[0.5,0.25,0.125],layers=[2,10,20],mode=official"
     runs = [[Compared(text, trace_of([ImageInfo((2, 2))], [3]))] for text in (name, "fastv")]

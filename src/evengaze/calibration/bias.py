@@ -16,7 +16,7 @@ from evengaze.calibration.conclude import Conclusion
 from evengaze.calibration.fit import fit_curve
 from evengaze.calibration.measures import Measure, sigma
 from evengaze.calibration.observe import Observations
-from evengaze.debias.curve import Curve, CurveWarning
+from evengaze.debias.curve import Curve, CurveWarning, Origin
 from evengaze.debias.debias import Debias
 
 Measures = Mapping[int, Mapping[str, Measure]]
@@ -44,11 +44,18 @@ class Bias:
     curves: Mapping[int, Curve]
 
     @classmethod
-    def of(cls, found: Observations) -> Bias:
-        """From observations of a plain ranking, and of a debiased one if there is one."""
+    def of(cls, found: Observations, model: str = "") -> Bias:
+        """From observations of a plain ranking, and of a debiased one if there is one.
+
+        Args:
+            found: the observations.
+            model: what figures call the model; its architecture if left out.
+        """
         plain, debiased, frames, curves = {}, {}, {}, {}
         for layer, stats in found.layers.items():
-            curves[layer] = to_curve(found, layer, family="exponential", fit="log", beside=False)
+            curves[layer] = to_curve(
+                found, layer, family="exponential", fit="log", origin=Origin(model=model), beside=False
+            )
             plain[layer] = {"sigma": sigma(curves[layer].summary), **found.measures(layer)}
             if stats.debiased is not None:
                 line = fit_curve(stats.debiased.profile(), family="exponential", fit="log", bootstraps=2)

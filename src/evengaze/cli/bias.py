@@ -81,7 +81,7 @@ def bias(
     if not found.layers:
         raise CurveError("no sample with visual tokens was seen; were there pictures at all?")
     warn_of_misuse(steps, found, pruner.name)
-    measured = Bias.of(found)
+    measured = Bias.of(found, predictor.spec.name)
     _draw(found, measured, out, drawn)
     report = measured.to_dict() | {"skipped": source.skipped}
     write_whole(out / "bias.json", json.dumps(report, indent=1) + "\n")

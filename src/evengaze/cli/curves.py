@@ -191,7 +191,7 @@ def validate(
 ) -> None:
     """Debias held-out pictures with a curve and say whether it corrects too much or too little.
 
-    Exit status 1 if it does, 3 if some pictures could not be read (the others are used).
+    Exit status 1 if it does, 3 if some pictures could not be read (the others are used), 4 if both.
     """
     from evengaze.calibration.measures import NAMES
     from evengaze.calibration.observe import rankable
@@ -242,10 +242,9 @@ def validate(
                     f"{NAMES[key]}\n    plain     {verdict.before[key]}\n    debiased  {verdict.after.get(key, '-')}"
                 )
         terminal.echo(f"verdict: {verdict.finding}")
-    if verdict.finding.endswith("corrects"):
-        raise typer.Exit(1)
-    if status:
-        raise typer.Exit(status)
+    wrong = verdict.finding.endswith("corrects")
+    if wrong or status:
+        raise typer.Exit(status + wrong)
 
 
 def read(name: str) -> Curve:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evengaze.errors import DataError
+from evengaze.pixels import views
 from evengaze.viz.patches import Canvas, Drawing, draw_panels
-from evengaze.viz.traced import Traced
+from evengaze.viz.traced import Traced, decision_at
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,12 +58,16 @@ def plot_comparison(
         picture: which picture of the row.
 
     Raises:
-        DataError: no runs, or columns of different length.
+        DataError: no runs, columns of different length, or there is no such row, stage or picture.
     """
     first = next((run for column in runs for run in column if run is not None), None)
     if first is None or len({len(column) for column in runs}) != 1:
         raise DataError("a comparison needs at least one run, and equally many runs of every method")
-    canvas = Canvas.of(first.trace.layout.rows[row].to("cpu"), image, picture)
+    rows = first.trace.layout.rows
+    if not 0 <= row < len(rows):
+        raise DataError(f"the traces have {len(rows)} rows; there is no row {row}")
+    tokens = rows[row].to("cpu")
+    canvas = Canvas.of(tokens, image, views(tokens, picture)[0])
     said = f"all tokens: {dense!r}" + (f" (right: {right!r})" if right else "") if dense else ""
     lead = Drawing(canvas, "as the model saw it", _short(said))
     panels: list[list[Drawing | None]] = []
@@ -78,7 +83,7 @@ def plot_comparison(
 def _panel(canvas: Canvas, run: Compared, row: int, stage: int) -> Drawing:
     if not run.trace.stages:
         return Drawing(canvas, run.label, _short(run.answer), right=run.right)
-    decision = run.trace.stages[stage].rows[row]
+    decision = decision_at(run.trace, row, stage)
     kept = decision.kept.cpu()
     recycled = None if decision.recycled is None else decision.recycled.cpu()
     detail = canvas.describe(kept) + (f": {run.answer!r}" if run.answer else "")

@@ -13,7 +13,7 @@ from evengaze.layout import VisualTokens
 from evengaze.pixels import views
 from evengaze.protocol import top
 from evengaze.viz.patches import Canvas, Drawing, draw_panels
-from evengaze.viz.traced import Decision, Traced
+from evengaze.viz.traced import Decision, Traced, decision_at
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,17 +47,11 @@ def plot_trace(
     """
     if not trace.stages:
         raise DataError("nothing was pruned in this call: there is no stage to draw")
-    if not -len(trace.stages) <= stage < len(trace.stages) or not 0 <= row < len(trace.layout.rows):
-        raise DataError(
-            f"the trace has {len(trace.stages)} stages and {len(trace.layout.rows)} rows; there is no stage {stage} of "
-            f"row {row}"
-        )
-    at = trace.stages[stage]
-    decision = at.rows[row]
+    decision = decision_at(trace, row, stage)
     tokens = trace.layout.rows[row].to("cpu")
     plain = plain_choice(trace, row, stage)
     name = str(trace.pruner.get("method", "pruner"))
-    label = f"{name}, debiased" if plain is not None else f"{name}, layer {at.layer}"
+    label = f"{name}, debiased" if plain is not None else f"{name}, layer {trace.stages[stage].layer}"
     chosen = decision.kept.cpu()
     lines = []
     for number, given in _given(tokens, image, picture):

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from evengaze.errors import DataError
 from evengaze.layout import VisualLayout
 
 
@@ -64,3 +65,15 @@ class Traced(Protocol):
     @property
     def stages(self) -> Sequence[Decisions]:
         """By ascending layer."""
+
+
+def decision_at(trace: Traced, row: int, stage: int) -> Decision:
+    """What a stage kept of a row.
+
+    Raises:
+        DataError: there is no such row or stage.
+    """
+    stages, rows = len(trace.stages), len(trace.layout.rows)
+    if not -stages <= stage < stages or not 0 <= row < rows:
+        raise DataError(f"the trace has {stages} stages and {rows} rows; there is no stage {stage} of row {row}")
+    return trace.stages[stage].rows[row]
