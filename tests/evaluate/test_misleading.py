@@ -18,6 +18,7 @@ from test_grid import made_up
 from test_small_faults import own
 
 from evengaze.cli import main
+from evengaze.cli.evaluate import _show
 from evengaze.errors import ConfigError, DataError
 from evengaze.evaluate.agreement import Agreement, Flip, agree, same_answer
 from evengaze.evaluate.benchmarks import get_benchmark
@@ -331,6 +332,31 @@ def test_the_reports_table_has_categories(tmp_path: Path) -> None:
     for kind in ("html", "md"):
         text = (tmp_path / f"report/report.{kind}").read_text()
         assert "adversarial" in text and "79.0" in text
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_terminal_has_categories(
+    width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    method = "pyramiddrop:keep=[0.5,0.25,0.125],layers=[2,10,20],mode=official"
+    made_up(tmp_path, "mme", "dense", "none", 80.0, "dense")
+    made_up(tmp_path, "mme", method, "none", 70.0)
+    names = ["existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"]
+    for number, path in enumerate(sorted(tmp_path.rglob("result.json"))):
+        score = json.loads(path.read_text())["score"]
+        edit(path, score={**score, "breakdown": {n: 100.0 * number + i for i, n in enumerate(names[: 10 - number])}})
+    assert _show(load(tmp_path), tmp_path) == 0
+    out = capsys.readouterr().out
+    shown = out.partition("by category")[2].partition("Results in")[0]
+    assert "by category" in shown, "one table would be too wide"
+    words = set(shown.split())
+    assert {
+        *names,
+        *(f"{i}.0" for i in range(10)),
+        *(f"{100 + i}.0" for i in range(9)),
+    } <= words and "109.0" not in words
+    assert all(len(line) <= width or line == method for line in shown.splitlines())
 
 
 def test_a_score_says_its_categories() -> None:

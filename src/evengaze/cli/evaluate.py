@@ -20,6 +20,9 @@ RECORDS_LOST = 3
 """Exit status of a run that went through, but in which records could not be read or cells failed."""
 INTERRUPTED, TERMINATED = 130, 143
 
+_SCORE = 6
+"""Characters of a score."""
+
 console = terminal.Screen(stderr=True)
 
 
@@ -211,6 +214,8 @@ def _show(rows: list[Any], out: Path, as_json: bool = False) -> int:
         lines = [_line(row) for row in table.rows]
         if not as_json:
             terminal.echo(tables.table(columns, lines, title=f"{table.title} {table.split}: {table.metric}") + "\n")
+            for part in _by_category(table):
+                terminal.echo(part + "\n")
         for row in table.rows:
             row.save_flips()
     lost = False
@@ -249,6 +254,24 @@ def _line(row: Any) -> list[str]:
         _difference(row.against_dense),
         "" if row.agreement is None else f"{row.agreement.share:.1%}",
     ]
+
+
+def _by_category(table: Any) -> list[str]:
+    """Scores by category, in as many tables as the screen is too narrow for one."""
+    found, left = [], list(table.categories)
+    rows = [row for row in table.rows if row.result.summary is not None]
+    while left:
+        now = [left.pop(0)]
+        while left and sum(max(len(name), _SCORE) + len(tables.GAP) for name in (*now, left[0])) <= tables.width():
+            now.append(left.pop(0))
+        columns = [tables.name("method"), *map(tables.Column, now)]
+        lines = [[row.title, *(_score(row.result.summary.breakdown.get(name)) for name in now)] for row in rows]
+        found.append(tables.table(columns, lines, title=f"{table.title} {table.split} by category"))
+    return found
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def _difference(paired: Any) -> str:

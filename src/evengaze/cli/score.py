@@ -136,6 +136,8 @@ def _show_score(result: Score, console: terminal.Screen) -> None:
     value = "not scored" if result.value is None else f"{result.value:.2f}"
     console.print(f"{result.benchmark} {result.split}, {result.metric}: {value}", style="bold")
     console.print(f"{result.n_scored} of {result.n_records} records scored, {result.mode} mode")
+    for name, number in result.breakdown.items():
+        console.print(f"  {name}: {number:.1f}")
     for name, number in result.offline.items():
         console.print(f"  offline {name}: {number:.2f}")
     for name in ("missing", "duplicate", "unknown"):

@@ -165,14 +165,13 @@ def _agreement(found: Agreement) -> dict[str, str]:
 
 def _parts(table: ComparedRows) -> dict[str, Any] | None:
     """Scores by category, methods down; None where the benchmark has no categories."""
-    scores = [(row.title, row.result.summary) for row in table.rows]
-    names = list(dict.fromkeys(name for _, score in scores if score is not None for name in score.breakdown))
+    names = table.categories
     if not names:
         return None
     lines = [
-        {"name": title, "values": [_number(score.breakdown.get(name), 1) for name in names]}
-        for title, score in scores
-        if score is not None
+        {"name": row.title, "values": [_number(score.breakdown.get(name), 1) for name in names]}
+        for row in table.rows
+        if (score := row.result.summary) is not None
     ]
     return {"names": names, "lines": lines}
 

@@ -238,6 +238,12 @@ class ComparedRows:
         """The (first) dense model's row."""
         return next((row for row in self.rows if row.cell.role == "dense"), None)
 
+    @property
+    def categories(self) -> list[str]:
+        """Parts of the benchmark that have scores of their own."""
+        scores = [row.result.summary for row in self.rows]
+        return list(dict.fromkeys(name for score in scores if score is not None for name in score.breakdown))
+
     def dense_of(self, row: ResultRow) -> ResultRow | None:
         """The dense row of the same model."""
         return next((one for one in self.rows if one.cell.role == "dense" and one.model == row.model), None)
