@@ -15,12 +15,12 @@ from evengaze.profile.measure import Course, contestants, costs
 from evengaze.profile.memory import free_bytes, row_bytes
 from evengaze.profile.parts import clock_answer, clock_prefill, union
 from evengaze.profile.prompts import make_prompt
-from evengaze.profile.rows import Row
+from evengaze.profile.rows import ProfileRow
 from evengaze.profile.verdict import reach, sentence, verdicts
 from evengaze.testing import tiny
 
 
-def dense(**changes: Any) -> Row:
+def dense(**changes: Any) -> ProfileRow:
     values: dict[str, Any] = {
         "method": "dense",
         "variant": "",
@@ -43,10 +43,10 @@ def dense(**changes: Any) -> Row:
         "decoder_seconds": 0.022,
         "floor_seconds": 0.004,
     }
-    return Row(**{**values, **changes})
+    return ProfileRow(**{**values, **changes})
 
 
-def pruned(time: float, half: float = 0.01, **changes: Any) -> Row:
+def pruned(time: float, half: float = 0.01, **changes: Any) -> ProfileRow:
     measured = {"time": time, "time_low": time - half, "time_high": time + half}
     return dense(**{"method": "fastv", "flops": 0.3, "average_tokens": 156.0, **measured, **changes})
 

@@ -13,7 +13,7 @@ from evengaze.cli.options import AsJson, loads_model
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from evengaze.cli.session import Reply, Session
+    from evengaze.cli.session import Answered, Session
     from evengaze.evaluate.spec import ModelSpec
     from evengaze.methods import Pruner
     from evengaze.viz.compare import Compared
@@ -160,7 +160,7 @@ def _said(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".!")
 
 
-def _described(answer: Reply, method: dict[str, Any]) -> dict[str, Any]:
+def _described(answer: Answered, method: dict[str, Any]) -> dict[str, Any]:
     trace = answer.trace
     found = {"answer": answer.text, "seconds": round(answer.seconds, 4), "method": method}
     if trace is None:

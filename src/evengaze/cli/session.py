@@ -34,7 +34,7 @@ FIGURES = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True)
-class Reply:
+class Answered:
     """What the model said, what was kept, and how long it took."""
 
     text: str
@@ -72,12 +72,12 @@ class Session:
         text = self.predictor.ask(question, ["image"] * len(images), TEMPLATE)
         return self.predictor.inputs([text], {"images": list(images)} if images else {})
 
-    def answer(self, images: Sequence[Image], question: str, pruner: Pruner, max_new_tokens: int = 64) -> Reply:
+    def answer(self, images: Sequence[Image], question: str, pruner: Pruner, max_new_tokens: int = 64) -> Answered:
         """Answer a question greedily with a method attached."""
         inputs = self.inputs(images, question)
         start = perf_counter()
         (text,), trace = self.predictor.complete(inputs, pruner, max_new_tokens=max_new_tokens)
-        return Reply(text, trace, perf_counter() - start)
+        return Answered(text, trace, perf_counter() - start)
 
 
 def config_of(model: str, revision: str | None = None, *, flag: str = "--model", shapes: bool = False) -> Any:

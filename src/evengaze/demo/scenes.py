@@ -123,7 +123,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Question:
+class SceneQuestion:
     """A question that needs local evidence.
 
     Attributes:
@@ -181,7 +181,7 @@ def make_scene(*seed: int, most: int = 6) -> Scene:
     return Scene(pixels.astype(np.uint8), tuple(things))
 
 
-def ask(scene: Scene, *seed: int) -> list[Question]:
+def ask(scene: Scene, *seed: int) -> list[SceneQuestion]:
     """Every question of `TYPES` that a scene allows, in random order.
 
     Whether a thing is there is asked as often with the answer yes as with the answer no.
@@ -198,17 +198,19 @@ def ask(scene: Scene, *seed: int) -> list[Question]:
     questions = []
     for thing in scene.things:
         family = "shape" if thing.kind in SHAPES else "digit"
-        questions.append(Question(f"what {family} is {thing.color}?", thing.kind, family, (thing,)))
+        questions.append(SceneQuestion(f"what {family} is {thing.color}?", thing.kind, family, (thing,)))
         if kinds.count(thing.kind) == 1:
-            questions.append(Question(f"what color is the {thing.kind}?", thing.color, "color", (thing,)))
+            questions.append(SceneQuestion(f"what color is the {thing.kind}?", thing.color, "color", (thing,)))
             position = position_of(thing)
             if position is not None:
-                questions.append(Question(f"where is the {thing.kind}?", position, "position", (thing,)))
+                questions.append(SceneQuestion(f"where is the {thing.kind}?", position, "position", (thing,)))
         questions.extend(_exists(scene, thing, random))
     # The first thing's shape is the one whose number was drawn evenly; for others "one" would be the usual answer.
     if scene.things and kinds[0] in SHAPES:
         counted = tuple(thing for thing in scene.things if thing.kind == kinds[0])
-        questions.append(Question(f"how many {PLURALS[kinds[0]]} are there?", NUMBERS[len(counted)], "count", counted))
+        questions.append(
+            SceneQuestion(f"how many {PLURALS[kinds[0]]} are there?", NUMBERS[len(counted)], "count", counted)
+        )
     return [questions[index] for index in random.permutation(len(questions))]
 
 
@@ -222,7 +224,7 @@ def position_of(thing: Thing) -> str | None:
     return "bottom" if down > 0 else "top"
 
 
-def _exists(scene: Scene, thing: Thing, random: Any) -> list[Question]:
+def _exists(scene: Scene, thing: Thing, random: Any) -> list[SceneQuestion]:
     """One question about a thing that is there, and one about a thing that is not."""
     kinds = {one.kind for one in scene.things}
     present = {(one.color, one.kind) for one in scene.things}
@@ -232,16 +234,16 @@ def _exists(scene: Scene, thing: Thing, random: Any) -> list[Question]:
     if style == 0:
         same = tuple(one for one in scene.things if one.kind == thing.kind)
         return [
-            Question(f"is there {_article(thing.kind)}?", "yes", "exists", same),
-            Question(f"is there {_article(kind)}?", "no", "exists", ()),
+            SceneQuestion(f"is there {_article(thing.kind)}?", "yes", "exists", same),
+            SceneQuestion(f"is there {_article(kind)}?", "no", "exists", ()),
         ]
     color = thing.color
     if style == 2:  # a kind that is there in a colour that it does not have
         colors = [one for one in COLORS if (one, thing.kind) not in present]
         kind, color = thing.kind, colors[random.randint(len(colors))]
     return [
-        Question(f"is there {_article(thing.color + ' ' + thing.kind)}?", "yes", "exists", (thing,)),
-        Question(f"is there {_article(color + ' ' + kind)}?", "no", "exists", ()),
+        SceneQuestion(f"is there {_article(thing.color + ' ' + thing.kind)}?", "yes", "exists", (thing,)),
+        SceneQuestion(f"is there {_article(color + ' ' + kind)}?", "no", "exists", ()),
     ]
 
 

@@ -24,7 +24,7 @@ MAX_BLOCKS = 4096
 """More batches than this are handed out several at a time, which keeps Ray's bookkeeping small."""
 
 
-class Worker:
+class Answerer:
     """What each actor runs."""
 
     def __init__(self, spec: ModelSpec, threads: int) -> None:
@@ -115,7 +115,7 @@ class RayBackend:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # ours shows answers, not blocks
         table = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map(
-            Worker,
+            Answerer,
             fn_constructor_args=(self.spec, self._threads),
             compute=ray.data.ActorPoolStrategy(size=min(self.actors, len(rows))),
             num_gpus=self.gpus or None,
@@ -135,7 +135,7 @@ class RayBackend:
 def _probe(spec: ModelSpec, threads: int, records: Sequence[Record], template: str) -> Any:
     """Describe the model, and measure the first readable picture; an error comes back as text."""
     try:
-        predictor = Worker(spec, threads).predictor
+        predictor = Answerer(spec, threads).predictor
     except EvengazeError as error:
         return str(error)
     try:

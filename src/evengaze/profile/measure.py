@@ -19,10 +19,10 @@ from evengaze.methods import Pruner, parse
 from evengaze.models import adapter_for
 from evengaze.profile.latency import take_turns
 from evengaze.profile.memory import free_bytes, peak_bytes, row_bytes
-from evengaze.profile.parts import Answer, Prefill, busy_seconds, clock_answer, clock_prefill
+from evengaze.profile.parts import AnswerTimes, PrefillTimes, busy_seconds, clock_answer, clock_prefill
 from evengaze.profile.plan import Cost, depth_of, plan
 from evengaze.profile.prompts import Prompt
-from evengaze.profile.rows import DENSE, Measured, Row, Variant, label
+from evengaze.profile.rows import DENSE, Measured, ProfileRow, Variant, label
 from evengaze.schedule import DecoderShape
 
 _SIGHTS = 3
@@ -126,12 +126,12 @@ class Course:
         return replace(prompt, visual=visual, text=int(prompt.inputs["input_ids"].shape[1]) - visual)
 
     # -- one batch size ------------------------------------------------------------------------------------------------
-    def run(self, batch: int, advance: Callable[[], None] = lambda: None) -> list[Row]:
+    def run(self, batch: int, advance: Callable[[], None] = lambda: None) -> list[ProfileRow]:
         """Measure dense and all methods with `batch` rows; `advance` is called after each of three steps."""
         with torch.cuda.device(self._model.device) if self._model.device.type == "cuda" else nullcontext():
             return self._run(batch, advance)
 
-    def _run(self, batch: int, advance: Callable[[], None]) -> list[Row]:
+    def _run(self, batch: int, advance: Callable[[], None]) -> list[ProfileRow]:
         inputs = self.prompt.rows(batch)
         failed: dict[str, str] = {}
         peaks: dict[str, int] = {}
@@ -143,7 +143,7 @@ class Course:
                 peaks[one.name] = peak
         advance()
         fit = [one for one in self._every if one.name not in failed]
-        turns: dict[str, Callable[[], Prefill]] = {
+        turns: dict[str, Callable[[], PrefillTimes]] = {
             one.name: partial(self._prefill, one, inputs) for one in fit if one.variant != "static"
         }
         text = self.prompt.without_pictures(self._model, batch)
@@ -192,13 +192,13 @@ class Course:
             return "it does not fit into memory", None
         return "", peak
 
-    def _prefill(self, one: Contestant, inputs: Mapping[str, Tensor]) -> Prefill:
+    def _prefill(self, one: Contestant, inputs: Mapping[str, Tensor]) -> PrefillTimes:
         with one.attached(self._model):
             for _ in range(_SIGHTS if one.variant == "graphs" else 0):
                 clock_prefill(self._model, self._decoder, inputs)
             return clock_prefill(self._model, self._decoder, inputs)
 
-    def _answer(self, one: Contestant, inputs: Mapping[str, Tensor]) -> Answer:
+    def _answer(self, one: Contestant, inputs: Mapping[str, Tensor]) -> AnswerTimes:
         with one.attached(self._model):
             for _ in range(_SIGHTS if one.variant == "graphs" else 0):
                 clock_answer(self._model, inputs, 1)
@@ -225,8 +225,8 @@ class Course:
             weight_bytes=size / max(1, numbers),
         )
 
-    def _row(self, one: Contestant, batch: int, cost: Cost, measured: Measured) -> Row:
-        row = Row(
+    def _row(self, one: Contestant, batch: int, cost: Cost, measured: Measured) -> ProfileRow:
+        row = ProfileRow(
             method=one.method,
             variant=one.variant,
             batch=batch,
@@ -245,7 +245,7 @@ class Course:
         return replace(row, **measured.prefill(one.name), **measured.answer(one.name))
 
     # -- all batch sizes -----------------------------------------------------------------------------------------------
-    def finish(self, rows: Sequence[Row]) -> list[Row]:
+    def finish(self, rows: Sequence[ProfileRow]) -> list[ProfileRow]:
         """The rows of all batch sizes with what is asked for at the end: how long the GPU works, and what fits.
 
         Recording a GPU's activities slows down later launches, so it comes behind all that is timed.
@@ -256,7 +256,7 @@ class Course:
                 rows = [self._with_busy(row, by_name[row.name]) for row in rows]
         return self._fitting(rows)
 
-    def _with_busy(self, row: Row, one: Contestant) -> Row:
+    def _with_busy(self, row: ProfileRow, one: Contestant) -> ProfileRow:
         if row.prefill_seconds is None:
             return row
         inputs = self.prompt.rows(row.batch)
@@ -266,7 +266,7 @@ class Course:
             call = partial(clock_prefill, self._model, self._decoder, inputs)
             return replace(row, busy_seconds=busy_seconds(call, self._model.device))
 
-    def _fitting(self, rows: Sequence[Row]) -> list[Row]:
+    def _fitting(self, rows: Sequence[ProfileRow]) -> list[ProfileRow]:
         """The largest batch that fits, from the device's free memory and the peaks of all batches."""
         device = self._model.device
         if device.type != "cuda":

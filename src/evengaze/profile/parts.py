@@ -22,7 +22,7 @@ from evengaze.profile.memory import cache_bytes
 
 
 @dataclass(frozen=True)
-class Prefill:
+class PrefillTimes:
     """Seconds of one prefill.
 
     Attributes:
@@ -47,7 +47,7 @@ class Prefill:
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerTimes:
     """Seconds of one answer.
 
     Attributes:
@@ -87,7 +87,7 @@ class Stopwatch:
 
 
 @torch.inference_mode()
-def clock_prefill(model: Any, decoder: nn.Module, inputs: Mapping[str, Tensor]) -> Prefill:
+def clock_prefill(model: Any, decoder: nn.Module, inputs: Mapping[str, Tensor]) -> PrefillTimes:
     """Run one prefill and time its parts.
 
     Args:
@@ -114,11 +114,11 @@ def clock_prefill(model: Any, decoder: nn.Module, inputs: Mapping[str, Tensor]) 
         for hook in hooks:
             hook.remove()
     start, end = moments[0], moments[-1]
-    return Prefill(wall, watch.between(start, end), clock[-1] - clock[0], cpu, cache_bytes(cache_of(output)))
+    return PrefillTimes(wall, watch.between(start, end), clock[-1] - clock[0], cpu, cache_bytes(cache_of(output)))
 
 
 @torch.inference_mode()
-def clock_answer(model: Any, inputs: Mapping[str, Tensor], tokens: int, *, static: bool = False) -> Answer:
+def clock_answer(model: Any, inputs: Mapping[str, Tensor], tokens: int, *, static: bool = False) -> AnswerTimes:
     """Generate exactly `tokens` tokens greedily and time the steps.
 
     Args:
@@ -143,7 +143,7 @@ def clock_answer(model: Any, inputs: Mapping[str, Tensor], tokens: int, *, stati
         model.generate(**inputs, **options, max_new_tokens=tokens, pad_token_id=pad, logits_processor=processors)
         synchronize()
         whole = perf_counter() - start
-    return Answer(whole, (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None)
+    return AnswerTimes(whole, (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any, Literal
 
 from evengaze.profile.latency import Timing
-from evengaze.profile.parts import Answer, Prefill
+from evengaze.profile.parts import AnswerTimes, PrefillTimes
 
 Variant = Literal["", "graphs", "static"]
 DENSE = "dense"
@@ -20,7 +20,7 @@ def label(method: str, variant: str) -> str:
 
 
 @dataclass(frozen=True)
-class Row:
+class ProfileRow:
     """One contestant at one batch size. Ratios are to the dense model of the same batch; None was not measured.
 
     Attributes:
@@ -128,11 +128,11 @@ class Measured:
         queued: whether the device works on while the host goes ahead.
     """
 
-    prefills: Mapping[str, Sequence[Prefill]]
-    answers: Mapping[str, Sequence[Answer]]
+    prefills: Mapping[str, Sequence[PrefillTimes]]
+    answers: Mapping[str, Sequence[AnswerTimes]]
     peaks: Mapping[str, int]
     failed: Mapping[str, str]
-    floor: Sequence[Prefill] | None
+    floor: Sequence[PrefillTimes] | None
     queued: bool
 
     def prefill(self, name: str) -> dict[str, Any]:

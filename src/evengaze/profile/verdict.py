@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from evengaze.profile.rows import DENSE, Row, label
+from evengaze.profile.rows import DENSE, ProfileRow, label
 
 HOST = 0.8
 TOWER = 0.5
@@ -45,7 +45,7 @@ class Reach:
     most: float | None
 
 
-def reach(dense: Row) -> Reach | None:
+def reach(dense: ProfileRow) -> Reach | None:
     """What the dense model's row says; None if it was not measured."""
     if dense.prefill_seconds is None or dense.decoder_seconds is None or dense.tower_seconds is None:
         return None
@@ -60,7 +60,7 @@ def reach(dense: Row) -> Reach | None:
     return Reach("tokens", most)
 
 
-def verdicts(rows: Sequence[Row]) -> list[Row]:
+def verdicts(rows: Sequence[ProfileRow]) -> list[ProfileRow]:
     """The rows with their sentences."""
     found = []
     for row in rows:
@@ -71,7 +71,9 @@ def verdicts(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def sentence(row: Row, dense: Row | None, graphed: Row | None = None, peer: Row | None = None) -> str:
+def sentence(
+    row: ProfileRow, dense: ProfileRow | None, graphed: ProfileRow | None = None, peer: ProfileRow | None = None
+) -> str:
     """One row's sentence.
 
     Args:
@@ -93,7 +95,7 @@ def sentence(row: Row, dense: Row | None, graphed: Row | None = None, peer: Row 
     return "; ".join(part for part in parts if part) + "."
 
 
-def _limit(dense: Row, allows: Reach) -> str:
+def _limit(dense: ProfileRow, allows: Reach) -> str:
     decoder, whole = dense.decoder_seconds or 0.0, dense.prefill_seconds or 0.0
     most = "" if allows.most is None else f": at most {allows.most:.0%} of the prefill can be saved in the decoder"
     if allows.limit == "host":
@@ -109,13 +111,13 @@ def _limit(dense: Row, allows: Reach) -> str:
     return why + most
 
 
-def _nothing(row: Row) -> str:
+def _nothing(row: ProfileRow) -> str:
     if row.average_tokens < row.visual_tokens or row.method.startswith(DENSE):
         return ""
     return f"its budget keeps all {row.visual_tokens} visual tokens, so nothing is dropped"
 
 
-def _prefill(row: Row, allows: Reach) -> str:
+def _prefill(row: ProfileRow, allows: Reach) -> str:
     if row.time is None:
         return ""
     side = _side(row.time, row.time_low, row.time_high)
@@ -134,7 +136,7 @@ def _prefill(row: Row, allows: Reach) -> str:
     return f"its prefill takes {row.time - 1:.0%} longer{why}"
 
 
-def _graphs(row: Row, graphed: Row | None) -> str:
+def _graphs(row: ProfileRow, graphed: ProfileRow | None) -> str:
     """What graphs give: measured, or the time that the GPU works, which is the least they could leave."""
     if graphed is not None and graphed.time is not None:
         return f"with graphs it takes {graphed.time:.0%} of dense"
@@ -145,7 +147,7 @@ def _graphs(row: Row, graphed: Row | None) -> str:
     return f"graphs would give about {_ms(row.busy_seconds)}, which is what the GPU works of {_ms(row.prefill_seconds)}"
 
 
-def _answer(row: Row) -> str:
+def _answer(row: ProfileRow) -> str:
     if row.step is None or row.answer is None:
         return ""
     side = _side(row.step, row.step_low, row.step_high)
@@ -160,7 +162,7 @@ def _answer(row: Row) -> str:
     return f"{said}, a whole answer takes {row.answer:.0%} of dense"
 
 
-def _beside(row: Row, peer: Row | None) -> str:
+def _beside(row: ProfileRow, peer: ProfileRow | None) -> str:
     """Against the dense model with the same graphs or cache, for those who have them anyway."""
     if peer is None or not row.variant or row.method == DENSE:
         return ""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from evengaze.errors import DataError
 from evengaze.pixels import views
 from evengaze.viz.patches import Canvas, Drawing, draw_panels
-from evengaze.viz.traced import Traced, decision_at
+from evengaze.viz.traced import Traced, row_at
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,7 +83,7 @@ def plot_comparison(
 def _panel(canvas: Canvas, run: Compared, row: int, stage: int) -> Drawing:
     if not run.trace.stages:
         return Drawing(canvas, run.label, _short(run.answer), right=run.right)
-    decision = decision_at(run.trace, row, stage)
+    decision = row_at(run.trace, row, stage)
     kept = decision.kept.cpu()
     recycled = None if decision.recycled is None else decision.recycled.cpu()
     detail = canvas.describe(kept) + (f": {run.answer!r}" if run.answer else "")

@@ -13,7 +13,7 @@ from evengaze.layout import VisualTokens
 from evengaze.pixels import views
 from evengaze.protocol import top
 from evengaze.viz.patches import Canvas, Drawing, draw_panels
-from evengaze.viz.traced import Decision, Traced, decision_at
+from evengaze.viz.traced import Traced, TracedRow, row_at
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +47,7 @@ def plot_trace(
     """
     if not trace.stages:
         raise DataError("nothing was pruned in this call: there is no stage to draw")
-    decision = decision_at(trace, row, stage)
+    decision = row_at(trace, row, stage)
     tokens = trace.layout.rows[row].to("cpu")
     plain = plain_choice(trace, row, stage)
     name = str(trace.pruner.get("method", "pruner"))
@@ -88,7 +88,7 @@ def plain_choice(trace: Traced, row: int = 0, stage: int = 0) -> Tensor | None:
         (m,) indices into the row's visual tokens, as many as were kept; None if the stage was not debiased.
     """
     at, before = trace.stages[stage], trace.stages[: stage % len(trace.stages)]
-    decision: Decision = at.rows[row]
+    decision: TracedRow = at.rows[row]
     debias = trace.pruner.get("debias")
     if not debias or at.attention is None or decision.raw is None or decision.scores is None:
         return None

@@ -11,7 +11,7 @@ from evengaze.errors import DataError
 from evengaze.layout import VisualLayout
 
 
-class Decision(Protocol):
+class TracedRow(Protocol):
     """One row at one stage; see `trace.RowTrace`."""
 
     @property
@@ -35,7 +35,7 @@ class Decision(Protocol):
         """(n,) scores after it."""
 
 
-class Decisions(Protocol):
+class TracedStage(Protocol):
     """One stage; see `trace.StageTrace`."""
 
     @property
@@ -47,7 +47,7 @@ class Decisions(Protocol):
         """Whose attention ranked them; None if none did."""
 
     @property
-    def rows(self) -> Sequence[Decision]:
+    def rows(self) -> Sequence[TracedRow]:
         """One entry a row."""
 
 
@@ -63,11 +63,11 @@ class Traced(Protocol):
         """The visual tokens of every row."""
 
     @property
-    def stages(self) -> Sequence[Decisions]:
+    def stages(self) -> Sequence[TracedStage]:
         """By ascending layer."""
 
 
-def decision_at(trace: Traced, row: int, stage: int) -> Decision:
+def row_at(trace: Traced, row: int, stage: int) -> TracedRow:
     """What a stage kept of a row.
 
     Raises:
