@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -20,12 +20,19 @@ _NAMES = ("{}_token_id", "{}_token_index", "{}_patch_id", "{}_patch_token_id", "
 
 class Filled(Adapter):
     """A family that puts what its encoders return on placeholder tokens, one token each. What they show is left open:
-    a family says it for each encoding (`shown`), or for all of a prompt together (`pictures`)."""
+    a family says it for each encoding (`shown`), or for all of a prompt together (`pictures`).
+
+    Attributes:
+        observed: whether to ask the model for the tokens, which means to wait for its device, though ids are there.
+    """
+
+    observed: ClassVar[bool] = False
 
     def layout(self, model: nn.Module, call: Call) -> VisualLayout | None:
         """What was encoded, in order, on the tokens that it fills."""
         calls = {kind: [e for e in call.encoded if e.kind == kind and not e.inner] for kind in KINDS}
-        masks = _masks(model, call, calls)
+        masks = _observed(model, call, calls) if self.observed or call.input_ids is None else {}
+        masks = {**_by_id(model, call), **masks}
         _as_videos(calls, masks)
         fillings = []
         for kind, encoded in calls.items():
@@ -68,8 +75,16 @@ def placeholder(config: Any, kind: str) -> int | None:
     return next((i for i in found if isinstance(i, int)), None)
 
 
-def _masks(model: nn.Module, call: Call, calls: dict[str, list[EncoderCall]]) -> dict[str, Tensor]:
-    """(B, L) bool by kind: the tokens that its features fill."""
+def _by_id(model: nn.Module, call: Call) -> dict[str, Tensor]:
+    """(B, L) bool by kind: the tokens that its features fill, if its placeholders are all of them."""
+    if call.input_ids is None:
+        return {}
+    ids, tokens = call.input_ids.cpu(), {kind: placeholder(model.config, kind) for kind in KINDS}
+    return {kind: ids == token for kind, token in tokens.items() if token is not None}
+
+
+def _observed(model: nn.Module, call: Call, calls: dict[str, list[EncoderCall]]) -> dict[str, Tensor]:
+    """(B, L) bool by kind: the tokens that its features fill, as far as the model says so."""
     base = getattr(model, "base_model", model)
     found: dict[str, Tensor] = {}
     for placement in call.placed:
@@ -90,10 +105,6 @@ def _masks(model: nn.Module, call: Call, calls: dict[str, list[EncoderCall]]) ->
         for kind, mask in zip(kinds, placement.masks, strict=False):
             if calls.get(kind):
                 found[kind] = mask.cpu().bool()
-    for kind in KINDS:
-        token = placeholder(model.config, kind)
-        if kind not in found and call.input_ids is not None and token is not None:
-            found[kind] = call.input_ids.cpu() == token
     return found
 
 

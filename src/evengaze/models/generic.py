@@ -32,6 +32,7 @@ class Generic(Filled):
 
     name = "generic"
     model_types: ClassVar[tuple[str, ...]] = ()
+    observed: ClassVar[bool] = True
     padding = (
         "border of the mean colour where pixels are (pictures, 3, height, width), and `pixel_attention_mask`; else none"
     )

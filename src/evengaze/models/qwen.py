@@ -16,6 +16,7 @@ class Qwen2VL(Generic):
 
     name = "Qwen2-VL / Qwen2.5-VL"
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl")
+    observed = False
     padding = "none: pictures are resized to whole groups of patches"
     limits = ("renumbered positions: three-axis rotary positions have no order without gaps; originals are kept",)
     mixes = "each visual token is merged from a group of patches"
