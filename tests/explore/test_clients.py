@@ -7,9 +7,12 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from evengaze import demo
+from evengaze.errors import LayoutError
 from evengaze.evaluate.predictor import ModelSpec, Predictor
+from evengaze.explore import draw
 from evengaze.explore.findings import Choice, Explorer
 
 gradio_client = pytest.importorskip("gradio_client", reason="Gradio is not installed: see `make test-explore`")
@@ -66,6 +69,29 @@ def test_what_the_page_would_not_send_is_refused(page):
         client.predict("what?", "fastv", -5, 2, "both", api_name="/find")
     shown = client.predict("a <image>?", "fastv", 25, 2, "both", api_name="/find")
     assert "role='alert'" in shown[5]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "Memory ran out"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), "Memory ran out"),
+        (LayoutError("the picture has no grid"), "The picture has no grid"),
+        (ZeroDivisionError("division"), "the terminal says why"),
+    ],
+)
+@pytest.mark.parametrize("where", [(Explorer, "find"), (draw, "panel")], ids=["model", "drawing"])
+def test_whatever_fails_is_a_sentence(page, monkeypatch, where, error, expected):
+    client = gradio_client.Client(page.local_url, verbose=False)
+
+    def fails(*_):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*where, fails)
+        said = client.predict("what?", "fastv", 25, 2, "both", api_name="/find")[5]
+    assert "role='alert'" in said and expected in said and "division" not in said
+    assert "eg-answer" in client.predict("what?", "fastv", 25, 2, "both", api_name="/find")[0]
 
 
 def test_it_listens_here_only_and_asks_nobody(page):

@@ -165,7 +165,7 @@ def _figure(picture: Image, words: str, alt: str) -> str:
     """A picture in HTML; what is too large is made smaller in place."""
     buffer = BytesIO()
     picture.thumbnail((2 * _SIDE, 2 * _SIDE))
-    picture.save(buffer, "WEBP", quality=85)
+    picture.save(buffer, "WEBP", quality=85, method=1)  # a quarter of the default's time, a fifth more bytes
     data = base64.b64encode(buffer.getvalue()).decode()
     return (
         f"<figure><img alt='{escape(alt, quote=True)}' src='data:image/webp;base64,{data}'>"

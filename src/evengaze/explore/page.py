@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, fields
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from evengaze.demo.dataset import DemoImage, make_dataset
-from evengaze.errors import DataError, EvengazeError
+from evengaze.errors import EvengazeError, out_of_memory
 from evengaze.evaluate.uploads import picture_of
 from evengaze.explore import draw
 from evengaze.explore.findings import METHODS, STEPS, Choice, Explorer
@@ -18,6 +19,7 @@ from evengaze.methods import get
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_log = logging.getLogger(__name__)
 SAMPLES = 6
 _STEPS = {"both": "both steps", "padding": "padding only", "trend": "trend only"}
 
@@ -56,19 +58,19 @@ def build_page(explorer: Explorer, pixels: int) -> gr.Blocks:
 
     def find(chosen: Chosen | None, question: str, method: str, keep: float, layer: float, steps: str) -> list[Any]:
         chosen = chosen or Chosen(names[0], first.image)
+        debiased = "debiased: " + _STEPS[steps]
         try:
             found = explorer.find(chosen.image, str(question or ""), Choice(method, keep / 100, int(layer), steps))
-        except EvengazeError as error:
-            return [gr.skip()] * 5 + [_error(str(error))]
-        debiased = "debiased: " + _STEPS[steps]
-        return [
-            draw.panel("dense", found.dense, found),
-            draw.panel(f"{method}, plain", found.plain, found),
-            draw.no_panel("debiased") if found.debiased is None else draw.panel(debiased, found.debiased, found),
-            draw.maps(found),
-            draw.charts(found),
-            f"<p class='eg-note'>{escape(chosen.name)}: {escape(found.question)} {escape(found.note)}</p>",
-        ]
+            return [
+                draw.panel("dense", found.dense, found),
+                draw.panel(f"{method}, plain", found.plain, found),
+                draw.no_panel("debiased") if found.debiased is None else draw.panel(debiased, found.debiased, found),
+                draw.maps(found),
+                draw.charts(found),
+                f"<p class='eg-note'>{escape(chosen.name)}: {escape(found.question)} {escape(found.note)}</p>",
+            ]
+        except Exception as error:
+            return [gr.skip()] * 5 + [_error(error)]
 
     def choose(name: str) -> list[Any]:
         sample = samples[names.index(name)]
@@ -80,8 +82,8 @@ def build_page(explorer: Explorer, pixels: int) -> gr.Blocks:
             return [gr.skip()] * 3
         try:
             image = picture_of(data, pixels=pixels)
-        except DataError as error:
-            return [gr.skip(), gr.skip(), _error(f"{error}")]
+        except Exception as error:
+            return [gr.skip(), gr.skip(), _error(error)]
         return [Chosen("your picture", image), _shown(image, "your picture"), ""]
 
     def fit(method: str) -> Any:
@@ -137,7 +139,15 @@ def build_page(explorer: Explorer, pixels: int) -> gr.Blocks:
     return page
 
 
-def _error(text: str) -> str:
+def _error(error: Exception) -> str:
+    """A sentence for whoever sees the page; what nobody expected is told to the terminal, too."""
+    if isinstance(error, EvengazeError):
+        text = str(error)
+    elif out_of_memory(error):
+        text = "memory ran out; try a smaller picture, or a smaller model"
+    else:
+        _log.exception("the page could not be answered", exc_info=error)
+        text = "something failed that should not; the terminal says why"
     return f"<p class='eg-error' role='alert'>{escape(text[:1].upper() + text[1:])}.</p>"
 
 
