@@ -49,6 +49,7 @@ def tab(browser: Any, page: Any) -> Iterator[Any]:
     tab.on("pageerror", lambda error: errors.append(str(error)))
     tab.goto(page.local_url)
     tab.wait_for_selector("#debiased .eg-answer", timeout=60_000)
+    tab.wait_for_selector("#charts svg")
     yield tab
     assert not elsewhere and not errors
     context.close()
@@ -161,8 +162,7 @@ def test_with_the_keyboard_only(tab: Any) -> None:
 
 def test_on_a_phone(tab: Any) -> None:
     tab.set_viewport_size({"width": 390, "height": 844})
-    tab.wait_for_timeout(300)
-    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    tab.wait_for_function("document.documentElement.scrollWidth <= 390")
     for name in PANELS:
         box = tab.locator(f"#{name}").bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["width"] > 200
