@@ -25,7 +25,9 @@ def encode(model: Any, inputs: dict[str, Tensor]) -> tuple[list[EncoderCall], di
         function = getattr(model.base_model, f"get_{kind}_features")
         arguments = {k: inputs[k] for k in inspect.signature(function).parameters if k in inputs}
         with torch.no_grad():
-            out = function(**arguments, return_dict=True).pooler_output
+            result = function(**arguments, return_dict=True)
+        # Granite 4 Vision has features for several layers; the first stand for all.
+        out = result.deepstack_features[0][1] if "deepstack_features" in result else result.pooler_output
         parts = out if isinstance(out, (list, tuple)) else list(out)
         features[kind] = torch.cat([p.reshape(-1, p.shape[-1]) for p in parts])
     for restore in undo:

@@ -15,7 +15,7 @@ from models.helpers import PIXELS, encode, layout
 
 FAMILIES = [f for f in families() if f != "llama"]
 TILED = ("internvl", "aya_vision", "idefics3", "smolvlm")
-ANYRES = ("llava_next", "llava_next_video", "llava_onevision")
+ANYRES = ("llava_next", "llava_next_video", "llava_onevision", "granite4_vision")
 
 
 def square(picture: Tensor, grid: tuple[int, int], cell: int) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from evengaze.errors import LayoutError
+from evengaze.methods import get
 from evengaze.models import Call, adapter_for
 from evengaze.testing import families, tiny
+from evengaze.testing.matrix import greedy
 from evengaze.testing.prompts import IMAGE, VIDEO
 from models.helpers import encode, layout
 
@@ -21,6 +25,7 @@ IMAGES = {
     "llava_next": ([(4, 4), (4, 8)], 1, 4),
     "llava_next_video": ([(4, 4), (4, 8)], 1, 4),
     "llava_onevision": ([(4, 4), (4, 8)], 1, 4),
+    "granite4_vision": ([(4, 4), (4, 8)], 1, 4),
     "qwen2_vl": ([(4, 4)], 1, 0),
     "qwen2_5_vl": ([(4, 4)], 1, 0),
     "qwen3_vl": ([(4, 4)], 1, 0),
@@ -214,3 +219,14 @@ def test_onevision_shrinks_large_pictures() -> None:
     detail = found.rows[0].images[1].grid
     assert detail[0] * (detail[1] + 1) + 16 == len(features["image"])
     assert detail < (14, 16)
+
+
+@pytest.mark.parametrize("family", ["granite4_vision", "qwen3_vl"])
+def test_a_copy_of_an_attached_model_has_nothing_of_deepstack(family: str) -> None:
+    model, inputs = tiny(family)
+    _, dense = greedy(model, inputs, 2)
+    with get("fastv")(keep=5, layer=2)(model):
+        greedy(model, inputs, 2)
+        other = copy.deepcopy(model)
+    for found in (model, other):
+        assert torch.equal(greedy(found, inputs, 2)[1], dense)

@@ -40,7 +40,7 @@ def test_checked_types_are_those_of_the_tiny_models() -> None:
         ("inkling_mm_model", "refused", "convolution"),
         ("florence2", "refused", "encoder-decoder"),
         ("pi0", "refused", "no decoder layers"),
-        ("granite4_vision", "refused", "between its layers"),
+        ("granite4_vision", "checked", "Granite 4 Vision"),
     ],
 )
 def test_what_is_said_of_a_type(model_type: str, how: str, said: str) -> None:

@@ -80,13 +80,12 @@ def _unmerged(original: Any, hidden: Tensor, out: Tensor, *args: Any) -> Tensor:
     return out
 
 
-def _first_features(original: Any, self: Any, states: Tensor, mask: Tensor, features: Tensor) -> Any:
+def _first_features(original: Any, mask: Tensor, features: Tensor, kept: Tensor | None) -> Any:
     """Features of a picture's first tokens on those that are left."""
-    kept = self._surviving()
-    if kept is None or states.shape[1] == mask.shape[1]:
-        return original(self, states, mask, features)
+    if kept is None:
+        return original(mask, features, kept)
     mask = mask.gather(1, kept)
-    return self._original(states, mask, features[: int(mask.sum())])
+    return mask, features[: int(mask.sum())]
 
 
 WRONG: dict[str, tuple[Patch, Cell]] = {
@@ -119,8 +118,12 @@ WRONG: dict[str, tuple[Patch, Cell]] = {
         Cell("vipllava", "tokencarve", "sdpa", 1),
     ),
     "deepstack features of other tokens": (
-        method(deepstack._Shortened, "__call__", _first_features),
+        method(deepstack, "_left", _first_features),
         Cell("qwen3_omni_moe_thinker", "divprune", "sdpa", 1),
+    ),
+    "deepstack features of other tokens, added inside of the decoder": (
+        method(deepstack, "_left", _first_features),
+        Cell("granite4_vision", "divprune", "sdpa", 1),
     ),
 }
 

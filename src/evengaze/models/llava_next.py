@@ -1,4 +1,4 @@
-"""LLaVA-NeXT, LLaVA-NeXT-Video and LLaVA-OneVision: a thumbnail and a detail view stitched from tiles.
+"""LLaVA-NeXT (also Video), LLaVA-OneVision and Granite 4 Vision: a thumbnail and a detail view stitched from tiles.
 
 The detail view is padded (black) to the canvas that the tiles form; the model then drops the rows or columns of
 features that are padding and closes every row with a learned newline. The shares of padding go through the same
@@ -8,17 +8,19 @@ functions as the features, so what is left of them at the edge is exact. Newline
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from evengaze.layout import ImageInfo
 from evengaze.models.base import EncoderCall
+from evengaze.models.deepstack import shorten_arguments
 from evengaze.models.filled import Filled
 from evengaze.models.llava import patch_size
 from evengaze.models.pictures import NO_CANDIDATE, Panel, Picture
@@ -81,6 +83,18 @@ class LlavaOnevision(LlavaNext):
         return Picture.video(Panel(view.info, torch.cat([view.cell, torch.tensor([NO_CANDIDATE])])))
 
 
+class Granite4Vision(LlavaNext):
+    """Granite 4 Vision: views as of LLaVA-NeXT, tiles downsampled; features enter in front of several layers."""
+
+    name = "Granite 4 Vision"
+    model_types = ("granite4_vision",)
+    mixes = "windows of patches are joined into one visual token, and tiles are stitched and unpadded"
+
+    def prepare(self, model: nn.Module, surviving: Callable[[], Tensor | None]) -> Callable[[], None]:
+        """Deepstack features are shortened where the decoder adds them."""
+        return shorten_arguments(self.decoder(model), surviving)
+
+
 def tiled(config: Any, size: tuple[int, int], most_tiles: int | None = None) -> Picture:
     """A picture of (height, width) as thumbnail and detail view; the latter shrunk if it exceeds `most_tiles`."""
     side = _side(config)
@@ -110,8 +124,9 @@ def _thumbnail(config: Any, size: tuple[int, int]) -> Picture:
 
 
 def _side(config: Any) -> int:
-    """Patches along one side of a tile."""
-    return int(config.vision_config.image_size) // patch_size(config)
+    """Visual tokens along one side of a tile."""
+    rate = Fraction(getattr(config, "downsample_rate", 1))
+    return int(int(config.vision_config.image_size) // patch_size(config) * rate)
 
 
 def _canvas_padding(size: tuple[int, int], canvas: tuple[int, int], grid: tuple[int, int]) -> Tensor:

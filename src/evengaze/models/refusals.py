@@ -30,8 +30,6 @@ _BY_TYPE = {
     "blip-2": _BY_ITSELF,
     "instructblip": _BY_ITSELF,
     "instructblipvideo": _BY_ITSELF,
-    "granite4_vision": "it adds features of its tower to visual tokens between its layers, by a mask over the whole "
-    "prompt inside of its own forward, where the tokens that are left cannot be told from those that are not",
     "unlimited_ocr": "its cache keeps the prompt and a window behind it in layers of a class of its own",
 }
 """Types that cannot be pruned for a reason that their modules do not show."""

@@ -24,6 +24,7 @@ ENTRY_POINTS = "evengaze.adapters"
 BUILT_IN = {
     "aya_vision": "tiles:AyaVision",
     "gemma3": "gemma:Gemma3",
+    "granite4_vision": "llava_next:Granite4Vision",
     "idefics3": "tiles:Idefics3",
     "internvl": "tiles:InternVL",
     "llava": "llava:Llava",

@@ -10,7 +10,7 @@ import transformers
 
 from evengaze.errors import UnsupportedModelError
 from evengaze.models.inspect import CannotBuildError, diagnose
-from evengaze.models.registry import BareDecoder
+from evengaze.models.registry import BareDecoder, adapter_for_type
 
 How = Literal["checked", "generic", "refused"]
 
@@ -40,6 +40,7 @@ CHECKED = frozenset(
         "glm4v_moe",
         "glm_ocr",
         "got_ocr2",
+        "granite4_vision",
         "granite_docling",
         "hunyuan_vl",
         "hyperclovax_vision_v2",
@@ -152,7 +153,8 @@ def support(model_type: str) -> Support:
         found = diagnose(config)
     except CannotBuildError as error:
         if model_type in CHECKED:  # the tiny model has a config, or a stand-in for a tower of timm
-            return Support(model_type, "checked", "generic")
+            own = adapter_for_type(model_type)
+            return Support(model_type, "checked", "generic" if own is None else own.name)
         return Support(model_type, "refused", reason=str(error))
     except UnsupportedModelError as error:
         return Support(model_type, "refused", reason=str(error))

@@ -84,6 +84,28 @@ FAMILIES: dict[str, Family] = {
         anyres_images,
         frame_videos(8, 4, newline=1),
     ),
+    "granite4_vision": Family(
+        "Granite4VisionForConditionalGeneration",
+        vlm(
+            "Granite4VisionConfig",
+            partial(vision_of, "CLIPVisionConfig", hidden_size=64, patch_size=7),
+            "Granite4VisionTextConfig",
+            image_token_index=IMAGE,
+            image_grid_pinpoints=PINPOINTS,
+            downsample_rate="1/2",
+            deepstack_layer_map=[[-1, 0], [-2, 3]],
+            spatial_target_layers=[1, 2, 4, 5],
+            qformer_config={
+                "model_type": "blip_2_qformer",
+                "num_hidden_layers": 1,
+                "intermediate_size": 64,
+                "cross_attention_frequency": 1,
+                "max_position_embeddings": 64,
+                "use_qformer_text_input": False,
+            },
+        ),
+        anyres_images,
+    ),
     "qwen2_vl": Family(
         "Qwen2VLForConditionalGeneration",
         qwen("Qwen2VLConfig", {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2}, {}),
