@@ -129,7 +129,7 @@ def test_layers_are_checked_before_loading(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--image", "FOLDER"], "is a folder; give a picture in it, such as"),
+        (["--image", "FOLDER"], "/b.jpg, and repeat"),
         (["--trace", "FOLDER/t.json/", "--image", "PICTURE"], "t.json"),
         (["--trace", "nowhere/t.json", "--image", "PICTURE"], "does not exist"),
         (["--plot", "FOLDER/p.jpg", "--image", "PICTURE"], "ends in .png or .pdf or .svg"),
@@ -146,7 +146,8 @@ def test_what_is_given_is_checked_before_loading(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "t.json").mkdir()
-    (tmp_path / "a.jpg").write_bytes(b"")
+    for name in ("a.jsonl", "b.jpg"):
+        (tmp_path / name).write_bytes(b"")
     given = [a.replace("FOLDER", str(tmp_path)).replace("PICTURE", str(scene)) for a in arguments]
     code, _, err = call(capsys, "run", "-p", "?", *given)
     assert code == 2 and message in err and "Traceback" not in err

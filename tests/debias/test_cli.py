@@ -231,6 +231,8 @@ def test_bad_input_is_an_error_that_names_the_fix(pictures: Path) -> None:
         invoke("calibrate", "--model", "m", "--images", pictures, "-o", "curve.txt")
     with pytest.raises(DataError, match="nowhere is no folder"):
         invoke("curves", "list", "nowhere")
+    with pytest.raises(CurveError, match=r"no preset 'x/y'\. `evengaze list presets`"):
+        invoke("curves", "show", "x/y")
     with pytest.raises(CurveError, match="Nearest"):
         invoke("curves", "show", "llava-1.5-7b/fastw")
     assert issubclass(CurveWarning, UserWarning)
@@ -240,7 +242,7 @@ def test_pictures_that_cannot_be_read_are_left_out_and_listed(pictures: Path, mo
     invoke("calibrate", "--model", "m", "--images", pictures / "list.jsonl", "-o", "whole.json")
     (pictures / "2.png").write_bytes((pictures / "2.png").read_bytes()[:40])
     out = invoke("calibrate", "--model", "m", "--images", pictures / "list.jsonl", "-o", "part.json", code=3)
-    assert "1 pictures could not be read" in out and "2.png" in out
+    assert "1 picture could not be read and was left out:" in out and "2.png" in out
     assert (Curve.load("whole.json").origin.samples, Curve.load("part.json").origin.samples) == (6, 5)
     given = ("--model", "m", "--images", pictures / "list.jsonl")
     with pytest.warns(CurveWarning):

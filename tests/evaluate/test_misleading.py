@@ -359,6 +359,17 @@ def test_the_terminal_has_categories(
     assert all(len(line) <= width or line == method for line in shown.splitlines())
 
 
+def test_a_warning_that_rows_share_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for method in ("fastv:keep=4", "fastv:keep=8", "himap:keep=4"):
+        made_up(tmp_path, "pope", method, "none", 80.0)
+    for path in tmp_path.rglob("result.json"):
+        edit(path, notes=["answers of an earlier run count, too"])
+    assert _show(load(tmp_path), tmp_path) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("answers of an earlier run") == 1
+    assert "Warning: pope fastv:keep=4 none and 2 more: answers" in out
+
+
 def test_a_score_says_its_categories() -> None:
     for name in ("questions", "pope", "mme", "mmbench", "mmvet"):
         assert get_benchmark(name).breakdown.__func__ is not get_benchmark("vqav2").breakdown.__func__  # type: ignore[attr-defined]

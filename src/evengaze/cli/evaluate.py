@@ -218,7 +218,7 @@ def _show(rows: list[Any], out: Path, as_json: bool = False) -> int:
                 terminal.echo(part + "\n")
         for row in table.rows:
             row.save_flips()
-    lost = False
+    lost, warned = False, dict[str, list[str]]()
     if any(row.result.waiting for row in rows):
         screen.print("Some answers are still with other processes; the last one to finish scores.")
     for row in rows:
@@ -234,7 +234,9 @@ def _show(rows: list[Any], out: Path, as_json: bool = False) -> int:
             lost = True
         score = result.summary
         for note in [*result.notes, *(score.warnings if score is not None else [])]:
-            screen.print(f"Warning: {name}: {note}", style="yellow")
+            warned.setdefault(note, []).append(name)
+    for note, (first, *others) in warned.items():
+        screen.print(f"Warning: {first}{f' and {len(others)} more' if others else ''}: {note}", style="yellow")
     if any(row.agreement is not None and row.agreement.flips for row in rows):
         screen.print(f"Answers that are not the dense model's: {FLIPPED} in each method's folder.")
     screen.print(f"Results in {out}; `evengaze report {out} -o report` makes tables and figures.")

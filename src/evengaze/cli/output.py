@@ -97,11 +97,16 @@ def replaces(path: Path) -> None:
         note(f"{path} is there already (of {changed}) and will be replaced")
 
 
-def skipped(reasons: Sequence[str], what: str = "pictures") -> int:
+def skipped(reasons: Sequence[str], what: str = "picture") -> int:
     """List what could not be read; returns the exit status that says so."""
     if not reasons:
         return 0
-    terminal.secho(f"{len(reasons)} {what} could not be read and were left out:", fg=typer.colors.YELLOW, err=True)
+    said = (
+        f"1 {what} could not be read and was"
+        if len(reasons) == 1
+        else f"{len(reasons)} {what}s could not be read and were"
+    )
+    terminal.secho(f"{said} left out:", fg=typer.colors.YELLOW, err=True)
     for reason in reasons if voice.verbose else reasons[:_NAMED]:
         terminal.secho(f"  {reason}", err=True)
     if len(reasons) > _NAMED and not voice.verbose:

@@ -19,7 +19,7 @@ from evengaze.errors import ConfigError, DataError
 from evengaze.evaluate.benchmarks.types import Record
 from evengaze.evaluate.media import open_media
 from evengaze.evaluate.predictor import Predictor
-from evengaze.evaluate.samples import TEMPLATE
+from evengaze.evaluate.samples import ENDINGS, TEMPLATE
 from evengaze.evaluate.spec import DEMO, ModelSpec
 from evengaze.methods import parse
 from evengaze.models import adapter_for
@@ -131,7 +131,7 @@ def read_pictures(paths: Sequence[Path]) -> list[Image]:
     """
     for path in paths:
         if path.is_dir():
-            first = next((p.name for p in sorted(path.iterdir()) if p.is_file()), "photo.jpg")
+            first = next((p.name for p in sorted(path.iterdir()) if p.suffix.lower() in ENDINGS), "photo.jpg")
             raise DataError(
                 f"--image {path} is a folder; give a picture in it, such as {path / first}, and repeat --image for "
                 "several. Folders are for --images of calibrate and bias"

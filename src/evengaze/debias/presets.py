@@ -164,8 +164,8 @@ def preset(name: str) -> Preset:
     for candidate in (wanted, wanted.replace("mm-vet", "mmvet"), wanted.replace("mmbench-cn", "mmbench_cn")):
         if candidate in presets:
             return presets[candidate]
-    near = get_close_matches(wanted, presets, n=5, cutoff=0.4)
+    near = ", ".join(get_close_matches(wanted, presets, n=5, cutoff=0.4))
     raise CurveError(
-        f"no preset {name!r}. Nearest: {', '.join(near) if near else 'none'}. `evengaze list presets` shows all "
-        f"{len(presets)}; a file's name must end in .json."
+        f"no preset {name!r}.{near and f' Nearest: {near}.'} `evengaze list presets` shows all {len(presets)}; a "
+        "file's name must end in .json."
     )
