@@ -289,3 +289,6 @@ def test_bias_concludes_and_says_what_to_type(pictures: Path, monkeypatch: pytes
     given = f"--model m --images {pictures / 'list.jsonl'}"
     assert f"  evengaze calibrate {given} -m fastv:keep=0.25,layer=2 --layers 1,3 -o curve.json" in out
     assert json.loads(Path("b/bias.json").read_text())["conclusion"]["bottom"] == [1, 3]
+    pictures.rename("my pictures")
+    out = invoke("bias", "--model", "m", "--images", "my pictures/list.jsonl", "--layers", "1", "-o", "b")
+    assert "  evengaze calibrate --model m --images 'my pictures/list.jsonl' -m" in out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -133,8 +134,8 @@ def _table(title: str, measured: Bias) -> str:
 
     def cells(name: str, measures: Mapping[str, Measure]) -> list[str]:
         said = verdict(measures)
-        where = {"even": "even", "unsure": "too few to tell"}.get(said, said)
-        if where == said != "even" and abs(measures["kept_index"].value - measures["kept_index"].even) <= STRONG:
+        where: str = "too few to tell" if said == "unsure" else said
+        if where.startswith("to ") and abs(measures["kept_index"].value - measures["kept_index"].even) <= STRONG:
             where = f"slightly {said}"
         return [
             name,
@@ -168,8 +169,9 @@ def _spread(measure: Measure | None, *, off: bool = False, spread: bool = True) 
 def _advice(conclusion: Conclusion, model: str, images: Path | None, method: str) -> list[str]:
     """What to type."""
     said = []
+    model, method = quote(model), quote(method)
     if conclusion.strong:
-        given, other = ("", "") if images is None else (f" --images {images}", " --images OTHER_PICTURES")
+        given, other = ("", "") if images is None else (f" --images {quote(str(images))}", " --images OTHER_PICTURES")
         layers = ",".join(map(str, conclusion.strong))
         said += [
             "Type:",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -14,11 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from evengaze.cli import output, tables, terminal
 from evengaze.cli.options import AsJson, overrides_model
+from evengaze.cli.output import INTERRUPTED, RECORDS_LOST, TERMINATED
 from evengaze.errors import ConfigError, DataError
-
-RECORDS_LOST = 3
-"""Exit status of a run that went through, but in which records could not be read or cells failed."""
-INTERRUPTED, TERMINATED = 130, 143
 
 _SCORE = 6
 """Characters of a score."""
@@ -239,7 +237,7 @@ def _show(rows: list[Any], out: Path, as_json: bool = False) -> int:
         screen.print(f"Warning: {first}{f' and {len(others)} more' if others else ''}: {note}", style="yellow")
     if any(row.agreement is not None and row.agreement.flips for row in rows):
         screen.print(f"Answers that are not the dense model's: {FLIPPED} in each method's folder.")
-    screen.print(f"Results in {out}; `evengaze report {out} -o report` makes tables and figures.")
+    screen.print(f"Results in {out}; `evengaze report {quote(str(out))} -o report` makes tables and figures.")
     return RECORDS_LOST if lost else 0
 
 

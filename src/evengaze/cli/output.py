@@ -23,7 +23,7 @@ ANYWHERE = (
 )
 RECORDS_LOST = 3
 """Exit status of a command that went through, but without some pictures or records."""
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 _NAMED = 5
 _PATIENCE = 3.0
 """Seconds of work after which the rest can be estimated."""

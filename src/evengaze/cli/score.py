@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from evengaze.evaluate.benchmarks import Score
     from evengaze.evaluate.judge import Judge
 
-INCOMPLETE = 3
-"""Exit status where answers are missing, unknown, malformed or not judged; as of `evaluate`."""
 _SHOWN = 5
 
 
@@ -69,7 +67,7 @@ def score(
     else:
         _show_score(result, terminal.Screen())
     if any((result.problems.missing, result.problems.unknown, result.problems.malformed, result.problems.errors)):
-        raise typer.Exit(INCOMPLETE)
+        raise typer.Exit(output.RECORDS_LOST)
 
 
 def list_benchmarks(
