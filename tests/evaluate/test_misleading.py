@@ -367,7 +367,7 @@ def test_a_warning_that_rows_share_is_said_once(tmp_path: Path, capsys: pytest.C
     assert _show(load(tmp_path), tmp_path) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert out.count("answers of an earlier run") == 1
-    assert "Warning: pope fastv:keep=4 none and 2 more: answers" in out
+    assert "Warning: pope fastv:keep=4 and 2 more: answers" in out
 
 
 def test_a_score_says_its_categories() -> None:

@@ -140,6 +140,7 @@ def _run(settings: Any, data: Path, out: Path, backend: Any, options: Any, as_js
     """Run all benchmarks; returns the exit status."""
     from evengaze.evaluate.benchmarks import get_benchmark
     from evengaze.evaluate.grid import prepare, run_grid
+    from evengaze.evaluate.results import short
     from evengaze.evaluate.runner import rank_and_world
 
     chosen = [get_benchmark(name) for name in settings.benchmarks]
@@ -157,7 +158,8 @@ def _run(settings: Any, data: Path, out: Path, backend: Any, options: Any, as_js
 
                 def advance(task: Any, cell: Any, count: int) -> None:
                     name = task.benchmark.name
-                    progress.update(bars[name], advance=count, description=f"{name} {cell.method} {cell.debias}")
+                    better = "" if cell.debias == "none" else f" + {short(cell.debias)}"
+                    progress.update(bars[name], advance=count, description=f"{name} {cell.method}{better}")
                     progress.advance(total, count)
 
                 rows = run_grid(tasks, data, out, backend, settings.setting, options=options, advance=advance)
@@ -221,7 +223,7 @@ def _show(rows: list[Any], out: Path, as_json: bool = False) -> int:
         screen.print("Some answers are still with other processes; the last one to finish scores.")
     for row in rows:
         result = row.result
-        name = f"{result.benchmark.name} {result.cell.method} {result.cell.debias}"
+        name = f"{result.benchmark.name} {row.title}"
         if result.problem and (result.failed or not result.waiting):
             screen.print(f"{name}: {result.problem}")
             lost = True

@@ -20,7 +20,7 @@ from evengaze.evaluate.benchmarks.types import Record
 from evengaze.evaluate.media import open_media
 from evengaze.evaluate.predictor import Predictor
 from evengaze.evaluate.samples import ENDINGS, TEMPLATE
-from evengaze.evaluate.spec import DEMO, ModelSpec
+from evengaze.evaluate.spec import DEMO, ModelSpec, check_source
 from evengaze.methods import parse
 from evengaze.models import adapter_for
 
@@ -93,16 +93,10 @@ def config_of(model: str, revision: str | None = None, *, flag: str = "--model",
     from evengaze.models.loading import load_config
     from evengaze.profile.shapes import SHAPES, shape_of
 
-    there = Path(model).exists()
-    shape = shape_of(model) if shapes and not there else None
+    shape = shape_of(model) if shapes and not Path(model).exists() else None
     if shape is not None:
         return shape
-    if model != DEMO and "/" not in model and not there:
-        named = f"; shapes known by name are {', '.join(SHAPES)}" if shapes else ""
-        raise DataError(
-            f"{flag} {model}: there is no such folder here, and hub ids look like llava-hf/llava-1.5-7b-hf; "
-            f"'{DEMO}' is the embedded model{named}"
-        )
+    check_source(model, f"{flag} {model}", f"; shapes known by name are {', '.join(SHAPES)}" if shapes else "")
     return load_config(str(FOLDER) if model == DEMO else model, revision=revision, name=f"{flag} {model}")
 
 

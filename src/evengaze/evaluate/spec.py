@@ -86,11 +86,8 @@ def open_spec(spec: ModelSpec) -> tuple[Any, Any, tuple[str, ...]]:
         if spec.adapter is not None:
             load_adapter(model, spec.adapter)
         return model.to(device), processor, ()
-    if "/" not in spec.source and not Path(spec.source).exists():
-        raise DataError(
-            f"model {spec.source}: there is no such folder here, and hub ids look like llava-hf/llava-1.5-7b-hf; "
-            f"'{DEMO}' is the embedded model"
-        )
+    name = f"model {spec.source}"
+    check_source(spec.source, name)
     from transformers import AutoModelForImageTextToText
 
     options: dict[str, Any] = {"dtype": dtype}
@@ -102,7 +99,6 @@ def open_spec(spec: ModelSpec) -> tuple[Any, Any, tuple[str, ...]]:
     if spec.quantize is not None:
         options["quantization_config"] = quantization(spec.quantize)
         options.setdefault("device_map", {"": device})  # quantised weights stay where they were loaded
-    name = f"model {spec.source}"
     processor = load_processor(spec.source, revision=spec.revision, name=name)
     model, missing = load_model(
         AutoModelForImageTextToText,
@@ -117,6 +113,24 @@ def open_spec(spec: ModelSpec) -> tuple[Any, Any, tuple[str, ...]]:
     if spec.adapter is not None:
         load_adapter(model, spec.adapter)
     return model if "device_map" in options else model.to(device), processor, tuple(missing)
+
+
+def check_source(source: str, name: str, more: str = "") -> None:
+    """Find out whether a source can be one.
+
+    Args:
+        source: see `ModelSpec.source`.
+        name: what the message calls it.
+        more: what else it could have been.
+
+    Raises:
+        DataError: it is no folder, no hub id, and not the embedded model.
+    """
+    if source != DEMO and "/" not in source and not Path(source).exists():
+        raise DataError(
+            f"{name}: there is no such folder here, and hub ids look like llava-hf/llava-1.5-7b-hf; '{DEMO}' is the "
+            f"embedded model{more}"
+        )
 
 
 def _square(processor: Any) -> Any:
