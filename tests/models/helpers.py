@@ -26,8 +26,8 @@ def encode(model: Any, inputs: dict[str, Tensor]) -> tuple[list[EncoderCall], di
         arguments = {k: inputs[k] for k in inspect.signature(function).parameters if k in inputs}
         with torch.no_grad():
             result = function(**arguments, return_dict=True)
-        # Granite 4 Vision has features for several layers; the first stand for all.
-        out = result.deepstack_features[0][1] if "deepstack_features" in result else result.pooler_output
+        # Granite 4 Vision has features for several layers and no others; the first stand for all.
+        out = result.pooler_output if "pooler_output" in result else result.deepstack_features[0][1]
         parts = out if isinstance(out, (list, tuple)) else list(out)
         features[kind] = torch.cat([p.reshape(-1, p.shape[-1]) for p in parts])
     for restore in undo:
