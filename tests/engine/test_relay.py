@@ -193,6 +193,39 @@ def test_operators_of_a_prefill_beyond_the_models_own(model: Any, states: Any, m
     assert pruned.count - bare.count <= most + 5 * older
 
 
+@pytest.mark.parametrize(
+    ("rope", "asked"), [("linear", 1), ("dynamic", 2)], ids=["by itself", "by the largest position of a call"]
+)
+def test_a_step_shifts_the_positions_of_all_layers_at_once(states: Any, rope: str, asked: int) -> None:
+    """But where a table depends on the largest position that it is made for, each kept set has a call of its own."""
+    torch.manual_seed(0)
+    scaling = {"rope_type": rope, "factor": 2.0, "rope_theta": 10000.0}
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=2,
+        vocab_size=64,
+        rope_parameters=scaling,
+    )
+    model: Any = LlamaForCausalLM(config).eval()
+    forward, calls = model.model.rotary_emb.forward, list[Any]()
+    with torch.inference_mode(), methods.parse(METHODS[1])(model, layout=LAYOUT):
+        cache = cache_of(model(inputs_embeds=states, use_cache=True))
+        model.model.rotary_emb.forward = lambda *args, **kwargs: calls.append(args) or forward(*args, **kwargs)
+        for k in range(3):
+            model(
+                input_ids=torch.full((2, 1), k),
+                position_ids=torch.full((2, 1), LENGTH + k),
+                **cache_argument(model, cache),
+            )
+    del model.model.rotary_emb.forward
+    assert len(calls) == 3 * (1 + asked)
+    with methods.parse(METHODS[1])(model, layout=LAYOUT):
+        found = answer(model, states[:1])
+    assert torch.equal(found, unrelayed(model, states[:1], METHODS[1]))
+
+
 @pytest.mark.parametrize("method", ["pyramiddrop", "sparsevlm"])
 @pytest.mark.parametrize("family", ["muse_glimmer", "gemma3"])
 def test_layers_with_other_positions_or_with_none(family: str, method: str) -> None:

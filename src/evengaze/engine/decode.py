@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from evengaze.compat import is_mask
@@ -62,6 +64,26 @@ class Steps:
         self.relayed = False
         self._remember = remember
         self._made: dict[Any, tuple[dict[str, Any] | None, dict[str, Any], Any]] = {}
+        self._shifted: dict[int, dict[str, Any]] = {}
+        self._shifted_of: Mapping[str, Any] = {}
+
+    def shift(self, kept: Sequence[Kept | None], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Shift the positions of layers that are given the same things, for all that they hold at once.
+
+        Args:
+            kept: what groups of layers hold; alive until the step ends.
+            args: positional arguments of each layer.
+            kwargs: keyword arguments of each layer.
+        """
+        moved = {id(k): k.shift for k in kept if k is not None and k.shift is not None}
+        if len(moved) < 2 or not args:
+            return
+        positions = kwargs["position_ids"] - torch.stack([s.to(args[0].device) for s in moved.values()])
+        tables = self.rotary.steps(args[0], positions, kwargs)
+        if tables is not None:
+            self._shifted_of = kwargs
+            for k, position, found in zip(moved, positions, tables, strict=True):
+                self._shifted[k] = {"position_ids": position, **found}
 
     def arguments(
         self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any
@@ -100,8 +122,13 @@ class Steps:
             for table, value in kwargs.items():
                 served |= self.rotary.made(table, value)
             self.rotary.serve(layer, served)
-            cut["position_ids"] = kwargs["position_ids"] - kept.shift.to(hidden.device)
-            cut.update(self.rotary.step(layer, hidden, cut["position_ids"], kwargs))
+            shifted = self._shifted.get(id(kept), {})
+            # Some layers are given other tables, or none.
+            if shifted and all(kwargs.get(name) is self._shifted_of[name] for name in shifted):
+                cut.update(shifted)
+            else:
+                cut["position_ids"] = kwargs["position_ids"] - kept.shift.to(hidden.device)
+                cut.update(self.rotary.step(layer, hidden, cut["position_ids"], kwargs))
         elif mask is None and kept.real is None:
             return None, served
         if mask is not None or kept.real is not None:

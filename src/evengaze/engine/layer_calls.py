@@ -137,10 +137,9 @@ class LayerCalls:
         relayed = self._relayed and fold is None and not call.nested and not torch.is_grad_enabled()
         given = dict(kwargs) if relayed else kwargs  # as the model gives them: what follows writes into `kwargs`
         if run is None:
-            new = steps.arguments(i, args, kwargs, cache)
             if relayed and call.decoding and call.steps is not None and not call.steps.relayed:
                 self._relay_step(call, call.steps, i, args, given)
-            return new
+            return steps.arguments(i, args, kwargs, cache)
         changed = i in self._stages
         if changed:
             number, stage = self._stages[i]
@@ -163,6 +162,8 @@ class LayerCalls:
         """In a step, let the layers behind `i` take over what it gets, or what those get that hold the same tokens."""
         steps.relayed = True
         groups = self.relays.groups(call.cache) or self._relayed_groups(call.cache, i)
+        held = [kv.kept_of(call.cache.layers[i]), *(group.kept for group in groups)]
+        steps.shift(held, args, given)
         for group in groups:
             new = steps.arguments(group.layer, args, dict(given), call.cache.layers[group.layer])
             group.handed.set(call, given, new)

@@ -6,7 +6,7 @@ are kept while it runs, and the very call that made a layer's table is repeated 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,6 +32,13 @@ class _Call:
         options = {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)}
         return cls(module, kwargs["position_ids"] if named else args[1], named, args[2:], options)
 
+    @property
+    def each_by_itself(self) -> bool:
+        """Whether a position's entry depends on that position alone, not on the largest of the call."""
+        kinds = getattr(self.module, "rope_type", None)
+        kinds = set(kinds.values()) if isinstance(kinds, Mapping) else {kinds}
+        return kinds <= {"default", "linear", "llama3", "yarn"}
+
     def at(self, hidden: Tensor, positions: Tensor) -> Any:
         """What the call returns for (B, M) positions; of (B, M, d) states only type and device matter.
 
@@ -55,6 +62,7 @@ class Rotary:
 
     def __init__(self, served: Served) -> None:
         self._seen: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]] = []
+        self._known: list[tuple[Any, _Call]] = []
         self._layers = served
 
     def observe(self, *call: Any) -> None:
@@ -64,7 +72,9 @@ class Rotary:
     @property
     def _calls(self) -> list[tuple[Any, _Call]]:
         """What each of them returned, and the call."""
-        return [(out, _Call.of(module, args, kwargs)) for module, args, kwargs, out in self._seen]
+        for module, args, kwargs, out in self._seen[len(self._known) :]:
+            self._known.append((out, _Call.of(module, args, kwargs)))
+        return self._known
 
     @cached_property
     def renumbers(self) -> bool:
@@ -103,3 +113,23 @@ class Rotary:
         """The same arguments of a layer for a decoding step, those that it is given: some layers have no positions."""
         calls = {name: call for name, call in self.served(layer).items() if given.get(name) is not None}
         return {name: call.at(hidden, positions) for name, call in calls.items()}
+
+    def steps(self, hidden: Tensor, positions: Tensor, given: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+        """The same for (k, B, 1) positions of layers that are given the same things, k times, from one call each.
+
+        Returns:
+            None if that is not the same as k calls, or not known to be.
+        """
+        calls = {name: call for name, table in given.items() for call in self.made(name, table).values()}
+        if not calls or not all(call.each_by_itself for call in calls.values()):
+            return None
+        whole = positions.flatten(0, 1)
+        tables = {name: _apart(call.at(hidden, whole), positions.shape[:2]) for name, call in calls.items()}
+        return [{name: table[k] for name, table in tables.items()} for k in range(len(positions))]
+
+
+def _apart(table: Any, shape: tuple[int, ...]) -> Sequence[Any]:
+    """A table of k times B rows as k tables of B rows."""
+    if isinstance(table, Tensor):
+        return list(table.view(*shape, *table.shape[1:]))
+    return [type(table)(parts) for parts in zip(*(_apart(part, shape) for part in table), strict=True)]
