@@ -67,9 +67,7 @@ def farthest(unit: Tensor, count: int) -> Tensor:
         diagonal.fill_(float("inf"))  # a token is not its own neighbour
         nearest = distance.amin(2)
         diagonal.fill_(float("-inf"))
-        base = (torch.arange(rows, device=unit.device) * n)[:, None]
-        flat = distance.view(rows * n, n)
-        return _greedy(nearest, count, lambda pick: flat[(base + pick)[:, 0]])
+        return _greedy(nearest, count, lambda pick: distance.gather(1, pick[..., None].expand(-1, -1, n))[:, 0])
     nearest = torch.cat([_nearest(unit, start) for start in range(0, n, _CHUNK)], 1)
 
     def away(pick: Tensor) -> Tensor:
