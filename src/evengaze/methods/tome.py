@@ -40,20 +40,16 @@ class ToMe(Grouping):
             similarity, partner = (unit[:, 0::2] @ unit[:, 1::2].transpose(1, 2)).max(-1)
             merges = min(alive.shape[1] - count, alive.shape[1] // 2)
             order = torch.sort(similarity, dim=1, descending=True, stable=True).indices
-            gone, stay = order[:, :merges], order[:, merges:].sort(1).values
+            gone, stay = order[:, :merges], order[:, merges:]
             partner = partner.gather(1, gone)
             moved = torch.scatter(every, 1, alive[:, 0::2].gather(1, gone), alive[:, 1::2].gather(1, partner))
             group = moved.gather(1, group)
             into = torch.zeros(rows, unit[:, 1::2].shape[1], merges, device=sums.device)
             into.scatter_(1, partner[:, None], 1.0)
-            # Both halves in turn, as they stand; adding up by a product gives the same every time.
-            left = torch.cat([2 * stay, torch.arange(1, alive.shape[1], 2, device=sums.device).expand(rows, -1)], 1)
-            left, back = left.sort(1)
-            parts = [
-                torch.cat([take_states(x[:, 0::2], stay), x[:, 1::2] + into @ take_states(x[:, 0::2], gone)], 1)
-                for x in (sums, size)
-            ]
-            sums, size = (take_states(part, back) for part in parts)
+            left = torch.cat([2 * stay, every[:, 1 : alive.shape[1] : 2]], 1).sort(1).values
+            for x in (sums, size):  # adding up by a product gives the same every time
+                x[:, 1::2] += into @ take_states(x[:, 0::2], gone)
+            sums, size = take_states(sums, left), take_states(size, left)
             alive = alive.gather(1, left)
         members = torch.zeros(rows, n, device=sums.device).scatter_(1, alive, size[..., 0])
         return Selection(keep=alive, merge=Merge(every, group, 1 / members.gather(1, group)))
