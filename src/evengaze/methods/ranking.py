@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evengaze.candidates import Start
 from evengaze.debias import Debias
-from evengaze.device import device_rows, upload
+from evengaze.device import counting, device_rows, upload
 from evengaze.layout import VisualTokens
 from evengaze.protocol import Pending, View
 
@@ -117,6 +117,12 @@ def weights(debias: Debias, view: View, raw: Tensor, dtype: torch.dtype) -> Tens
         return torch.stack(rows).to(dtype).to(raw.device)
     values = by_table(tokens.start, trend.weights).to(dtype)
     return tokens.of_start(upload(values, raw.device))
+
+
+def places(score: Tensor) -> Tensor:
+    """How many entries come before each along the last axis: larger ones, and equal ones with a lower index."""
+    order = torch.sort(score, dim=-1, descending=True, stable=True).indices
+    return torch.empty_like(order).scatter_(-1, order, counting(order.shape[-1], order.device).expand_as(order))
 
 
 def by_table(start: Start, values: Callable[[VisualTokens], Tensor]) -> Tensor:

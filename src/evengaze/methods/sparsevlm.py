@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from evengaze.device import counting
 from evengaze.errors import ConfigError
 from evengaze.methods.base import Pruner
-from evengaze.methods.ranking import Ranking
+from evengaze.methods.ranking import Ranking, places
 from evengaze.methods.registry import register
 from evengaze.methods.stages import check_layers, default_layers, per_stage
 from evengaze.protocol import (
@@ -28,7 +29,6 @@ from evengaze.protocol import (
     View,
     resolve_keep,
     take_states,
-    top_allowed,
 )
 
 if TYPE_CHECKING:
@@ -126,23 +126,24 @@ class SparseVLM(Pruner):
 
     def choose(self, view: View, ranking: Ranking, count: int) -> Selection:
         """Keep the best, recycle some of the rest. Padding is neither kept nor recycled."""
-        keep = top_allowed(ranking.score, ranking.allowed, count)
+        order = torch.sort(ranking.masked, dim=1, descending=True, stable=True).indices
+        keep = order[:, :count].sort(1).values
         dropped = ranking.valid[0] - count
         if dropped == 0:
             return Selection(keep)
         members, clusters = recycling(dropped)
-        # The official patch debiases the ranking only, so that padding comes back through the clusters.
-        worth = ranking.masked if self.mode == "corrected" else ranking.raw
-        worth = worth.scatter(1, keep, float("-inf"))
-        recycled = torch.sort(worth, dim=1, descending=True, stable=True).indices[:, :members]
-        noise = self.density_noise(view, members)
-        centre, label, _ = density_peaks(take_states(view.features, recycled).float(), clusters, noise)
+        recycled = order[:, count : count + members]
+        if self.mode == "official" and ranking.score is not ranking.raw:
+            # The official patch debiases the ranking only, so that padding comes back through the clusters.
+            worth = ranking.raw.scatter(1, keep, float("-inf"))
+            recycled = torch.sort(worth, dim=1, descending=True, stable=True).indices[:, :members]
+        states = take_states(view.hidden, view.tokens.position.gather(1, recycled))
+        centre, label, _ = density_peaks(states.float(), clusters, self.density_noise(view, members))
         target = recycled.gather(1, centre)
-        epsilon = 1e-6 if self.mode == "official" else 0.0  # against empty clusters, of which there are none
-        size = torch.zeros_like(centre, dtype=torch.float32)
-        size.scatter_add_(1, label, torch.ones_like(label, dtype=torch.float32))
-        weight = (1 / (size + epsilon)).gather(1, label)
-        return Selection(keep, Merge(recycled, target.gather(1, label), weight), recycled=target)
+        size = (label[:, :, None] == label[:, None]).sum(2, dtype=torch.float32)
+        if self.mode == "official":  # against empty clusters, of which there are none
+            size = size + 1e-6
+        return Selection(keep, Merge(recycled, target.gather(1, label), size.reciprocal()), recycled=target)
 
     def density_noise(self, view: View, count: int) -> Tensor | None:
         """(count,) added to the densities. The official code draws 1e-6 U[0, 1); left out here, to be reproducible."""
@@ -208,8 +209,7 @@ def density_peaks(x: Tensor, clusters: int, noise: Tensor | None = None) -> tupl
     nearest = distance.topk(min(clusters, m), largest=False).values
     density = torch.exp(-nearest.square().mean(-1))
     if noise is None:
-        order = torch.sort(density, dim=1, descending=True, stable=True).indices
-        place = torch.empty_like(order).scatter_(1, order, torch.arange(m, device=x.device).expand_as(order))
+        place = places(density)
         denser = place[:, None] < place[:, :, None]
     else:
         density = density + noise
@@ -220,7 +220,7 @@ def density_peaks(x: Tensor, clusters: int, noise: Tensor | None = None) -> tupl
     best = torch.sort(score, dim=1, descending=True, stable=True).indices[:, :clusters]
     centre = best if noise is None else score.topk(clusters).indices  # which orders ties in a way of its own
     label = distance.gather(2, centre[:, None].expand(-1, m, -1)).argmin(-1)
-    label = label.scatter(1, centre, torch.arange(centre.shape[1], device=x.device).expand_as(centre))
+    label = label.scatter(1, centre, counting(centre.shape[1], x.device).expand_as(centre))
     return centre, label, score
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evengaze.device import precise
 from evengaze.errors import ConfigError
-from evengaze.methods.ranking import Ranking
+from evengaze.methods.ranking import Ranking, places
 from evengaze.methods.registry import register
 from evengaze.methods.stages import OneStage
 from evengaze.protocol import Merge, Selection, Stage, View, take_states, top
@@ -80,16 +80,17 @@ class TokenCarve(OneStage):
         # A target is a member of its own mean; a better token that is none is its own mean.
         size = torch.ones_like(found.rank).scatter_add_(1, into, torch.ones_like(into, dtype=torch.float32))
         source, target = torch.cat([better, merged], 1), torch.cat([better, into], 1)
-        merge = Merge(_of(allowed, source), _of(allowed, target), 1 / size.gather(1, target))
+        merge = Merge(_of(allowed, source), _of(allowed, target), size.gather(1, target).reciprocal())
         return Selection(_of(allowed, keep).sort(1).values, merge)
 
     def rate(self, view: View, ranking: Ranking, allowed: Tensor | None) -> Rated:
         """Rank what may be chosen: (rows, m) indices, None for all."""
-        features = view.features if allowed is None else take_states(view.features, allowed)
+        position = view.tokens.position if allowed is None else view.tokens.position.gather(1, allowed)
         score = ranking.score if allowed is None else ranking.score.gather(1, allowed)
-        features = features.float()
+        features = take_states(view.hidden, position).float()
         value = contribution(features, exact=self.mode == "official")
-        rank = self.balance * _points(score) + (1 - self.balance) * _points(value)
+        points = (score.shape[1] - places(torch.stack([score, value]))).float()
+        rank = self.balance * points[0] + (1 - self.balance) * points[1]
         return Rated(features, value, rank)
 
     def pairs(self, features: Tensor, better: Tensor, worse: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,13 +111,6 @@ class Rated:
 
 def _of(allowed: Tensor | None, index: Tensor) -> Tensor:
     return index if allowed is None else allowed.gather(1, index)
-
-
-def _points(score: Tensor) -> Tensor:
-    """n for the best down to 1 for the worst, in each row; ties by index."""
-    order = torch.sort(score, dim=1, descending=True, stable=True).indices
-    points = torch.arange(score.shape[1], 0, -1, dtype=torch.float32, device=score.device)
-    return torch.empty_like(score).scatter_(1, order, points.expand_as(score))
 
 
 def contribution(features: Tensor, *, exact: bool = False) -> Tensor:
