@@ -133,5 +133,6 @@ def recycle(score: Tensor, count: int, allowed: int) -> Selection:
     merged = order[:, max(0, count - 1) :]
     if merged.shape[1] < 2:
         return Selection(keep)
-    weight = torch.arange(1, merged.shape[1] + 1, dtype=precise(score.device), device=score.device)
-    return Selection(keep, Merge(merged, merged[:, :1].expand_as(merged), (weight / weight.sum()).expand_as(merged)))
+    parts = merged.shape[1]
+    weight = torch.arange(1, parts + 1, dtype=precise(score.device), device=score.device) / (parts * (parts + 1) // 2)
+    return Selection(keep, Merge(merged, merged[:, :1].expand_as(merged), weight.expand_as(merged)))
