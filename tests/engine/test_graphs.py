@@ -6,6 +6,7 @@ A CPU captures nothing: a stand-in runs the captured function again, on its own 
 from __future__ import annotations
 
 import copy
+import re
 import threading
 from typing import Any
 
@@ -62,6 +63,29 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 def prefill(model: Any, inputs: Any) -> list[torch.Tensor]:
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     return [out.logits, *(t for layer in cache_of(out).layers for t in (layer.keys, layer.values))]
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)", RuntimeError),
+        ("operation not permitted when stream is capturing", ConfigError),
+    ],
+)
+def test_why_nothing_is_captured(monkeypatch: pytest.MonkeyPatch, said: str, kind: type[Exception]) -> None:
+    """Exhausted memory is no property of the model: it stays the error that callers halve their batch for."""
+
+    class Fails(Replay):
+        def __init__(self, *_: Any) -> None:
+            raise RuntimeError(said)
+
+    monkeypatch.setattr(graphs, "recorder", lambda model: Fails)
+    model, inputs = tiny("llava", 1)
+    with torch.inference_mode(), parse("fastv:keep=5")(model, graphs=True):
+        prefill(model, inputs)
+        with pytest.raises(kind, match=re.escape(said)) as error:
+            prefill(model, inputs)
+    assert type(error.value) is kind
 
 
 @pytest.mark.parametrize("family", ["llama", "llava"])

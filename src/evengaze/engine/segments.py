@@ -31,7 +31,7 @@ from evengaze.engine.attention import AttentionStates
 from evengaze.engine.graphs import Graphs, copied
 from evengaze.engine.intercept import put
 from evengaze.engine.stored import StandIn, copied_states, put_away, without
-from evengaze.errors import ConfigError
+from evengaze.errors import ConfigError, out_of_memory
 
 if TYPE_CHECKING:
     from evengaze.engine.prefill import Prefill
@@ -238,9 +238,9 @@ class Segments:
         """
         try:
             return self._graphs.graph(key, function, tensors)
-        except (ConfigError, torch.OutOfMemoryError):
-            raise
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             raise ConfigError(
                 f"graphs=True: {type(self._layers[0]).__name__} cannot be captured as a CUDA graph ({error}). Attach "
                 "without graphs, or load the model with attn_implementation='sdpa'."
