@@ -59,6 +59,9 @@ def parts(call: EncoderCall) -> list[Tensor]:
         if found is not None:
             value = found
             break
+    else:
+        layers = getattr(value, "deepstack_features", None)  # Granite 4 Vision has no others: the first layer's
+        value = layers[0][1] if layers else value
     if isinstance(value, Tensor) and value.dim() >= 2:
         return [value] if value.dim() == 2 else list(value.reshape(-1, *value.shape[-2:]))
     if isinstance(value, (list, tuple)) and value and all(isinstance(v, Tensor) and v.dim() >= 2 for v in value):
