@@ -1,4 +1,4 @@
-"""What an application answers when a request is refused: OpenAI's form, whatever refused it."""
+"""What an application answers when the framework refuses a request: OpenAI's form."""
 
 from __future__ import annotations
 
@@ -12,15 +12,9 @@ from evengaze.serve.gate import refuse
 
 
 def explain_errors(app: FastAPI) -> None:
-    """Have what an application refuses answered in OpenAI's form; what nobody expected, `Gate` answers."""
-    app.add_exception_handler(ApiError, _api_error)
+    """Have what the framework refuses answered in OpenAI's form; all else that is raised, `Gate` answers."""
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
-
-
-async def _api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return refuse(error)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
