@@ -93,7 +93,7 @@ def _observed(model: nn.Module, call: Call, calls: dict[str, list[EncoderCall]])
         features = given.get("features")
         if features is not None:  # one kind a call
             rows = features.shape[:-1].numel()  # a multiple with beams
-            kinds = [k for k in KINDS if calls[k] and k not in found and rows % _filling(calls[k]) == 0][:1]
+            kinds = [k for k in KINDS if calls[k] and k not in found and rows % filling(calls[k]) == 0][:1]
             if _is_audio(model, given):
                 kinds = []
         elif any(given.get(f"{k}_features") is not None for k in ("image", "video", "audio")):
@@ -108,7 +108,7 @@ def _observed(model: nn.Module, call: Call, calls: dict[str, list[EncoderCall]])
     return found
 
 
-def _filling(encoded: Sequence[EncoderCall]) -> int:
+def filling(encoded: Sequence[EncoderCall]) -> int:
     """How many tokens some encodings fill."""
     return sum(sum(counts(e)) for e in encoded)
 
@@ -118,7 +118,7 @@ def _as_videos(calls: dict[str, list[EncoderCall]], masks: dict[str, Tensor]) ->
     there = {kind: int(mask.sum()) for kind, mask in masks.items()}
     if calls["video"] or not there.get("video"):
         return
-    total = _filling(calls["image"])
+    total = filling(calls["image"])
     if not total or sum(there.values()) % total:
         return
     left = there.get("image", 0) * total // sum(there.values())

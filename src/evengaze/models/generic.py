@@ -21,8 +21,8 @@ from evengaze.errors import UnsupportedModelError
 from evengaze.layout import VisualLayout
 from evengaze.models.base import Call, EncoderCall, find_decoder
 from evengaze.models.deepstack import shorten_deepstack
-from evengaze.models.features import counts, encoded_pictures
-from evengaze.models.filled import Filled, placeholder
+from evengaze.models.features import encoded_pictures
+from evengaze.models.filled import Filled, filling, placeholder
 from evengaze.models.pictures import Picture, repeats
 from evengaze.models.refusals import why_not_videos
 
@@ -50,7 +50,7 @@ class Generic(Filled):
 
     def pictures(self, model: nn.Module, call: Call, encoded: Sequence[EncoderCall], mask: Tensor) -> list[Picture]:
         """Inferred from what the encoders were given and returned."""
-        once = mask[:: repeats(mask, sum(sum(counts(e)) for e in encoded))]
+        once = mask[:: repeats(mask, filling(encoded))]
         return [picture for e in encoded for picture in encoded_pictures(e, once)]
 
     def prepare(self, model: nn.Module, surviving: Callable[[], Tensor | None]) -> Callable[[], None]:
