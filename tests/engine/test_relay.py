@@ -24,8 +24,7 @@ DEPTH, VISUAL, LENGTH = 8, 16, 28
 METHODS = ("fastv:keep=5", "pyramiddrop:layers=[2,5],keep=[8,4]", "sparsevlm:layers=[1,4],keep=[8,4]")
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
+def llama(**more: Any) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32,
@@ -34,8 +33,14 @@ def model() -> Any:
         num_attention_heads=2,
         num_key_value_heads=2,
         vocab_size=64,
+        **more,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return llama()
 
 
 @pytest.fixture(scope="module")
@@ -198,17 +203,7 @@ def test_operators_of_a_prefill_beyond_the_models_own(model: Any, states: Any, m
 )
 def test_a_step_shifts_the_positions_of_all_layers_at_once(states: Any, rope: str, asked: int) -> None:
     """But where a table depends on the largest position that it is made for, each kept set has a call of its own."""
-    torch.manual_seed(0)
-    scaling = {"rope_type": rope, "factor": 2.0, "rope_theta": 10000.0}
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=DEPTH,
-        num_attention_heads=2,
-        vocab_size=64,
-        rope_parameters=scaling,
-    )
-    model: Any = LlamaForCausalLM(config).eval()
+    model = llama(rope_parameters={"rope_type": rope, "factor": 2.0, "rope_theta": 10000.0})
     forward, calls = model.model.rotary_emb.forward, list[Any]()
     with torch.inference_mode(), methods.parse(METHODS[1])(model, layout=LAYOUT):
         cache = cache_of(model(inputs_embeds=states, use_cache=True))

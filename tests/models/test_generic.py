@@ -40,12 +40,17 @@ def _unable(family: str) -> str | None:
     return None if torch.allclose(cached, whole, atol=1e-2) else "answers differ with and without a cache"
 
 
+def _needs_videos(family: str) -> None:
+    """Skip a test where an older release cannot do a family's videos by itself."""
+    if not transformers.__version__.startswith("5.24"):
+        reason = _unable(family) if family in VIDEOS else "it has no such type"
+        if reason:
+            pytest.skip(f"transformers {transformers.__version__}, {family} unpruned: {reason}")
+
+
 @pytest.mark.parametrize("family", VIDEOS)
 def test_videos(family: str) -> None:
-    if not transformers.__version__.startswith("5.24"):
-        reason = _unable(family)
-        if reason:
-            pytest.skip(f"transformers {transformers.__version__}, unpruned: {reason}")
+    _needs_videos(family)
     result = check(family, "fastv", "sdpa", 2, video=True)
     assert result.passed, result
 
@@ -129,13 +134,6 @@ def test_beams_do_not_mix_the_tiles_of_rows() -> None:
     found = Generic().layout(model, Call(ids, None, 0, [call]))
     assert found is not None
     assert [[i.frames for i in row.images] for row in found.rows] == [[n] for n in tiles for _ in range(times)]
-
-
-def _needs_videos(family: str) -> None:
-    """Skip a test if the installed release cannot do a family's videos."""
-    why = _unable(family) if family in VIDEOS else "it has no such type"
-    if why is not None:
-        pytest.skip(f"transformers {transformers.__version__}, {family}: {why}")
 
 
 def test_videos_that_the_model_prunes_by_itself_are_refused() -> None:
