@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -78,12 +78,14 @@ class Call:
         frozen: prefills without a cache, newest first; of a `generate`.
         request: what a `generate` was asked for.
         own: what a method keeps for the call.
+        ending: what is to be done when the decoder has been left.
     """
 
     __slots__ = (
         "cache",
         "decoding",
         "encoded",
+        "ending",
         "entered",
         "frame",
         "frozen",
@@ -134,6 +136,7 @@ class Call:
         self.rotary: Rotary | None = None
         self.frozen: list[Frozen] = []
         self.own = Store()
+        self.ending: list[Callable[[], None]] = []
 
     def drafted(self, length: int) -> int:
         """How many of the running forward's last tokens a draft has put behind the prompt."""
@@ -150,17 +153,23 @@ class Call:
 
     def begin(self, size: tuple[int, int], cache: Any, rotary: Rotary, steps: Steps) -> None:
         """The decoder is entered: nothing of an earlier call of it is left."""
+        self._forget()
         self.decoding = self.entered = True
-        self.run = None
-        self.lent.clear()
         self.size, self.cache, self.rotary, self.steps = size, cache, rotary, steps
 
     def end(self) -> Prefill | None:
         """The decoder has been left; returns the prefill, which the call keeps no longer."""
-        run, self.run, self.steps, self.rotary = self.run, None, None, None
+        run, self.steps, self.rotary = self.run, None, None
         self.decoding, self.idle, self.cache = False, False, None
-        self.lent.clear()
+        self._forget()
         return run
+
+    def _forget(self) -> None:
+        self.run = None
+        self.lent.clear()
+        for end in self.ending:
+            end()
+        self.ending.clear()
 
     def freeze(self, frozen: Frozen) -> None:
         """Remember a prefill for the calls of the same `generate` that repeat it."""

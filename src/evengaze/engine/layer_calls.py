@@ -172,25 +172,26 @@ class LayerCalls:
         """Relay the layers behind the first one of a step, by what they hold in the cache; none if they cannot be."""
         found: dict[int, Holders] = {}
         handed, kind = {}, cache_layers.kind_of(kv.layer_of(cache, first))
-        for k in range(first + 1, len(self._plan.layers)):
+        for k in self.relays.stand(k for k in range(first + 1, len(self._plan.layers)) if k in self._hooked):
             layer = kv.layer_of(cache, k)
-            if (
-                k not in self._hooked or cache_layers.kind_of(layer) is not kind
-            ):  # layers of another kind get another mask
+            if cache_layers.kind_of(layer) is not kind:  # layers of another kind get another mask
                 continue
             kept = kv.kept_of(layer)
             if id(kept) not in found:
                 found[id(kept)] = Holders(k, kept, Handed())
             handed[k] = found[id(kept)].handed
         groups = list(found.values())
-        return groups if self.relays.begin(handed, cache, groups) else []
+        self.relays.hand(handed, cache, groups)
+        return groups
 
     def _relay_prefill(self, call: Call, run: Prefill, stage: int, given: dict[str, Any], new: Arguments) -> None:
         """Let the layers up to the next stage take over what the first one behind a stage gets."""
         handed = Handed()
         handed.set(call, given, new)
         behind = range(stage + 1, min((n for n in self._stages if n > stage), default=len(self._plan.layers)))
-        run.pass_on(stage, self.relays.begin({k: handed for k in behind if k not in self._previous}))
+        told = self.relays.stand(k for k in behind if k not in self._previous)
+        self.relays.hand(dict.fromkeys(told, handed))
+        run.pass_on(stage, told)
 
     def _read(
         self,
@@ -218,7 +219,7 @@ class LayerCalls:
             if fold is not None:
                 args, kwargs = fold.arguments(args, kwargs, fold.back(args[0] if args else kwargs["hidden_states"]))
             with torch.no_grad():
-                states = probe(self._taps.on(layer), layer, args, kwargs)
+                states = probe(self._taps.on(layer), self.relays.forward(i, layer), args, kwargs)
             past = run.stored(cache)
             if past:  # an earlier turn's keys are in the cache, which the probe does not touch
                 states = replace(states, key=torch.cat([cache.keys[:, :, :past], states.key], 2), past=past)

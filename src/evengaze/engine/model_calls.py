@@ -94,10 +94,7 @@ class ModelCalls:
             ranked_anew(request, pictures=plan.adapter is not None) if self._rerank else nullcontext(),
             self._calls.generate(request),
         ):
-            try:
-                yield
-            finally:
-                self._layer_calls.relays.clear()
+            yield
 
     def _refuse_tracing(self) -> None:
         if self._plan.stages and torch._C._get_tracing_state() is not None:

@@ -2,24 +2,26 @@
 
 The model's loop hands the same arguments to one layer after the other. Behind a stage, and in a decoding step, the
 first layer finds out what is left of them; the layers behind it take that over. A hook costs the host as much as
-several launches, so those of such layers rest until the call ends, and a `Relay` stands in for the layer's forward. If
-it is called with anything else, or by anybody else, it does what the hook would have done.
+several launches, so a `Relay` takes the places of such layers' hooks, in front of their forwards. Where nothing was
+handed to it, or it is called with anything else, or by anybody else, it does what the hook would have done.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.compiler import is_compiling
 
 from evengaze.engine import cache as kv
 from evengaze.engine.call import Call, Calls
 from evengaze.engine.intercept import Registered
 from evengaze.engine.kept import Kept
+from evengaze.engine.prefill import Prefill
 from evengaze.engine.sharing import Arguments
 
 Enter = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Arguments | None]
@@ -31,11 +33,12 @@ class Handed:
 
     Attributes:
         call: the call; None between calls.
+        run: its prefill, if it is one.
         given: the keyword arguments with which the model calls each of them.
         made: what takes the places of some of these.
     """
 
-    __slots__ = ("call", "given", "made")
+    __slots__ = ("call", "given", "made", "run")
 
     def __init__(self) -> None:
         self.clear()
@@ -43,13 +46,15 @@ class Handed:
     def clear(self) -> None:
         """Nothing is handed on, and nothing held."""
         self.call: Call | None = None
+        self.run: Prefill | None = None
         self.given: tuple[tuple[str, Any], ...] = ()
         self.made: dict[str, Any] = {}
 
     def set(self, call: Call, given: Mapping[str, Any], new: Arguments | None) -> None:
         """From the arguments of one of the layers before and after they were cut; None if nothing was."""
-        self.call, self.given = call, tuple(given.items())
+        self.call, self.run, self.given = call, call.run, tuple(given.items())
         self.made = {} if new is None else {name: v for name, v in new[1].items() if given.get(name) is not v}
+        call.ending.append(self.clear)
 
 
 @dataclass(frozen=True)
@@ -67,51 +72,61 @@ class Holders:
     handed: Handed
 
 
+_NOTHING = Handed()
+
+
 class Relay:
-    """A layer's forward while its hook rests.
+    """A layer's forward in the place of its hook.
 
     Args:
         layer: the layer.
         hook: on it.
         enter: what the hook does.
         calls: the running calls.
+
+    Attributes:
+        handed: what was handed to the layer last.
+        forward: the layer's own, or what somebody else has put in its place.
+        listening: the hooks that are called before and behind the layer.
     """
 
     def __init__(self, layer: nn.Module, hook: Registered, enter: Enter, calls: Calls) -> None:
         self.layer, self._registered = layer, hook
         self._hook = hook.hooks[hook.number]
         self._enter, self._calls = enter, calls
-        self._forward: Callable[..., Any] = layer.forward
+        self.forward: Callable[..., Any] = layer.forward
         self._own: Any = None
-        self._handed: Handed
+        self.handed = _NOTHING
+        self.listening: tuple[dict[int, Any], dict[int, Any]] = hook.hooks, layer._forward_hooks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's output."""
-        handed = self._handed
+        handed = self.handed
         # Each thread has a top of its own: another thread's call, and one inside of this one, are not `handed.call`.
-        if self._calls.top is handed.call and len(args) == 1 and len(kwargs) == len(handed.given):
+        if not is_compiling() and self._calls.top is handed.call and len(kwargs) == len(handed.given):
             for name, value in handed.given:
                 if kwargs.get(name, self) is not value:  # `self` is nobody's argument
                     break
             else:
-                kwargs.update(handed.made)
-                if (run := self._calls.top.run) is not None:
-                    run.entered += 1
-                return self._forward(*args, **kwargs)
+                if len(args) == 1:
+                    kwargs.update(handed.made)
+                    if handed.run is not None:
+                        handed.run.entered += 1
+                    return self.forward(args[0], **kwargs)
         # A hook that has just come back has cut them already.
         if not (handed.made and all(kwargs.get(name) is value for name, value in handed.made.items())):
             args, kwargs = self._enter(self.layer, args, kwargs) or (args, kwargs)
-        return self._forward(*args, **kwargs)
+        return self.forward(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.layer, "forward")  # a copy has the layer's own
 
-    def begin(self, handed: Handed) -> bool:
-        """Stand in for the hook, unless something else listens to the layer as well."""
-        layer, hooks = self.layer, self._registered.hooks
-        if len(hooks) != 1 or layer._forward_hooks or layer._compiled_call_impl is not None:
+    def begin(self) -> bool:
+        """Take the hook's place, unless something else listens to the layer as well."""
+        layer, (hooks, behind) = self.layer, self.listening
+        if len(hooks) != 1 or behind or layer._compiled_call_impl is not None:
             return False
-        self._handed, self._forward, self._own = handed, layer.forward, layer.__dict__.get("forward")
+        self.handed, self.forward, self._own = _NOTHING, layer.forward, layer.__dict__.get("forward")
         layer.__dict__["forward"] = self
         hooks.pop(self._registered.number, None)
         return True
@@ -123,6 +138,7 @@ class Relay:
 
     def end(self) -> None:
         """Let the hook work again."""
+        self.handed = _NOTHING
         self._registered.hooks[self._registered.number] = self._hook
         if self._own is None:
             self.layer.__dict__.pop("forward", None)
@@ -131,19 +147,16 @@ class Relay:
 
 
 class Relays:
-    """The relays of one attachment. They serve one call at a time, while no other thread is in the decoder.
-
-    Those of a decoding step go on standing in for the next step.
-    """
+    """The relays of one attachment. Once they stand in for hooks they do so for all calls, of any thread."""
 
     def __init__(self) -> None:
         self._of: dict[int, Relay] = {}
-        self._running: list[Relay] = []
-        self._groups: list[Holders] = []
-        self._cache: Callable[[], Any] = lambda: None
+        self._standing: dict[int, Relay] = {}
+        self._listening: list[dict[int, Any]] = []
+        self._steps: tuple[Callable[[], Any], list[Holders]] = (lambda: None, [])
         self._inside: set[int] = set()
-        self._thread = 0
         self._lock = threading.Lock()
+        self.never = False
 
     def add(self, number: int, relay: Relay) -> None:
         """A hooked layer."""
@@ -152,59 +165,72 @@ class Relays:
     def enter(self, call: Call) -> None:
         """A call of the decoder begins."""
         with self._lock:
-            me = threading.get_ident()
-            # A step of the same thread finds them standing; prompts, and whoever else comes in, get the hooks.
-            if call.nested or call.size[1] != 1 or me != self._thread:
+            if call.nested:
+                return
+            self._inside.add(threading.get_ident())
+            # Graphs of compiled steps are compiled anew when forwards change. Who listens to a layer by now expects its
+            # hook; prompts look for that, steps have no time to.
+            compiled = getattr(call.cache, "is_compileable", False)
+            if self._standing and (compiled or (call.size[1] > 1 and any(self._listening))):
                 self._end()
-            if not call.nested:
-                self._inside.add(me)
 
     def leave(self, call: Call) -> None:
         """A call of the decoder ends."""
-        with self._lock:
-            if call.nested or call.run is not None:
-                self._end()
-            for group in self._groups:
-                group.handed.clear()
-            if not call.nested:
-                self._inside.discard(threading.get_ident())
+        if not call.nested:
+            self._inside.discard(threading.get_ident())
 
     def groups(self, cache: Any) -> list[Holders]:
-        """Those that stand in for steps that go on with a cache; none if it has changed since."""
-        with self._lock:
-            if self._cache() is cache and all(g.kept is kv.kept_of(cache.layers[g.layer]) for g in self._groups):
-                return self._groups
-            self._end()
-            return []
+        """The layers to which the last step with a cache handed something; none if they or it have changed since."""
+        of, groups = self._steps
+        fits = of() is cache and all(group.kept is kv.kept_of(cache.layers[group.layer]) for group in groups)
+        return groups if fits else []
 
-    def begin(self, handed: Mapping[int, Handed], cache: Any = None, groups: Sequence[Holders] = ()) -> list[int]:
-        """Relay layers, by number; returns those that are.
+    def stand(self, numbers: Iterable[int]) -> list[int]:
+        """Those of some layers that a relay stands in for, from now on if it did not yet."""
+        numbers = list(numbers)
+        if not self.never and not all(i in self._standing for i in numbers):
+            with self._lock:
+                # Hooks are taken off while no other thread goes through them.
+                if self._inside == {threading.get_ident()}:
+                    for i in numbers:
+                        if i not in self._standing and self._of[i].begin():
+                            self._standing[i] = self._of[i]
+                            self._listening += self._of[i].listening
+        return [i for i in numbers if i in self._standing]
+
+    def forward(self, number: int, layer: nn.Module) -> Callable[..., Any]:
+        """A layer's forward, without what a hook would do before."""
+        relay = self._standing.get(number)
+        return layer.forward if relay is None else relay.forward
+
+    def hand(self, handed: Mapping[int, Handed], cache: Any = None, groups: Sequence[Holders] = ()) -> None:
+        """Hand things to layers, by number.
 
         Args:
             handed: what they receive.
             cache: with which further steps go on, if it is a step.
             groups: the layers by what they hold in it.
         """
-        with self._lock:
-            self._thread = threading.get_ident()
-            # A forward is the module's, whoever calls it: not while another thread is in the decoder.
-            if self._inside != {self._thread}:
-                return []
-            begun = [i for i, what in handed.items() if self._of[i].begin(what)]
-            self._running += [self._of[i] for i in begun]
-            if groups:
-                self._groups, self._cache = list(groups), weakref.ref(cache)
-            return begun
+        for i, what in handed.items():
+            relay = self._standing.get(i)
+            if relay is not None:
+                relay.handed = what
+        self._steps = (lambda: None, []) if cache is None else (weakref.ref(cache), list(groups))
 
     def clear(self) -> None:
-        """All hooks work, also after an interrupt in the midst of `begin`."""
+        """All hooks work, also after an interrupt in the midst of `stand`."""
         with self._lock:
-            self._running = [relay for relay in self._of.values() if relay.stands_in]
+            self._standing = {i: relay for i, relay in self._of.items() if relay.stands_in}
+            self._inside &= {threading.get_ident()}
             self._end()
 
     def _end(self) -> None:
-        """Let all hooks work; a relay is forgotten once it has ended, as an interrupt may come in between."""
-        while self._running:
-            self._running[-1].end()
-            self._running.pop()
-        self._groups = []
+        """Let all hooks work, if no other thread is inside; a relay is forgotten once it has ended."""
+        if not self._inside <= {threading.get_ident()}:
+            return
+        while self._standing:
+            i = next(reversed(self._standing))
+            self._standing[i].end()
+            del self._standing[i]
+        self._listening.clear()
+        self._steps = (lambda: None, [])

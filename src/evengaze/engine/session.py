@@ -192,6 +192,7 @@ class Handle:
         # Last, for what is compiled steps aside where it holds hooks or taps.
         wrappers = () if wrapper is plan.model else tuple(wrapper.modules())
         for undo in compiled.step_aside(plan.model, plan.decoder, self._prefills, wrappers):
+            self._layer_calls.relays.never = True  # what is compiled would find them in the places of forwards
             keep(undo)
 
     def _hook(self, numbers: Iterable[int]) -> None:

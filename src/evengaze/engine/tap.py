@@ -148,15 +148,15 @@ def is_tapped(module: Any) -> bool:
     return isinstance(module.__dict__.get("config"), _Shadow)
 
 
-def probe(tap: Tap, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionStates:
+def probe(tap: Tap, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionStates:
     """The queries and keys with which a layer that has not run yet would attend to its input.
 
     The layer is left at its attention call; its cache is not touched.
 
     Args:
         tap: on the layer's attention module.
-        layer: the layer.
-        args: what its forward would be called with.
+        forward: the layer's.
+        args: what it would be called with.
         kwargs: likewise, by name.
 
     Raises:
@@ -166,7 +166,7 @@ def probe(tap: Tap, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     tap.arm(found.append, stop=True)
     try:
         args, kwargs = without_cache(args, kwargs)
-        layer.forward(*args, **kwargs)
+        forward(*args, **kwargs)
     except _Stop:
         return found[0]
     finally:
