@@ -57,11 +57,13 @@ class Candidates:
         position: (rows, n) index in the current sequence, ascending.
         start: the tables that they were taken from.
         origin: (rows, n) which of the tables' tokens they are; None: all of them.
+        standing: the positions and the first of them, if in every row they are that and what follows without a gap.
     """
 
     position: Tensor
     start: Start
     origin: Tensor | None = None
+    standing: tuple[Tensor, int] | None = None
 
     def __len__(self) -> int:
         return int(self.position.shape[1])
@@ -71,6 +73,11 @@ class Candidates:
         """All tokens of tables of equal length."""
         start = Start(tuple(tables), device)
         return cls(start.column("position"), start)
+
+    @property
+    def run(self) -> int | None:
+        """Where they stand in every row, one right behind the other; None if they do not, or only the device knows."""
+        return self.standing[1] if self.standing is not None and self.standing[0] is self.position else None
 
     @property
     def image(self) -> Tensor:
@@ -123,13 +130,16 @@ class Candidates:
     def part(self, here: slice, start: Start, first: int) -> Candidates:
         """Some of the tokens, with a table of their own, `start`, which begins at token `first` of the tables."""
         origin = None if self.origin is None else self.origin[:, here] - first
-        return Candidates(self.position[:, here], start, origin)
+        position, run = self.position[:, here], self.run
+        standing = None if run is None or here.step not in (None, 1) else (position, run + here.indices(len(self))[0])
+        return Candidates(position, start, origin, standing)
 
     def select(self, rows: Sequence[int]) -> Candidates:
         """Some of the rows."""
         at = device_rows(rows, self.position.device)
         origin = None if self.origin is None else self.origin[at]
-        return Candidates(self.position[at], self.start.select(rows), origin)
+        position, run = self.position[at], self.run
+        return Candidates(position, self.start.select(rows), origin, None if run is None else (position, run))
 
     def row(self, row: int) -> VisualTokens:
         """The table of one row, on the device."""

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from evengaze.candidates import Candidates
-from evengaze.device import Rows, counting, device_rows
+from evengaze.device import Rows, counting, device_rows, upload
 from evengaze.errors import ConfigError
 from evengaze.layout import VisualLayout
 from evengaze.memory import Memory, Shared, Store
@@ -164,14 +164,33 @@ class Picked:
     Attributes:
         index: (rows, r) where they are.
         real: (rows, r) bool, False for entries that only fill up rows with fewer; None if there are none.
+        run: in every row they stand there and right behind it; None where that is not so, or only the device knows.
     """
 
     index: Tensor
     real: Tensor | None = None
+    run: int | None = None
+
+    @property
+    def here(self) -> slice | None:
+        """The same as a slice of the sequence, if it is one."""
+        return None if self.run is None else slice(self.run, self.run + self.index.shape[1])
+
+    def to(self, device: torch.device) -> Picked:
+        """The same on another device."""
+        if self.index.device == device:
+            return self
+        return Picked(upload(self.index, device), None if self.real is None else self.real.to(device), self.run)
+
+    def split(self, count: int) -> Iterator[Picked]:
+        """Parts of at most `count` tokens a row."""
+        for start in range(0, self.index.shape[1], count):
+            part, run = slice(start, start + count), None if self.run is None else self.run + start
+            yield Picked(self.index[:, part], None if self.real is None else self.real[:, part], run)
 
     def select(self, rows: Rows) -> Picked:
         """The same of some rows."""
-        return Picked(self.index[rows], None if self.real is None else self.real[rows])
+        return Picked(self.index[rows], None if self.real is None else self.real[rows], self.run)
 
 
 class Words:
@@ -180,10 +199,11 @@ class Words:
     Args:
         last: gives the (rows, 1) indices of the last token of each row's prompt.
         text: gives the prompt's tokens behind each row's last visual token.
+        end: where all of these last tokens stand; None where they do not stand at one place.
     """
 
-    def __init__(self, last: Callable[[], Tensor], text: Callable[[], Picked]) -> None:
-        self._last, self._text = last, text
+    def __init__(self, last: Callable[[], Tensor], text: Callable[[], Picked], end: int | None = None) -> None:
+        self._last, self._text, self.end = last, text, end
 
     @cached_property
     def last(self) -> Tensor:
@@ -197,7 +217,7 @@ class Words:
 
     def select(self, rows: Rows) -> Words:
         """The same of some rows."""
-        return Words(lambda: self.last[rows], lambda: self.text.select(rows))
+        return Words(lambda: self.last[rows], lambda: self.text.select(rows), self.end)
 
     @classmethod
     def among(cls, real: Tensor, position: Tensor) -> Words:
@@ -218,7 +238,7 @@ class Words:
 class Attention(Protocol):
     """Attention that one call of a layer paid in some rows."""
 
-    def received(self, queries: Picked, columns: Tensor, reduce: Literal["mean", "sum"]) -> Tensor:
+    def received(self, queries: Picked, columns: Picked, reduce: Literal["mean", "sum"]) -> Tensor:
         """(rows, n) attention that the tokens `columns` receive from `queries`, over heads."""
 
     def select(self, rows: Rows) -> Attention:
@@ -293,8 +313,8 @@ class View:
     @property
     def question(self) -> Tensor:
         """(rows, t, d) input embeddings of `text`, 0 for its fillers; only before anything has been dropped."""
-        text = self.text
-        states = take_states(self.embeddings, text.index.to(self.embeddings.device))
+        text = self.text.to(self.embeddings.device)
+        states = take_states(self.embeddings, text.index)
         return states if text.real is None else states * text.real[..., None].to(states)
 
     @property
@@ -314,8 +334,11 @@ class View:
         """
         if self.states is None:
             raise ConfigError("this stage reads no attention: set Stage.attention to 'previous' or 'own'")
-        picked = queries if isinstance(queries, Picked) else Picked(queries)
-        return self.states.received(picked, self.tokens.position, reduce).to(self.hidden.device)
+        tokens = self.tokens
+        if not isinstance(queries, Picked):
+            queries = Picked(queries, run=self.words.end if queries is self.words.last else None)
+        columns = Picked(tokens.position, run=tokens.run)
+        return self.states.received(queries, columns, reduce).to(self.hidden.device)
 
     def select(self, rows: Sequence[int]) -> View:
         """Some of the rows, counted within this view."""

@@ -20,11 +20,11 @@ class FakeAttention:
         causal = torch.ones(length, length, dtype=torch.bool).tril()
         self.map = torch.softmax(logits.masked_fill(~causal, float("-inf")), -1)
 
-    def received(self, queries: Picked, columns: Tensor, reduce: str = "mean") -> Tensor:
+    def received(self, queries: Picked, columns: Picked, reduce: str = "mean") -> Tensor:
         found = []
-        for b in range(len(columns)):
+        for b in range(len(columns.index)):
             picked = queries.index[b] if queries.real is None else queries.index[b][queries.real[b]]
-            rows = self.map.mean(0)[picked][:, columns[b]]
+            rows = self.map.mean(0)[picked][:, columns.index[b]]
             found.append(rows.mean(0) if reduce == "mean" else rows.sum(0))
         return torch.stack(found)
 

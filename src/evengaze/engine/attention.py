@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from evengaze.device import Rows, counting, upload
+from evengaze.device import Rows, counting
 from evengaze.errors import AttachError
 from evengaze.models.base import ATTENTION_NAMES, attention_of
 from evengaze.protocol import Picked
@@ -73,55 +73,58 @@ class AttentionStates:
         Returns:
             (B, H, r, K) float32 with K = past + Q.
         """
-        return self._rows(queries.to(self.query.device), self._keys())
+        return self._rows(Picked(queries.to(self.query.device)), self._keys())
 
-    def received(self, queries: Picked, columns: Tensor, reduce: Literal["mean", "sum"] = "mean") -> Tensor:
+    def received(self, queries: Picked, columns: Picked, reduce: Literal["mean", "sum"] = "mean") -> Tensor:
         """Attention that chosen tokens receive from chosen queries, averaged over heads and reduced over queries.
 
         Args:
-            queries: (B, r) indices into the call's Q queries.
-            columns: (B, n) indices of the receiving tokens among the call's Q tokens.
+            queries: r of the call's Q queries, of each row.
+            columns: the n receiving tokens among the call's Q tokens.
             reduce: "mean" or "sum" over the queries.
 
         Returns:
             (B, n) float32. Memory is O(chunk x keys), never O(r x keys).
         """
         batch, heads, device = *self.query.shape[:2], self.query.device
-        index, columns = upload(queries.index, device), upload(columns, device)
-        columns = columns + self.past if self.past else columns
-        real = None if queries.real is None else queries.real.to(device)
-        keys = self._keys()
+        queries, columns = queries.to(device), columns.to(device)
+        keys, count = self._keys(), queries.index.shape[1]
         chunk = max(1, _ELEMENTS // (batch * heads * keys.shape[2]))
-        if index.shape[1] <= chunk and real is None:
-            one = self._sums(index, None, columns, keys)
-            return one if reduce == "sum" or index.shape[1] == 1 else one / index.shape[1]
-        parts = torch.split(index, chunk, 1)
-        flags = [None] * len(parts) if real is None else torch.split(real, chunk, 1)
-        total = sum(self._sums(part, flag, columns, keys) for part, flag in zip(parts, flags, strict=True))
+        if count <= chunk and queries.real is None:
+            one = self._sums(queries, columns, keys)
+            return one if reduce == "sum" or count == 1 else one / count
+        total = sum(self._sums(part, columns, keys) for part in queries.split(chunk))
         assert isinstance(total, Tensor)
-        if reduce == "sum" or (real is None and index.shape[1] == 1):
+        if reduce == "sum" or (queries.real is None and count == 1):
             return total
-        return total / (index.shape[1] if real is None else real.sum(1, keepdim=True))
+        return total / (count if queries.real is None else queries.real.sum(1, keepdim=True))
 
-    def _sums(self, queries: Tensor, real: Tensor | None, columns: Tensor, keys: Tensor) -> Tensor:
+    def _sums(self, queries: Picked, columns: Picked, keys: Tensor) -> Tensor:
         """(B, n) what columns receive from some queries together, averaged over heads."""
         seen = self._rows(queries, keys).mean(1)  # of a token that is no query of a row, the softmax may be empty
-        seen = seen.gather(2, columns[:, None].expand(-1, seen.shape[1], -1))
-        if real is not None:
-            seen = seen.masked_fill(~real[..., None], 0.0)
+        if columns.here is not None:
+            seen = seen[:, :, self.past + columns.here.start : self.past + columns.here.stop]
+        else:
+            at = columns.index + self.past if self.past else columns.index
+            seen = seen.gather(2, at[:, None].expand(-1, seen.shape[1], -1))
+        if queries.real is not None:
+            seen = seen.masked_fill(~queries.real[..., None], 0.0)
         return seen[:, 0] if seen.shape[1] == 1 else seen.sum(1)
 
     def _keys(self) -> Tensor:
         """(B, Hkv, K, D) float32 keys, without the unwritten rest of a static buffer."""
         return self.key[:, :, : self.past + self.query.shape[2]].float()
 
-    def _rows(self, queries: Tensor, key: Tensor) -> Tensor:
-        """(B, H, r, K) softmax rows of (B, r) queries."""
+    def _rows(self, queries: Picked, key: Tensor) -> Tensor:
+        """(B, H, r, K) softmax rows of some queries."""
         batch, heads, _, dim = self.query.shape
-        count, keys = queries.shape[1], key.shape[2]
-        at = queries[:, None, :, None].expand(-1, heads, -1, dim)
+        count, keys = queries.index.shape[1], key.shape[2]
+        if queries.here is not None:
+            query = self.query[:, :, queries.here]
+        else:
+            query = self.query.gather(2, queries.index[:, None, :, None].expand(-1, heads, -1, dim))
         # Grouped-query attention: the heads that share a key are further query rows of it.
-        query = self.query.gather(2, at).float().reshape(batch, key.shape[1], -1, dim)
+        query = query.float().reshape(batch, key.shape[1], -1, dim)
         logits = (query @ key.transpose(2, 3)).reshape(batch, heads, count, keys) * self.scaling
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -133,19 +136,20 @@ class AttentionStates:
             return torch.softmax(torch.cat([logits, sink], -1), -1)[..., :-1]
         return torch.softmax(logits, -1)
 
-    def _hidden(self, queries: Tensor, keys: int) -> Tensor | None:
+    def _hidden(self, queries: Picked, keys: int) -> Tensor | None:
         """(B, 1 or H, r, keys) bool: which keys each query may not see; None if it may see all."""
         if self.mask is None and self.samples is None and self.window is None:
-            if not self.causal:
+            if not self.causal or queries.run == keys - 1 - self.past:
                 return None
-            position = queries + self.past if self.past else queries
-            return (counting(keys, queries.device) > position[:, :, None])[:, None]
+            position = queries.index + self.past if self.past else queries.index
+            return (counting(keys, position.device) > position[:, :, None])[:, None]
         allowed = self._allowed(queries, keys)
         return None if allowed is None else ~allowed
 
-    def _allowed(self, queries: Tensor, keys: int) -> Tensor | None:
+    def _allowed(self, picked: Picked, keys: int) -> Tensor | None:
         """(B, 1 or H, r, keys) bool: which keys each query may see; None if it may see all."""
-        mask, device, batch = self.mask, queries.device, len(queries)
+        mask, queries = self.mask, picked.index
+        device, batch = queries.device, len(queries)
         columns = counting(keys, device)
         if isinstance(mask, BlockMask):
             index = torch.arange(batch, device=device) if self.batch is None else self.batch.to(device)
@@ -153,8 +157,10 @@ class AttentionStates:
             return mask.mask_mod(index[:, None, None], head, queries[:, :, None], columns)[:, None]
         if isinstance(mask, Tensor) and mask.dim() == 4:
             part = mask[:, :, :, :keys].expand(batch, -1, -1, -1)
-            at = queries[:, None, :, None].expand(-1, part.shape[1], -1, keys)
-            part = part.gather(2, at)
+            if picked.here is not None:
+                part = part[:, :, picked.here]
+            else:
+                part = part.gather(2, queries[:, None, :, None].expand(-1, part.shape[1], -1, keys))
             # What is hidden holds the lowest number or minus infinity, perhaps with small terms added.
             return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
         seen: Tensor | None = None

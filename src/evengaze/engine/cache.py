@@ -123,13 +123,14 @@ def cut_mask(
         slots: (B, M) those of them that are left; None for all.
         real: (B, M) bool, False for fillers; None without fillers.
     """
+    if mask is None and real is None and (old is None or old.real is None):
+        return None
     batch, queries = hidden.shape[:2]
     new = torch.arange(length, device=hidden.device).expand(batch, -1) if slots is None else slots
     held, real = entries(old, past, new + past, real)
     if mask is None:
         shown = stored(layer) + queries
-        if real is None:
-            return None
+        assert real is not None
         return causal_mask(real[:, -shown:], queries, config._attn_implementation or "eager", hidden.dtype)
     columns, real = _columns(layer, held, real, queries, mask, past + length)
     return take_mask(mask, slots, columns, real)

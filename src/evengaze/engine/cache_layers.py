@@ -66,8 +66,12 @@ def record_all(told: Sequence[Any], kept: Kept | None, dropped: int) -> None:
             layer.cumulative_length += dropped
 
 
-def put_gate(cache: Any) -> Gate | None:
+def put_gate(cache: Any, below: int) -> Gate | None:
     """From now on a cache stores tokens only for an attached pruner, in calls for which it opens the gate.
+
+    Args:
+        cache: the cache, or None.
+        below: number of its layers that hold everything so far; the others are about to record what they do.
 
     Returns:
         The gate, open for the call that runs; None without a cache.
@@ -76,12 +80,14 @@ def put_gate(cache: Any) -> Gate | None:
         return None
     gate: Gate = getattr(cache, "gate", None) or Gate()
     gate.open = True
-    layers = [layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "get_mask_sizes")]
-    for layer in layers:
-        layer.__class__ = _logical(layer.__class__)
-    for layer in layers[:1]:
-        layer.__class__ = _guarding(layer.__class__)
-        layer.gate = gate
+    layers = getattr(cache, "layers", ())
+    for layer in layers[:below]:
+        if hasattr(layer, "get_mask_sizes"):
+            layer.__class__ = _logical(layer.__class__)
+    first = next((layer for layer in layers if hasattr(layer, "get_mask_sizes")), None)
+    if first is not None:
+        first.__class__ = _guarding(_logical(first.__class__))
+        first.gate = gate
     if isinstance(cache, Cache):
         cache.__class__ = _whole(cache.__class__)
         cache.gate = gate
@@ -112,9 +118,9 @@ def is_kind(cls: type, kind: type) -> bool:
     return issubclass(cls, kind)
 
 
-def kind_of(layer: Any) -> Any:
-    """The layer's class; the first layer of a pruned cache is of the others' kind."""
-    return getattr(layer, "_kind", None) or layer.__class__
+def kind_of(cls: Any) -> Any:
+    """The class of transformers' that a layer's class is, or is a pruned one of."""
+    return getattr(cls, "_kind", cls)
 
 
 def trim(layer: Any, index: Tensor, kept: Kept, dropped: int) -> None:
@@ -148,6 +154,7 @@ def _logical(base: Any) -> Any:
     class Pruned(base):  # type: ignore[misc]
         _layer_type = None  # transformers registers subclasses that name one
         _evengaze = True
+        _kind = base
         keys: Any
         values: Any
         kept: Kept | None = None
@@ -331,7 +338,6 @@ def _guarding(pruned: Any) -> Any:
         return pruned
 
     class Guarding(pruned):  # type: ignore[misc]
-        _kind = pruned
         gate: Gate | None = None
 
         def __reduce_ex__(self, protocol: Any) -> Any:

@@ -171,10 +171,10 @@ class LayerCalls:
     def _relayed_groups(self, cache: Any, first: int) -> list[Holders]:
         """Relay the layers behind the first one of a step, by what they hold in the cache; none if they cannot be."""
         found: dict[int, Holders] = {}
-        handed, kind = {}, cache_layers.kind_of(kv.layer_of(cache, first))
+        handed, kind = {}, cache_layers.kind_of(type(kv.layer_of(cache, first)))
         for k in self.relays.stand(k for k in range(first + 1, len(self._plan.layers)) if k in self._hooked):
             layer = kv.layer_of(cache, k)
-            if cache_layers.kind_of(layer) is not kind:  # layers of another kind get another mask
+            if cache_layers.kind_of(type(layer)) is not kind:  # layers of another kind get another mask
                 continue
             kept = kv.kept_of(layer)
             if id(kept) not in found:

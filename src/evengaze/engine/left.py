@@ -127,7 +127,7 @@ class Left:
         if filled is not None:
             states = states.masked_fill(~filled[..., None], 0.0)
         full = states.new_zeros(states.shape[0], self.length, states.shape[2])
-        return full.scatter(1, slots[..., None].expand_as(states), states)
+        return full.scatter_(1, slots[..., None].expand_as(states), states)
 
     def ignore(self, labels: Tensor, index: int) -> None:
         """Write `index` over the (B, L) labels that a dropped token would have to predict: those right behind one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -71,6 +72,8 @@ class ModelCalls:
         self._outer = plan.outer
         self._traced = compiled.Traced(plan.model, plan.adapter, calls, prunes=bool(plan.stages))
         self._untried = isinstance(plan.adapter, Generic)
+        self._even = False
+        self._slices = "logits_to_keep" in inspect.signature(plan.model.forward).parameters
         self.pending: list[Pending] = []
 
     def look(self, *, wait: bool = False) -> None:
@@ -219,7 +222,8 @@ class ModelCalls:
             run.cache = cache_in_output(out)
         checks.refuse_missed(plan.pruner, sorted(plan.stages)[len(run.stages) :], run.entered, run.watched)
         self.pending += run.pending
-        trace = run.trace(plan.settings, len(plan.layers))
+        trace = run.trace(plan.settings, len(plan.layers), even=self._even)
+        self._even = self._even or (not plan.trims and len(set(trace.kv_bytes_unpruned)) == 1 < trace.kv_bytes[0])
         self._report(trace)
         if self._untried:
             check_first(plan.model, run, trace, out, plan.lenders)
@@ -228,7 +232,9 @@ class ModelCalls:
             call.freeze(Frozen(run.inputs.detach(), run.layout, run.selections))
         if call.labels is not None:
             run.ignore(call.labels, call.ignored)
-        return None if run.slots is None or call.generating else restored(out, run)
+        # Logits that are asked for are those of the last tokens: they are there already.
+        read = call.generating or (self._slices and call.labels is None and run.shows(call.keep))
+        return None if run.slots is None or read else restored(out, run)
 
 
 def _set_gate(gate: cache_layers.Gate | None, *, is_open: bool) -> None:

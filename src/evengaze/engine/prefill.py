@@ -166,7 +166,7 @@ class Prefill(Left):
         self._memo.clear()
         self._made.clear()
         if self.gate is None:
-            self.gate = cache_layers.put_gate(self.cache)
+            self.gate = cache_layers.put_gate(self.cache, stage.layer)
         if stage.trims_below:
             self._trim_below(stage.layer, hidden.device)
         return out
@@ -304,7 +304,8 @@ class Prefill(Left):
         last = kv.layer_of(self.cache, end - 1)  # which makes those before it as well
         if self.past or not self.fresh or last is None or cache_layers.is_a(last, StaticLayer):
             return False
-        return set(map(cache_layers.kind_of, self.cache.layers[first:end])) == {cache_layers.kind_of(last)}
+        kinds = set(map(type, self.cache.layers[first:end]))
+        return set(map(cache_layers.kind_of, kinds)) == {cache_layers.kind_of(type(last))}
 
     def pass_on(self, layer: int, others: Sequence[int]) -> None:
         """Tell the caches of other layers, alike and empty, that they are about to store what that of `layer` does."""
@@ -361,23 +362,36 @@ class Prefill(Left):
             index = place.gather(1, kept.slots)
             cache_layers.trim(cache, index, kept, held.shape[1] - index.shape[1])
 
+    def shows(self, last: Any) -> bool:
+        """Whether the `last` tokens of every row are there, in their places behind all others."""
+        if not isinstance(last, int) or self.padded is not None or self.filled is not None:
+            return False
+        return 0 < last <= self.length - max(row.span[1] for row in self.layout.rows)
+
     # -- the record ---------------------------------------------------------------------------------------------------
-    def trace(self, settings: Mapping[str, Any], layers: int) -> Trace:
+    def trace(self, settings: Mapping[str, Any], layers: int, *, even: bool = False) -> Trace:
         """What happened, once the call is over.
 
         Args:
             settings: the method's parameters.
             layers: number of decoder layers.
+            even: whether layers of one kind hold as many bytes as others if as many tokens enter them.
         """
         total = self.past + self.length
-        sizes = [kv.sizes(layer, total) for layer in getattr(self.cache, "layers", ())[:layers]]
-        sizes += [(0, 0)] * (layers - len(sizes))
-        held, unpruned = [list(column) for column in zip(*sizes, strict=True)]
         entering = [self.length] * layers
         for layer, length in self.lengths.items():
             entering[layer:] = [length] * (layers - layer)
         for layer, length in self.narrow.items():
             entering[layer] = length
+        held_layers = getattr(self.cache, "layers", ())[:layers]
+        if even and len(held_layers) == layers and not self.narrow and self.alike(0, layers):
+            last = dict(zip(entering, held_layers, strict=True))
+            one = {length: kv.sizes(layer, total) for length, layer in last.items()}
+            sizes = [one[length] for length in entering]
+        else:
+            sizes = [kv.sizes(layer, total) for layer in held_layers]
+            sizes += [(0, 0)] * (layers - len(sizes))
+        held, unpruned = [list(column) for column in zip(*sizes, strict=True)]
         return Trace(settings, self.layout, self.length, self.stages, entering, held, unpruned)
 
 

@@ -97,7 +97,8 @@ class Group:
             return self
         start = replace(self.tokens.start, device=device, _columns={})
         origin = None if self.tokens.origin is None else self.tokens.origin.to(device)
-        tokens = Candidates(self.tokens.position.to(device), start, origin)
+        position, run = self.tokens.position.to(device), self.tokens.run
+        tokens = Candidates(position, start, origin, None if run is None else (position, run))
         pinned = None if self.pinned is None else self.pinned.to(device)
         others = None if self.others is None else self.others.to(device)
         return replace(self, tokens=tokens, others=others, pinned=pinned)
@@ -158,7 +159,8 @@ def _group(
     if real is None and not pins and 0 < total == stop - start and all(t.span == (start, stop) for t in tables):
         position = counting(length, device)[start:stop].expand(len(rows), -1)
         here, spare = (length - total,) * len(rows), (0,) * len(rows)
-        return Group(tuple(rows), Candidates(position, Start(tables, device)), None, here, spare, total, start=start)
+        tokens = Candidates(position, Start(tables, device), standing=(position, start))
+        return Group(tuple(rows), tokens, None, here, spare, total, start=start)
     others = torch.ones(len(rows), length, dtype=torch.bool)
     position = torch.stack([layout.rows[b].position for b in rows])
     kept, count = position[:, list(pins)], total - len(pins)
@@ -293,7 +295,7 @@ def _cut_run(group: Group, chosen: Selection, moves: bool) -> Cut:
         index = torch.cat([head, order.sort(1).values + start, tail], 1)
     position = whole[start : start + order.shape[1]].expand(rows, -1)
     origin = order if group.tokens.origin is None else group.tokens.origin.gather(1, order)
-    after = replace(group, tokens=Candidates(position, group.tokens.start, origin))
+    after = replace(group, tokens=Candidates(position, group.tokens.start, origin, (position, start)))
     return Cut(index, source, None, [after], [(chosen, order)])
 
 

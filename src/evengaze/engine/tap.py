@@ -104,7 +104,8 @@ class Tap:
 
     def disarm(self) -> bool:
         """Stop listening in the running call; whether the tap was still waiting."""
-        return self._thread.armed.pop(id(self._current()), None) is not None
+        armed = self._thread.armed
+        return bool(armed) and armed.pop(id(self._current()), None) is not None
 
     @property
     def stops(self) -> bool:
@@ -180,16 +181,20 @@ class Taps:
     def __init__(self, current: Callable[[], Any] = lambda: None) -> None:
         self._current = current
         self._taps: dict[int, Tap] = {}
+        self._names: dict[int, str] = {}
         self._lock = threading.Lock()
 
     def on(self, layer: nn.Module) -> Tap:
         """The tap on a layer's attention."""
-        module = attention_module(layer)
+        name = self._names.get(id(layer))
+        module = None if name is None else layer._modules.get(name)
         tap = self._taps.get(id(module))
         if tap is None:
+            module = attention_module(layer)
             with self._lock:
                 tap = self._taps.get(id(module)) or Tap(module, self._current)
                 self._taps[id(module)] = tap
+                self._names |= {id(layer): name for name, part in layer._modules.items() if part is module}
         return tap
 
     def disarm(self) -> None:

@@ -28,6 +28,7 @@ class Text:
     def __init__(self, layout: VisualLayout, real: Tensor | None, length: int, asked: Questions | None = None) -> None:
         self._layout, self._real, self._length, self._asked = layout, real, length, asked
         self._found: dict[int, tuple[Tensor, Tensor | None, bool]] = {}
+        self._tail = self._behind_all() if real is None and asked is None else 0
 
     def words(self, group: Group, slots: Tensor | None, current: int, tokens: Candidates, question: int = 0) -> Words:
         """Where they are in a group's rows.
@@ -49,14 +50,19 @@ class Text:
             here.scatter_(1, held, counting(current, group.device).expand_as(held))
             return here.gather(1, moved)
 
+        ends = self._asked is None and self._real is None
+
         def last() -> Tensor:
             end = counting(current, group.device)[current - 1 :].expand(len(group.rows), 1)
-            if self._asked is None and self._real is None:
+            if ends:
                 return end
             index = self._last(group.rows, question)
             return end if bool((index == self._length - 1).all()) else place(index)
 
         def text() -> Picked:
+            if self._tail:  # none of it is ever dropped
+                start = current - self._tail
+                return Picked(counting(current, group.device)[start:].expand(len(group.rows), -1), run=start)
             index, real, mixed = self._behind(group.rows, question)
             at = place(index)
             flags = None if real is None else upload(real, group.device)
@@ -68,7 +74,13 @@ class Text:
                 at, flags = torch.cat([at, last()], 1), torch.cat([flags, none], 1)
             return Picked(at, flags)
 
-        return Words(last, text)
+        return Words(last, text, current - 1 if ends else None)
+
+    def _behind_all(self) -> int:
+        """How many tokens of text are behind all visual ones; 0 if rows differ, or text stands between some."""
+        found = {self._length - table.span[1] for table in self._layout.rows if len(table)}
+        alone = all(table.span[1] - table.span[0] == len(table) for table in self._layout.rows)
+        return found.pop() if alone and len(found) == 1 else 0
 
     def _last(self, rows: Sequence[int], question: int) -> Tensor:
         """(rows, 1) index into the call of the last token of each row's prompt."""

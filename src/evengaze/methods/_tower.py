@@ -123,9 +123,10 @@ def watch(model: nn.Module, adapter: Adapter | None, shared: Shared) -> Callable
         def sink(states: AttentionStates) -> None:
             images, length = states.query.shape[0], states.query.shape[2]
             index = torch.arange(length, device=states.query.device).expand(images, -1)
-            queries = index[:, : tower.special] if tower.special else index
+            queries = Picked(index[:, : tower.special] if tower.special else index, run=0)
+            columns = Picked(index[:, tower.special :], run=tower.special)
             with torch.no_grad():
-                patches.add(states.received(Picked(queries), index[:, tower.special :]))
+                patches.add(states.received(queries, columns))
 
         taps.on(layer).arm(sink)
 
@@ -219,7 +220,8 @@ class TowerCut:
         special = self.tower.special
         index = torch.arange(stream.shape[1], device=stream.device).expand(len(stream), -1)
         with torch.no_grad():
-            selection = self.choose(states.received(Picked(index), index[:, special:]))
+            received = states.received(Picked(index, run=0), Picked(index[:, special:], run=special))
+            selection = self.choose(received)
         if selection.merge is not None:
             parts = stream.clone() if stream.requires_grad else stream  # what is read for gradients must stay as it was
             merge_states(parts, stream, selection.merge, special)
