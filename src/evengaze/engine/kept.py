@@ -71,7 +71,6 @@ class Kept:
         end: logical length of the sequence when this was recorded.
         lost: (B, end) bool, the real tokens that were dropped, for methods that renumber; None otherwise.
         pictures: where the pictures stand of which tokens were dropped; also of rows that have left the batch since.
-        shift: (B, 1) how far positions were moved down, for methods that renumber; None otherwise.
     """
 
     slots: Tensor
@@ -79,15 +78,18 @@ class Kept:
     end: int
     lost: Tensor | None = None
     pictures: tuple[Pictures, ...] = ()
-    shift: Tensor | None = field(init=False)
     _memo: dict[str, tuple[Any, Any]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shift", None if self.lost is None else self.lost.sum(1, keepdim=True))
         object.__setattr__(self, "_memo", {})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_memo": {}}
+
+    @cached_property
+    def shift(self) -> Tensor | None:
+        """(B, 1) how far positions were moved down, for methods that renumber; None otherwise."""
+        return None if self.lost is None else self.lost.sum(1, keepdim=True)
 
     @property
     def count(self) -> int:

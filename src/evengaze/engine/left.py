@@ -5,6 +5,8 @@ Indices are into the call's L tokens ("slots") unless they are said to be into t
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +45,7 @@ class Left:
     slots: Tensor | None = None
     filled: Tensor | None = None
     groups: list[Group] = field(default_factory=list)
+    _memo: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -66,9 +69,16 @@ class Left:
             return counting(self.length, device).expand(self.batch, -1), None
         return self.slots.to(device), None if self.filled is None else self.filled.to(device)
 
+    def _once(self, key: Any, held: Any, make: Callable[[], Any]) -> Any:
+        """`make()`, remembered: layers share arguments. `held` stays alive, so that the ids in a key stay unique."""
+        if key not in self._memo:
+            self._memo[key] = (held, make())
+        return self._memo[key][1]
+
     def _positions(self, before: Kept | None, name: str, value: Any, hidden: Tensor) -> Any:
         if self.rotary is not None and self.rotary.renumbers:
-            positions = self._renumbered(self.rotary, before, hidden.device)
+            make = functools.partial(self._renumbered, self.rotary, before, hidden.device)
+            positions = self._once(("positions", id(before), hidden.device), before, make)
             if name == "position_ids":
                 return positions
             table = self.rotary.retable(value, hidden, positions)

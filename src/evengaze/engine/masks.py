@@ -23,6 +23,8 @@ def take(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
     """
     dim = dim % tensor.dim()
     index = index.to(tensor.device)
+    if index.shape[0] == tensor.shape[dim - 1] == 1:
+        return tensor.index_select(dim, index[0])
     shape = list(tensor.shape)
     shape[dim - 1], shape[dim] = index.shape
     if tensor.shape[dim - 1] != index.shape[0]:

@@ -6,7 +6,7 @@ Indices are into the call's L tokens ("slots") unless they are said to be into t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -96,7 +96,6 @@ class Prefill(Left):
     narrow: dict[int, int] = field(default_factory=dict)
     fresh: bool = True
     gate: cache_layers.Gate | None = None
-    _memo: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
     _made: dict[Any, tuple[dict[str, Any], dict[str, Any], Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -129,7 +128,7 @@ class Prefill(Left):
             chosen = self.replay[number]
         else:
             with _exact(device):
-                chosen = self._ask(pruner, number, hidden.detach())
+                chosen = self._ask(pruner, number, _detached(hidden))
         self.states = None
         self.selections.append(chosen)
         self.merges |= any(d.selection.merge is not None for d in chosen)
@@ -173,7 +172,7 @@ class Prefill(Left):
 
     def _ask(self, pruner: Method, number: int, hidden: Tensor) -> Selections:
         """What the method decides from (B, M, d) states, group by group."""
-        chosen, paid, inputs = [], self.states, self.inputs.detach()
+        chosen, paid, inputs = [], self.states, _detached(self.inputs)
         if paid is not None and self.samples is not None and paid.mask is None:  # as for flash, which is told lengths
             paid = replace(paid, samples=self._samples(paid.query.device))
         for group in self.groups:
@@ -274,12 +273,6 @@ class Prefill(Left):
                 continue
             cut[name] = self._once(key, (value, before), make)
         return cut, served
-
-    def _once(self, key: Any, held: Any, make: Callable[[], Any]) -> Any:
-        """`make()`, remembered: layers share arguments. `held` stays alive, so that the ids in a key stay unique."""
-        if key not in self._memo:
-            self._memo[key] = (held, make())
-        return self._memo[key][1]
 
     def _mask(self, before: Kept | None, mask: Any, cache: Any, hidden: Tensor) -> Any:
         slots, filled = self.on(hidden.device)
@@ -400,6 +393,10 @@ def _exact(device: torch.device) -> AbstractContextManager[None]:
     if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
         return _without_either(device)
     return nullcontext()
+
+
+def _detached(states: Tensor) -> Tensor:
+    return states.detach() if states.requires_grad else states
 
 
 @contextmanager
