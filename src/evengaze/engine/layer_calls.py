@@ -69,7 +69,7 @@ class LayerCalls:
                 layer, enter = self._plan.layers[i], functools.partial(self._enter, i)
                 hook = before_forward(layer, enter)
                 keep(hook)
-                self.relays.add(i, Relay(layer, hook, enter, self._calls))
+                self.relays.add(i, Relay(i, layer, hook, enter, self._calls, self.relays.handed))
                 self._hooked.add(i)
             self.unhooked = [i for i in range(len(self._plan.layers)) if i not in self._hooked]
 
@@ -154,7 +154,7 @@ class LayerCalls:
         if run.slots is None:
             return steps.arguments(i, args, kwargs, cache) or ((args, kwargs) if changed else None)
         new = run.arguments(i, args, kwargs, cache)
-        if changed and relayed and run.alike(i, len(self._plan.layers)):
+        if changed and relayed and run.alike(len(self._plan.layers)):
             self._relay_prefill(call, run, i, given, new)
         return new
 

@@ -96,6 +96,7 @@ class Prefill(Left):
     narrow: dict[int, int] = field(default_factory=dict)
     fresh: bool = True
     gate: cache_layers.Gate | None = None
+    _alike: bool | None = None
     _made: dict[Any, tuple[dict[str, Any], dict[str, Any], Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -290,14 +291,17 @@ class Prefill(Left):
             self._before[layer] = None if self.fresh else kv.kept_of(cache)
         return self._before[layer]
 
-    def alike(self, first: int, end: int) -> bool:
-        """Whether the caches of some layers are of one kind that grows, and empty."""
-        if self.cache is None:
-            return True
-        last = kv.layer_of(self.cache, end - 1)  # which makes those before it as well
+    def alike(self, layers: int) -> bool:
+        """Whether the caches of all layers are of one kind that grows, and were empty; looked at once."""
+        if self._alike is None:
+            self._alike = self.cache is None or self._are_alike(layers)
+        return self._alike
+
+    def _are_alike(self, layers: int) -> bool:
+        last = kv.layer_of(self.cache, layers - 1)  # which makes those before it as well
         if self.past or not self.fresh or last is None or cache_layers.is_a(last, StaticLayer):
             return False
-        kinds = set(map(type, self.cache.layers[first:end]))
+        kinds = set(map(type, self.cache.layers[:layers]))
         return set(map(cache_layers.kind_of, kinds)) == {cache_layers.kind_of(type(last))}
 
     def pass_on(self, layer: int, others: Sequence[int]) -> None:
@@ -377,7 +381,7 @@ class Prefill(Left):
         for layer, length in self.narrow.items():
             entering[layer] = length
         held_layers = getattr(self.cache, "layers", ())[:layers]
-        if even and len(held_layers) == layers and not self.narrow and self.alike(0, layers):
+        if even and len(held_layers) == layers and not self.narrow and self.alike(layers):
             last = dict(zip(entering, held_layers, strict=True))
             one = {length: kv.sizes(layer, total) for length, layer in last.items()}
             sizes = [one[length] for length in entering]

@@ -79,29 +79,38 @@ class Relay:
     """A layer's forward in the place of its hook.
 
     Args:
+        number: of the layer.
         layer: the layer.
         hook: on it.
         enter: what the hook does.
         calls: the running calls.
+        handed: what was handed to layers last, by number.
 
     Attributes:
-        handed: what was handed to the layer last.
         forward: the layer's own, or what somebody else has put in its place.
         listening: the hooks that are called before and behind the layer.
     """
 
-    def __init__(self, layer: nn.Module, hook: Registered, enter: Enter, calls: Calls) -> None:
+    def __init__(
+        self,
+        number: int,
+        layer: nn.Module,
+        hook: Registered,
+        enter: Enter,
+        calls: Calls,
+        handed: Mapping[int, Handed],
+    ) -> None:
+        self._number, self._handed = number, handed
         self.layer, self._registered = layer, hook
         self._hook = hook.hooks[hook.number]
         self._enter, self._calls = enter, calls
         self.forward: Callable[..., Any] = layer.forward
         self._own: Any = None
-        self.handed = _NOTHING
         self.listening: tuple[dict[int, Any], dict[int, Any]] = hook.hooks, layer._forward_hooks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's output."""
-        handed = self.handed
+        handed = self._handed.get(self._number, _NOTHING)
         # Each thread has a top of its own: another thread's call, and one inside of this one, are not `handed.call`.
         if not is_compiling() and self._calls.top is handed.call and len(kwargs) == len(handed.given):
             for name, value in handed.given:
@@ -113,8 +122,7 @@ class Relay:
                     if handed.run is not None:
                         handed.run.entered += 1
                     return self.forward(args[0], **kwargs)
-        # A hook that has just come back has cut them already.
-        if not (handed.made and all(kwargs.get(name) is value for name, value in handed.made.items())):
+        if self._registered.number not in self.listening[0]:  # an interrupt may have left the hook, which has run then
             args, kwargs = self._enter(self.layer, args, kwargs) or (args, kwargs)
         return self.forward(*args, **kwargs)
 
@@ -124,9 +132,12 @@ class Relay:
     def begin(self) -> bool:
         """Take the hook's place, unless something else listens to the layer as well."""
         layer, (hooks, behind) = self.layer, self.listening
+        if self.stands_in:  # an interrupt came in the midst
+            hooks.pop(self._registered.number, None)
+            return True
         if len(hooks) != 1 or behind or layer._compiled_call_impl is not None:
             return False
-        self.handed, self.forward, self._own = _NOTHING, layer.forward, layer.__dict__.get("forward")
+        self.forward, self._own = layer.forward, layer.__dict__.get("forward")
         layer.__dict__["forward"] = self
         hooks.pop(self._registered.number, None)
         return True
@@ -138,7 +149,6 @@ class Relay:
 
     def end(self) -> None:
         """Let the hook work again."""
-        self.handed = _NOTHING
         self._registered.hooks[self._registered.number] = self._hook
         if self._own is None:
             self.layer.__dict__.pop("forward", None)
@@ -147,9 +157,15 @@ class Relay:
 
 
 class Relays:
-    """The relays of one attachment. Once they stand in for hooks they do so for all calls, of any thread."""
+    """The relays of one attachment. Once they stand in for hooks they do so for all calls, of any thread.
+
+    Attributes:
+        handed: what was handed to layers last, by number.
+        never: whether hooks stay where they are.
+    """
 
     def __init__(self) -> None:
+        self.handed: dict[int, Handed] = {}
         self._of: dict[int, Relay] = {}
         self._standing: dict[int, Relay] = {}
         self._listening: list[dict[int, Any]] = []
@@ -200,8 +216,8 @@ class Relays:
 
     def forward(self, number: int, layer: nn.Module) -> Callable[..., Any]:
         """A layer's forward, without what a hook would do before."""
-        relay = self._standing.get(number)
-        return layer.forward if relay is None else relay.forward
+        relay = self._of.get(number)
+        return relay.forward if relay is not None and relay.stands_in else layer.forward
 
     def hand(self, handed: Mapping[int, Handed], cache: Any = None, groups: Sequence[Holders] = ()) -> None:
         """Hand things to layers, by number.
@@ -211,10 +227,7 @@ class Relays:
             cache: with which further steps go on, if it is a step.
             groups: the layers by what they hold in it.
         """
-        for i, what in handed.items():
-            relay = self._standing.get(i)
-            if relay is not None:
-                relay.handed = what
+        self.handed.update(handed)
         self._steps = (lambda: None, []) if cache is None else (weakref.ref(cache), list(groups))
 
     def clear(self) -> None:
@@ -233,4 +246,5 @@ class Relays:
             self._standing[i].end()
             del self._standing[i]
         self._listening.clear()
+        self.handed.clear()
         self._steps = (lambda: None, [])
