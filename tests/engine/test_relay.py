@@ -228,3 +228,27 @@ def test_layers_with_other_positions_or_with_none(family: str, method: str) -> N
     if family not in (*families(), *families(generic=True)):
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
     assert check(family, method, "sdpa", 3).passed
+
+
+def test_who_listens_or_wraps_a_layer_later_is_called_and_stays(model: Any, states: Any) -> None:
+    """A hook that comes after a prefill sees what the layer gets; what was put around a forward is left there."""
+    with methods.parse(METHODS[0])(model, layout=LAYOUT):
+        expected, lengths = answer(model, states[:1]), list[int]()
+        layer = model.model.layers[5]
+        hook = layer.register_forward_pre_hook(
+            lambda _, args, kwargs: lengths.append(kwargs["position_ids"].shape[1]), with_kwargs=True
+        )
+        assert torch.equal(answer(model, states[:1]), expected)
+        hook.remove()
+        assert lengths[0] == LENGTH - VISUAL + 5 and len(lengths) == 4
+        assert torch.equal(answer(model, states[:1]), expected)
+        inner, wrapped = layer.forward, list[int]()
+        layer.forward = lambda *args, **kwargs: wrapped.append(1) or inner(*args, **kwargs)
+        assert torch.equal(answer(model, states[:1]), expected) and len(wrapped) == 4
+        hook = model.model.layers[6].register_forward_hook(lambda *_: None)  # all hooks work again
+        assert torch.equal(answer(model, states[:1]), expected)
+        hook.remove()
+        assert torch.equal(answer(model, states[:1]), expected) and len(wrapped) == 12
+    assert "forward" in layer.__dict__
+    assert torch.isfinite(answer(model, states[:1])).all() and len(wrapped) == 16
+    del layer.forward

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -79,7 +80,7 @@ class Registered:
         number: its own.
     """
 
-    def __init__(self, hooks: dict[int, Any], number: int, remove: Callable[[], None]) -> None:
+    def __init__(self, hooks: OrderedDict[int, Any], number: int, remove: Callable[[], None]) -> None:
         self.hooks, self.number, self._remove = hooks, number, remove
 
     def __call__(self) -> None:

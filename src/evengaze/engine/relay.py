@@ -106,6 +106,8 @@ class Relay:
         self._enter, self._calls = enter, calls
         self.forward: Callable[..., Any] = layer.forward
         self._own: Any = None
+        self._stands = False
+        self._wrapped = False  # by somebody who calls it as if it were the layer's forward
         self.listening: tuple[dict[int, Any], dict[int, Any]] = hook.hooks, layer._forward_hooks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +124,8 @@ class Relay:
                     if handed.run is not None:
                         handed.run.entered += 1
                     return self.forward(args[0], **kwargs)
-        if self._registered.number not in self.listening[0]:  # an interrupt may have left the hook, which has run then
+        # Unless the hook has run, which an interrupt may have left, or the relay's time is over.
+        if self._stands and self._registered.number not in self.listening[0]:
             args, kwargs = self._enter(self.layer, args, kwargs) or (args, kwargs)
         return self.forward(*args, **kwargs)
 
@@ -135,9 +138,9 @@ class Relay:
         if self.stands_in:  # an interrupt came in the midst
             hooks.pop(self._registered.number, None)
             return True
-        if len(hooks) != 1 or behind or layer._compiled_call_impl is not None:
+        if self._wrapped or len(hooks) != 1 or behind or layer._compiled_call_impl is not None:
             return False
-        self.forward, self._own = layer.forward, layer.__dict__.get("forward")
+        self.forward, self._own, self._stands = layer.forward, layer.__dict__.get("forward"), True
         layer.__dict__["forward"] = self
         hooks.pop(self._registered.number, None)
         return True
@@ -149,7 +152,13 @@ class Relay:
 
     def end(self) -> None:
         """Let the hook work again."""
-        self._registered.hooks[self._registered.number] = self._hook
+        hooks, number = self._registered.hooks, self._registered.number
+        hooks[number] = self._hook
+        hooks.move_to_end(number, last=False)  # others have come behind it
+        self._stands = False
+        if not self.stands_in:
+            self._wrapped = True
+            return
         if self._own is None:
             self.layer.__dict__.pop("forward", None)
         else:
