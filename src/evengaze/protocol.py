@@ -215,6 +215,10 @@ class Words:
         """The prompt's tokens behind each row's last visual token."""
         return self._text()
 
+    def end_of(self, index: Tensor) -> int | None:
+        """`end`, if an index is `last`."""
+        return self.end if self.__dict__.get("last") is index else None
+
     def select(self, rows: Rows) -> Words:
         """The same of some rows."""
         return Words(lambda: self.last[rows], lambda: self.text.select(rows), self.end)
@@ -336,7 +340,7 @@ class View:
             raise ConfigError("this stage reads no attention: set Stage.attention to 'previous' or 'own'")
         tokens = self.tokens
         if not isinstance(queries, Picked):
-            queries = Picked(queries, run=self.words.end if queries is self.words.last else None)
+            queries = Picked(queries, run=tokens.run if queries is tokens.position else self.words.end_of(queries))
         columns = Picked(tokens.position, run=tokens.run)
         return self.states.received(queries, columns, reduce).to(self.hidden.device)
 

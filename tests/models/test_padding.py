@@ -283,3 +283,25 @@ def test_families_that_do_not_pad(family: str, cls: str, options: dict[str, Any]
     assert (row.padding == 0).all()
     if family.startswith("qwen") or family == "mistral3":
         assert row.images[0].grid in ((2, 5), (2, 4))
+
+
+def test_a_border_is_what_it_is_said_to_be() -> None:
+    """Row by row and column by column, on pictures with borders on any side, with corners only, and of one colour."""
+    chance = torch.Generator().manual_seed(0)
+    pictures = torch.rand(60, 3, 12, 9, generator=chance) + 0.5
+    for picture in pictures:
+        top, bottom, left, right = torch.randint(0, 4, (4,), generator=chance).tolist()
+        picture[:, :top], picture[:, 12 - bottom :], picture[..., :left], picture[..., 9 - right :] = 0, 0, 0, 0
+    pictures[7], pictures[8, :, 0, 0], pictures[9, :, 5], pictures[10, 0, 0] = 0, 0, 0, 0
+    shares = padding_share(pictures, (4, 3))
+    for picture, share in zip(pictures, shares, strict=True):
+        filled = picture.abs().amax(0) <= 0.03
+        padded = torch.zeros(12, 9, dtype=torch.bool)
+        for i in range(12):
+            padded[i] |= filled[: i + 1].all() | filled[i:].all()
+        for j in range(9):
+            padded[:, j] |= filled[:, : j + 1].all() | filled[:, j:].all()
+        expected = torch.zeros(12, 9) if filled.all() else padded.double()
+        assert torch.equal(share, expected.double().reshape(4, 3, 3, 3).mean((1, 3)))
+    apart = torch.stack([padding_share(picture[None], (4, 3))[0] for picture in pictures])
+    assert torch.equal(apart, shares) and 0 < int((shares.sum((1, 2)) == 0).sum()) < 60

@@ -18,6 +18,7 @@ from evengaze.errors import LayoutError
 from evengaze.layout import VisualLayout
 from evengaze.memory import Shared
 from evengaze.models.base import Call as Prompt
+from evengaze.models.base import has_windows
 
 
 class Prompts:
@@ -32,6 +33,7 @@ class Prompts:
     def __init__(self, plan: Plan, said: Callable[[], Said], shared: Shared) -> None:
         self._plan, self._said, self._shared = plan, said, shared
         self._warned = self._told = False
+        self._windowed = has_windows(plan.decoder.config)
 
     def begin(self, call: Call, states: Tensor, kwargs: dict[str, Any], cache: Any, *, watched: int) -> Prefill | None:
         """The prefill; None if the call holds no visual tokens, or none that it brings itself.
@@ -68,7 +70,7 @@ class Prompts:
             return None
         kv.check(cache)
         checks.refuse_checkpointing(plan.layers)
-        if plan.adapter is not None:
+        if plan.adapter is not None and self._windowed:
             plan.adapter.check_windows(plan.model, plan.ranked_by, past + length)
         layout = VisualLayout(tuple(row.to("cpu") for row in layout.expand(states.shape[0]).rows))
         if frozen is not None and given is not None:

@@ -141,10 +141,12 @@ class Adapter:
     def check_windows(self, model: nn.Module, layers: Iterable[int], length: int) -> None:
         """Warn if a layer whose attention ranks tokens cannot see the whole of a sequence of `length` tokens."""
         decoder: Any = self.decoder(model)
+        window = getattr(decoder.config, "sliding_window", None)
+        if window is None or length <= window:
+            return
         full = self.full_attention_layers(model)
         narrow = sorted(set(layers) - set(full))
-        window = getattr(decoder.config, "sliding_window", None) if narrow else None
-        if window is not None and length > window:
+        if narrow:
             advice = f"rank by layers {', '.join(map(str, full))}" if full else "no layer of this model sees more"
             warnings.warn(
                 f"tokens are ranked by the attention of layers {narrow}, which see only the last {window} of {length} "
@@ -205,6 +207,14 @@ def full_attention_layers(decoder: Any) -> tuple[int, ...]:
     if types is None:  # one kind for all layers
         types = ["full_attention" if window is None else "sliding_attention"] * len(decoder.layers)
     return tuple(i for i, kind in enumerate(types) if kind in ("full_attention", "attention"))
+
+
+def has_windows(config: Any) -> bool:
+    """Whether a decoder's config names a sliding window, as far as it says so for all layers."""
+    try:
+        return getattr(config, "sliding_window", None) is not None
+    except RuntimeError:  # every layer has a config of its own
+        return False
 
 
 def attending_layers(layers: Iterable[nn.Module]) -> tuple[int, ...]:

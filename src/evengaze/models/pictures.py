@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -29,17 +30,26 @@ class Panel:
         info: the grid and the number of frames (or tiles).
         cell: (n,) raster index of each placeholder token in its frame, or `NO_CANDIDATE`.
         padding: (candidates,) share of padding of each cell in order; None: no padding.
+        special: how many tokens that are no candidates lead each grid, if all are complete and in raster order.
     """
 
     info: ImageInfo
     cell: Tensor
     padding: Tensor | None = None
+    special: int | None = None
 
     @classmethod
     def plain(cls, info: ImageInfo, padding: Tensor | None = None, *, special: int = 0) -> Panel:
         """Complete grids in raster order, each behind `special` tokens that are no candidates."""
-        frame = torch.cat([torch.full((special,), NO_CANDIDATE), torch.arange(info.cells)])
-        return cls(info, frame.repeat(info.frames), padding)
+        return cls(info, _raster(info.cells, info.frames, special), padding, special)
+
+
+@lru_cache(256)
+def _raster(cells: int, frames: int, special: int) -> Tensor:
+    """The cells of complete grids, not to be written to."""
+    with torch.inference_mode(False):
+        frame = torch.cat([torch.full((special,), NO_CANDIDATE), torch.arange(cells)])
+        return frame.repeat(frames)
 
 
 @dataclass(frozen=True)
@@ -65,14 +75,27 @@ class Picture:
     def __len__(self) -> int:
         return int(self.cell.shape[0])
 
+    @cached_property
+    def whole(self) -> bool:
+        """Whether all tokens are candidates."""
+        return not bool((self.cell == NO_CANDIDATE).any())
+
     @classmethod
     def video(cls, view: Panel) -> Picture:
         """Frames that are pictures of their own: x starts again in each."""
+        if view.special is not None:
+            return _plain(view, video=True)
         return cls._of([view], x=view.cell.double() / view.info.cells)
 
     @classmethod
     def still(cls, *views: Panel) -> Picture:
         """One image. If it is shown in several views or tiles, x runs through all of them in sequence order."""
+        if len(views) == 1 and views[0].special is not None:
+            return _plain(views[0], video=False)
+        return cls._still(views)
+
+    @classmethod
+    def _still(cls, views: Sequence[Panel]) -> Picture:
         rank = torch.cat([(v.cell != NO_CANDIDATE).double().cumsum(0) for v in views])
         total = sum(float(v.info.cells * v.info.frames) for v in views)
         ahead = torch.cat([torch.full((len(v.cell),), o) for v, o in zip(views, _offsets(views), strict=True)])
@@ -90,6 +113,29 @@ class Picture:
         ]
         padding[cell != NO_CANDIDATE] = torch.cat(shares).double()
         return cls(tuple(v.info for v in views), image, frame, cell, x, padding)
+
+
+def _plain(view: Panel, *, video: bool) -> Picture:
+    """A picture of complete grids: all but its padding is remembered, and not to be written to."""
+    assert view.special is not None
+    grids = _grids(view.info.cells, view.info.frames, view.special, video)
+    padding = grids.padding
+    if view.padding is not None:
+        padding = view.padding.flatten().double()
+        if view.special:
+            padding = grids.padding.masked_scatter(grids.cell != NO_CANDIDATE, padding)
+    picture = Picture((view.info,), grids.image, grids.frame, grids.cell, grids.x, padding)
+    picture.__dict__["whole"] = view.special == 0
+    return picture
+
+
+@lru_cache(256)
+def _grids(cells: int, frames: int, special: int, video: bool) -> Picture:
+    """Complete grids without padding."""
+    info = ImageInfo((1, cells), frames)
+    with torch.inference_mode(False):
+        view = Panel(info, _raster(cells, frames, special))
+        return Picture._of([view], view.cell.double() / cells) if video else Picture._still([view])
 
 
 def _offsets(views: Sequence[Panel]) -> list[float]:
@@ -131,6 +177,11 @@ class Filling:
         """How many tokens the pictures have."""
         return sum(len(p) for p in self.pictures)
 
+    @cached_property
+    def rows(self) -> tuple[Tensor, ...]:
+        """The positions of the tokens in each row."""
+        return tuple(torch.split(self.mask.nonzero()[:, 1], self.mask.sum(1).tolist()))
+
 
 def assemble(call: Call, pictures: Mapping[int, Sequence[Picture]]) -> VisualLayout | None:
     """Hand out the pictures, in order, to the placeholder tokens of the rows.
@@ -163,7 +214,7 @@ def fill(call: Call, fillings: Sequence[Filling]) -> VisualLayout | None:
     for b in range(0, len(fillings[0].mask), times):
         placed: list[tuple[Tensor, Picture]] = []
         for f, queue in zip(fillings, queues, strict=True):
-            position = f.mask[b].nonzero()[:, 0]
+            position = f.rows[b]
             start = 0
             while start < len(position):
                 if not queue or start + len(queue[0]) > len(position):
@@ -182,7 +233,7 @@ def _repeats(fillings: Sequence[Filling]) -> int:
     """How often each sample's row is repeated (beams); 0 if there are no placeholders."""
     times = set()
     for f in fillings:
-        there, encoded = int(f.mask.sum()), f.encoded
+        there, encoded = sum(map(len, f.rows)), f.encoded
         if there == 0:
             continue
         if encoded == 0 or there % encoded or len(f.mask) % (there // encoded):
@@ -200,12 +251,15 @@ def _row(placed: list[tuple[Tensor, Picture]]) -> VisualTokens:
     """The table of one row from its pictures and where their tokens are."""
     if not placed:
         return VisualTokens.empty()
+    if len(placed) == 1 and placed[0][1].whole:
+        position, p = placed[0]
+        return VisualTokens(position, p.image, p.frame, p.cell, p.x, p.padding, p.images)
     placed.sort(key=lambda entry: int(entry[0][0]))
     images: list[ImageInfo] = []
     columns: list[tuple[Tensor, ...]] = []
     for position, p in placed:
-        columns.append((position, p.image + len(images), p.frame, p.cell, p.x, p.padding))
+        columns.append((position, p.image + len(images) if images else p.image, p.frame, p.cell, p.x, p.padding))
         images.extend(p.images)
     position, image, frame, cell, x, padding = (torch.cat(c) for c in zip(*columns, strict=True))
     table = VisualTokens(position, image, frame, cell, x, padding, tuple(images))
-    return table.take((cell != NO_CANDIDATE).nonzero()[:, 0])
+    return table if all(p.whole for _, p in placed) else table.take((cell != NO_CANDIDATE).nonzero()[:, 0])
