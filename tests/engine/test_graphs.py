@@ -300,6 +300,34 @@ def test_weights_that_lie_elsewhere_drop_the_graphs(change: Any) -> None:
     assert all(torch.equal(a, b) for got in found for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("generates", [False, True])
+def test_weights_are_looked_at_once_a_call_and_again_in_the_next(generates: bool, monkeypatch: Any) -> None:
+    """The layers' in the tower's turn, if it has one: the device is busy then. A call that failed there counts not."""
+    model, inputs = tiny("llava")
+    looked, look = list[Any](), graphs._Weights._look
+    monkeypatch.setattr(graphs._Weights, "_look", lambda self: looked.append(self) or look(self))
+
+    def call() -> None:
+        model.generate(**inputs, max_new_tokens=2) if generates else model(**inputs)
+
+    with torch.inference_mode(), eg.FastV(keep=5)(model, graphs=True) as run:
+        for _ in range(3):
+            call()
+        looked.clear()
+        call()
+        assert len(looked) == 2 and looked[0] is not looked[1]
+        hook = model.model.multi_modal_projector.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call()
+        hook.remove()
+        moved(model)
+        expected = [prefill(model, inputs) for _ in range(3)]
+        assert run.graphs.counts["dropped: the model changed"] > 0
+    with torch.inference_mode(), eg.FastV(keep=5)(model):
+        plain = prefill(model, inputs)
+    assert all(torch.equal(a, b) for got in expected for a, b in zip(got, plain, strict=True))
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # read by peft
 def test_adapters_that_are_switched_off_are_off() -> None:
     peft = pytest.importorskip("peft")

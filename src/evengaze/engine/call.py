@@ -82,6 +82,7 @@ class Call:
     """
 
     __slots__ = (
+        "__weakref__",
         "cache",
         "decoding",
         "encoded",
@@ -137,6 +138,14 @@ class Call:
         self.frozen: list[Frozen] = []
         self.own = Store()
         self.ending: list[Callable[[], None]] = []
+
+    @property
+    def outermost(self) -> Call | None:
+        """The outermost call that it is a part of, perhaps itself; None at the bottom."""
+        call = self
+        while call.outer is not None and call.outer.outer is not None:
+            call = call.outer
+        return None if call.outer is None else call
 
     def drafted(self, length: int) -> int:
         """How many of the running forward's last tokens a draft has put behind the prompt."""

@@ -29,8 +29,13 @@ Function = Callable[[Mapping[str, Tensor]], Any]
 _OWN = ("transformers.utils.output_capturing",)
 """Where hooks come from that do nothing unless outputs are collected, which is refused."""
 
+
 _capturing = threading.Lock()
 """CUDA captures one graph at a time in a process."""
+
+
+def _nobody() -> None:
+    """Stands for a reference whose object is gone."""
 
 
 class CudaGraph:
@@ -122,6 +127,7 @@ class Graphs:
         self._lock = threading.Lock()
         self._holder: Any = None
         self._stream: Any = None
+        self._ahead: Callable[[], Any] = _nobody
         self._layers: _Weights | None = None
         self._towers: _Weights | None = None
 
@@ -164,15 +170,23 @@ class Graphs:
             self._layers.parts, self._towers.parts = layers, towers
 
     # -- one call at a time -------------------------------------------------------------------------------------------
-    def take(self, call: Any) -> bool:
-        """Whether a call may use the graphs from now on, until `leave`: their buffers serve one at a time."""
+    def take(self, call: Any, whole: Any = None) -> bool:
+        """Whether a call may use the graphs from now on, until `leave`: their buffers serve one at a time.
+
+        Args:
+            call: the prefill.
+            whole: the outermost call that it is a part of.
+        """
         with self._lock:
             held = None if self._holder is None else self._holder()
             if held is not None and held is not call:
                 return False
             if held is None:
                 self._holder = ref(call)
-                self._follow(self._layers)
+                self._order()
+                if whole is None or self._ahead() is not whole:
+                    self._check(self._layers)
+                self._ahead = _nobody
             return True
 
     def leave(self, call: Any) -> None:
@@ -187,18 +201,36 @@ class Graphs:
         with self._lock:
             free = self._holder is None or self._holder() is None
             if free:
-                self._follow(self._towers)
+                self._order()
+                self._check(self._towers)
                 yield True
         if not free:
             yield False
 
-    def _follow(self, weights: _Weights | None) -> None:
-        """Let what runs now come behind what ran before, and drop all graphs if some weights are elsewhere."""
+    def look_ahead(self, whole: Any) -> None:
+        """Look at the layers in a turn, while the device is busy with it: the prefill of the same call need not then.
+
+        Args:
+            whole: the outermost call that runs.
+        """
+        if whole is not None:
+            self._check(self._layers)
+            self._ahead = ref(whole)
+
+    def _order(self) -> None:
+        """Let what runs now come behind what ran before."""
         if self._kind is CudaGraph:
             stream = torch.cuda.current_stream()
             if self._stream is not None and self._stream != stream:
                 stream.wait_stream(self._stream)
             self._stream = stream
+
+    def _check(self, weights: _Weights | None) -> None:
+        """Drop all graphs if some weights are elsewhere.
+
+        Raises:
+            ConfigError: somebody listens inside.
+        """
         if weights is None:
             return
         if weights.changed():

@@ -122,6 +122,7 @@ class Segments:
         probed: the layers whose own attention is read before they run.
         taps: the attachment's.
         run_of: gives the running prefill; None in other calls.
+        whole_of: gives the outermost of the running calls; None outside of them.
     """
 
     def __init__(
@@ -133,10 +134,11 @@ class Segments:
         probed: set[int],
         taps: Taps,
         run_of: Callable[[], Prefill | None],
+        whole_of: Callable[[], Any],
     ) -> None:
         self._graphs, self._layers = graphs, layers
         self._listened, self._probed = listened, probed
-        self._taps, self._run_of = taps, run_of
+        self._taps, self._run_of, self._whole_of = taps, run_of, whole_of
         self._stages = stages
         self._cut()
         self._forwards: list[_Forward] = []
@@ -212,7 +214,7 @@ class Segments:
         refuse(kwargs, hidden.device)
         cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
         why, sizes = without(run, cache, first, end)
-        if why is None and not self._graphs.take(run):
+        if why is None and not self._graphs.take(run, self._whole_of()):
             why = _IN_USE
         if why is not None:
             self._graphs.counts[why] += 1
@@ -290,7 +292,9 @@ class Segments:
             else:
                 graph = self._captured(key, lambda given: forward(given["pixels"], **rest), {"pixels": pixels})
                 if graph is not None:
-                    return copied(graph({"pixels": pixels}))
+                    result = copied(graph({"pixels": pixels}))
+                    self._graphs.look_ahead(self._whole_of())
+                    return result
                 self._graphs.saw(key)
         return forward(*args, **kwargs)
 

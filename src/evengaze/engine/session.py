@@ -221,6 +221,7 @@ class Handle:
             set(plan.own),
             self._taps,
             lambda: self._calls.top.run,
+            lambda: self._calls.alive().outermost,
         )
         self._undo.append(self._segments.install())
         for tower in () if getattr(plan.pruner, "in_tower", False) else towers:
