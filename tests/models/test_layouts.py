@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from evengaze.errors import LayoutError
+from evengaze.layout import ImageInfo
 from evengaze.methods import get
 from evengaze.models import Call, adapter_for
+from evengaze.models.pictures import Panel, Picture
 from evengaze.testing import families, tiny
 from evengaze.testing.matrix import greedy
 from evengaze.testing.prompts import IMAGE, VIDEO
@@ -230,3 +232,19 @@ def test_a_copy_of_an_attached_model_has_nothing_of_deepstack(family: str) -> No
         other = copy.deepcopy(model)
     for found in (model, other):
         assert torch.equal(greedy(found, inputs, 2)[1], dense)
+
+
+@pytest.mark.parametrize("special", [0, 1])
+@pytest.mark.parametrize("video", [False, True])
+def test_grids_that_are_remembered_are_those_that_are_made(video: bool, special: int) -> None:
+    """Also for training, where what inference mode made cannot be used, and whatever the default device is."""
+    info, share = ImageInfo((3, 5), frames=2), torch.rand(2, 3, 5, dtype=torch.float64)
+    with torch.inference_mode(), torch.device("meta"):
+        Picture.still(Panel.plain(info, special=special)), Picture.video(Panel.plain(info, special=special))
+    plain = Panel.plain(info, share, special=special)
+    made = Panel(info, plain.cell, share)
+    found, expected = [(Picture.video if video else Picture.still)(panel) for panel in (plain, made)]
+    for name in ("image", "frame", "cell", "x", "padding"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        assert not getattr(found, name).is_inference()
+    assert found.images == (info,) and found.whole == expected.whole == (special == 0)

@@ -72,7 +72,7 @@ class ModelCalls:
         self._outer = plan.outer
         self._traced = compiled.Traced(plan.model, plan.adapter, calls, prunes=bool(plan.stages))
         self._untried = isinstance(plan.adapter, Generic)
-        self._even = False
+        self._even = False  # whether layers of one kind hold as many bytes as others, as far as is known
         self._slices = "logits_to_keep" in inspect.signature(plan.model.forward).parameters
         self.pending: list[Pending] = []
 
@@ -223,7 +223,8 @@ class ModelCalls:
         checks.refuse_missed(plan.pruner, sorted(plan.stages)[len(run.stages) :], run.entered, run.watched)
         self.pending += run.pending
         trace = run.trace(plan.settings, len(plan.layers), even=self._even)
-        self._even = self._even or (not plan.trims and len(set(trace.kv_bytes_unpruned)) == 1 < trace.kv_bytes[0])
+        if not self._even and not plan.trims:
+            self._even = trace.kv_bytes[0] > 0 and len(set(trace.kv_bytes_unpruned)) == 1
         self._report(trace)
         if self._untried:
             check_first(plan.model, run, trace, out, plan.lenders)

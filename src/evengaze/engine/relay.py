@@ -112,14 +112,14 @@ class Relay:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's output."""
-        handed = self._handed.get(self._number, _NOTHING)
-        # Each thread has a top of its own: another thread's call, and one inside of this one, are not `handed.call`.
-        if not is_compiling() and self._calls.top is handed.call and len(kwargs) == len(handed.given):
-            for name, value in handed.given:
-                if kwargs.get(name, self) is not value:  # `self` is nobody's argument
-                    break
-            else:
-                if len(args) == 1:
+        if not is_compiling():
+            handed = self._handed.get(self._number, _NOTHING)
+            # Each thread has a top of its own: another's call, and one inside of this one, are not `handed.call`.
+            if self._calls.top is handed.call and len(kwargs) == len(handed.given) and len(args) == 1:
+                for name, value in handed.given:
+                    if kwargs.get(name, self) is not value:  # `self` is nobody's argument
+                        break
+                else:
                     kwargs.update(handed.made)
                     if handed.run is not None:
                         handed.run.entered += 1

@@ -47,7 +47,7 @@ class Panel:
 @lru_cache(256)
 def _raster(cells: int, frames: int, special: int) -> Tensor:
     """The cells of complete grids, not to be written to."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         frame = torch.cat([torch.full((special,), NO_CANDIDATE), torch.arange(cells)])
         return frame.repeat(frames)
 
@@ -133,7 +133,7 @@ def _plain(view: Panel, *, video: bool) -> Picture:
 def _grids(cells: int, frames: int, special: int, video: bool) -> Picture:
     """Complete grids without padding."""
     info = ImageInfo((1, cells), frames)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         view = Panel(info, _raster(cells, frames, special))
         return Picture._of([view], view.cell.double() / cells) if video else Picture._still([view])
 
