@@ -193,10 +193,10 @@ class Relays:
             if call.nested:
                 return
             self._inside.add(threading.get_ident())
-            # Graphs of compiled steps are compiled anew when forwards change. Who listens to a layer by now expects its
-            # hook; prompts look for that, steps have no time to.
-            compiled = getattr(call.cache, "is_compileable", False)
-            if self._standing and (compiled or (call.size[1] > 1 and any(self._listening))):
+            # Prompts look whether somebody has come to listen to a layer, who expects its hook, and whether the steps
+            # behind them may be compiled: their graphs would be compiled anew when forwards change.
+            prompt = call.size[1] > 1 and self._standing
+            if prompt and (any(self._listening) or getattr(call.cache, "is_compileable", False)):
                 self._end()
 
     def leave(self, call: Call) -> None:
