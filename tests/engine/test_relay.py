@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -15,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import evengaze as eg
 from evengaze import methods
-from evengaze.compat import cache_argument, cache_of
+from evengaze.compat import cache_argument, cache_in, cache_of
 from evengaze.engine.layer_calls import LayerCalls
 from evengaze.testing import families
 from evengaze.testing.matrix import check
@@ -252,3 +254,40 @@ def test_who_listens_or_wraps_a_layer_later_is_called_and_stays(model: Any, stat
     assert "forward" in layer.__dict__
     assert torch.isfinite(answer(model, states[:1])).all() and len(wrapped) == 16
     del layer.forward
+
+
+def test_an_interrupted_generation_leaves_its_cache_to_nobody(model: Any) -> None:
+    """Not even until the next call."""
+    seen: list[Any] = []
+
+    def interrupt(_: Any, args: Any, kwargs: Any) -> None:
+        seen.append(weakref.ref(cache_in(args, kwargs)))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    ids = torch.randint(3, 60, (1, LENGTH), generator=torch.Generator().manual_seed(2))
+    with methods.parse(METHODS[0])(model, layout=LAYOUT):
+        model.generate(input_ids=ids, max_new_tokens=4)
+        hook = model.model.layers[6].self_attn.register_forward_pre_hook(interrupt, with_kwargs=True)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(input_ids=ids, max_new_tokens=8)
+        hook.remove()
+        gc.collect()
+        assert len(seen) == 3 and all(cache() is None for cache in seen)
+
+
+@pytest.mark.parametrize("method", METHODS[:2])
+def test_an_end_that_was_interrupted_is_made_good(model: Any, states: Any, method: str) -> None:
+    """The hook is back, and the relay still there: no layer is cut twice, or never."""
+    with methods.parse(method)(model, layout=LAYOUT) as handle:
+        expected = answer(model, states[:1])
+        relays = handle._layer_calls.relays
+        for number in (3, 6):
+            relay = relays._standing.pop(number)
+            relay.listening[0][relay._registered.number], relay._stands = relay._hook, False
+        assert torch.equal(answer(model, states[:1]), expected)
+        assert {3, 6} <= relays._standing.keys()
+        with torch.enable_grad():  # nothing is handed on
+            logits = model(inputs_embeds=states[:1]).logits
+        assert torch.allclose(logits[:, -1], expected[:1], atol=1e-6)
+        assert handle.trace is not None and handle.trace.kv_bytes[7] < handle.trace.kv_bytes_unpruned[7]

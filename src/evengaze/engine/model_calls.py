@@ -97,7 +97,12 @@ class ModelCalls:
             ranked_anew(request, pictures=plan.adapter is not None) if self._rerank else nullcontext(),
             self._calls.generate(request),
         ):
-            yield
+            whole = self._calls.top
+            try:
+                yield
+            except BaseException:
+                self._layer_calls.relays.forget(whole)
+                raise
 
     def _refuse_tracing(self) -> None:
         if self._plan.stages and torch._C._get_tracing_state() is not None:

@@ -136,6 +136,7 @@ class Relay:
         """Take the hook's place, unless something else listens to the layer as well."""
         layer, (hooks, behind) = self.layer, self.listening
         if self.stands_in:  # an interrupt came in the midst
+            self._stands = True
             hooks.pop(self._registered.number, None)
             return True
         if self._wrapped or len(hooks) != 1 or behind or layer._compiled_call_impl is not None:
@@ -238,6 +239,15 @@ class Relays:
         """
         self.handed.update(handed)
         self._steps = (lambda: None, []) if cache is None else (weakref.ref(cache), list(groups))
+
+    def forget(self, whole: Call) -> None:
+        """Let go of what was handed on in calls that are a part of another, if an exception has ended them unseen."""
+        for handed in list(self.handed.values()):
+            call = handed.call
+            while call is not None and call is not whole:
+                call = call.outer
+            if call is not None:
+                handed.clear()
 
     def clear(self) -> None:
         """All hooks work, also after an interrupt in the midst of `stand`."""
