@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -248,3 +249,30 @@ def test_grids_that_are_remembered_are_those_that_are_made(video: bool, special:
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
         assert not getattr(found, name).is_inference()
     assert found.images == (info,) and found.whole == expected.whole == (special == 0)
+
+
+@pytest.mark.parametrize("special", [0, 1])
+@pytest.mark.parametrize("count", [29, 31])
+def test_padding_that_is_not_of_the_grids_is_an_error(count: int, special: int) -> None:
+    panel = Panel.plain(ImageInfo((3, 5), frames=2), torch.rand(count), special=special)
+    for kind in (Picture.still, Picture.video):
+        with pytest.raises(RuntimeError, match="shape mismatch"):
+            kind(panel)
+
+
+def test_a_panel_whose_cells_were_replaced_shows_those() -> None:
+    panel = Panel.plain(ImageInfo((3, 5)))
+    assert Picture.still(dataclasses.replace(panel, cell=panel.cell.flip(0))).cell.tolist() == list(range(15))[::-1]
+
+
+def test_what_is_written_into_the_layout_of_a_trace_is_not_in_the_next() -> None:
+    model, inputs = tiny("llava")
+    with torch.inference_mode(), get("fastv")(keep=4)(model) as run:
+        model(**inputs)
+        rows = run.trace.layout.rows
+        before = [row.to_dict() for row in rows]
+        assert any(len(row.images) == 1 for row in rows)
+        for row in rows:
+            row.x.fill_(0.5), row.cell.fill_(1), row.frame.fill_(1), row.padding.fill_(0.9)
+        model(**inputs)
+        assert [row.to_dict() for row in run.trace.layout.rows] == before

@@ -31,12 +31,19 @@ class Panel:
         cell: (n,) raster index of each placeholder token in its frame, or `NO_CANDIDATE`.
         padding: (candidates,) share of padding of each cell in order; None: no padding.
         special: how many tokens that are no candidates lead each grid, if all are complete and in raster order.
+
+    The cells that `plain` gives are shared by all panels of that size: replaced if need be, never written to.
     """
 
     info: ImageInfo
     cell: Tensor
     padding: Tensor | None = None
     special: int | None = None
+
+    @property
+    def remembered(self) -> bool:
+        """Whether the cells are those of `plain`, and not put in their place."""
+        return self.special is not None and self.cell is _raster(self.info.cells, self.info.frames, self.special)
 
     @classmethod
     def plain(cls, info: ImageInfo, padding: Tensor | None = None, *, special: int = 0) -> Panel:
@@ -83,14 +90,14 @@ class Picture:
     @classmethod
     def video(cls, view: Panel) -> Picture:
         """Frames that are pictures of their own: x starts again in each."""
-        if view.special is not None:
+        if view.remembered:
             return _plain(view, video=True)
         return cls._of([view], x=view.cell.double() / view.info.cells)
 
     @classmethod
     def still(cls, *views: Panel) -> Picture:
         """One image. If it is shown in several views or tiles, x runs through all of them in sequence order."""
-        if len(views) == 1 and views[0].special is not None:
+        if len(views) == 1 and views[0].remembered:
             return _plain(views[0], video=False)
         return cls._still(views)
 
@@ -121,9 +128,8 @@ def _plain(view: Panel, *, video: bool) -> Picture:
     grids = _grids(view.info.cells, view.info.frames, view.special, video)
     padding = grids.padding
     if view.padding is not None:
-        padding = view.padding.flatten().double()
-        if view.special:
-            padding = grids.padding.masked_scatter(grids.cell != NO_CANDIDATE, padding)
+        padding = grids.padding.clone()
+        padding[grids.cell != NO_CANDIDATE] = view.padding.flatten().double()
     picture = Picture((view.info,), grids.image, grids.frame, grids.cell, grids.x, padding)
     picture.__dict__["whole"] = view.special == 0
     return picture
@@ -253,7 +259,9 @@ def _row(placed: list[tuple[Tensor, Picture]]) -> VisualTokens:
         return VisualTokens.empty()
     if len(placed) == 1 and placed[0][1].whole:
         position, p = placed[0]
-        return VisualTokens(position, p.image, p.frame, p.cell, p.x, p.padding, p.images)
+        # Other calls have these, too.
+        image, frame, cell, x, padding = (c.clone() for c in (p.image, p.frame, p.cell, p.x, p.padding))
+        return VisualTokens(position, image, frame, cell, x, padding, p.images)
     placed.sort(key=lambda entry: int(entry[0][0]))
     images: list[ImageInfo] = []
     columns: list[tuple[Tensor, ...]] = []
